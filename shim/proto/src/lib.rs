@@ -1,0 +1,11 @@
+//! The shim's own ttrpc service `trenv.sandbox.v1`: messages, server trait and client.
+//!
+//! The interface and its contracts are documented in `trenv.sandbox.v1.proto`.
+
+mod generated {
+    #![allow(missing_debug_implementations, clippy::all, rustdoc::all)]
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::trenv_sandbox_v1::*;
+pub use generated::trenv_sandbox_v1_ttrpc::*;
