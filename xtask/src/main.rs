@@ -1,1 +1,42 @@
-fn main() {}
+//! Developers' commands, run as `cargo xtask VERB`.
+//!
+//! One file per verb: [`check`] runs everything a change must pass before it is sent, [`layers`]
+//! checks that crates depend on each other in one direction only, [`licences`] that every
+//! dependency's licence is one that `deny.toml` allows. [`metadata`] is what the last two read.
+
+mod check;
+mod layers;
+mod licences;
+mod metadata;
+mod spdx;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Developers' commands of trenv")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Format, lints, documentation, shell scripts, layers, licences and unit tests; reports every failure.
+    Check {
+        /// Leave the tests out.
+        #[arg(long)]
+        no_test: bool,
+    },
+    /// Check that the crates depend on each other in one direction only.
+    Layers,
+    /// Check the licences of all dependencies against deny.toml.
+    Licences,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().verb {
+        Verb::Check { no_test } => check::run(!no_test),
+        Verb::Layers => layers::run(),
+        Verb::Licences => licences::run(),
+    }
+}
