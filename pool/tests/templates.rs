@@ -1,0 +1,259 @@
+//! What one process can do with a pool.
+
+mod support;
+
+use std::time::Duration;
+
+use support::{page, read_all, store};
+use trenv_pool::{Backend, Extent, PAGE_SIZE, Pool, PoolError, Source, TemplateId};
+
+const SIZE: u64 = 8 << 20;
+
+#[test]
+fn a_template_comes_back_as_it_was_stored() {
+    for backend in [Backend::File, Backend::Memfd] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pool");
+        let pool = Pool::format(&path, backend, SIZE).unwrap();
+        let mut writer = pool.begin("key").unwrap();
+        for seed in [1, 0, 0, 2, 3, 0] {
+            writer.page(&page(seed)).unwrap();
+        }
+        writer.zero_pages(2);
+        let info = writer.commit(b"manifest").unwrap();
+        assert_eq!((info.pages, info.stored_pages), (8, 3));
+        assert_eq!(info.id, TemplateId::of("key"));
+        drop(pool);
+
+        let pool = Pool::open(&path).unwrap();
+        assert_eq!(pool.list().unwrap(), [info.clone()]);
+        let reader = pool.template(&info.id, None).unwrap();
+        assert_eq!(reader.manifest(), b"manifest");
+        reader.verify().unwrap();
+        let expected: Vec<u8> = [1, 0, 0, 2, 3, 0, 0, 0]
+            .into_iter()
+            .flat_map(page)
+            .collect();
+        assert_eq!(read_all(&reader), expected);
+        let shape: Vec<(u64, u64, bool)> = reader
+            .extents()
+            .iter()
+            .map(|e| (e.first_page, e.pages, e.source == Source::Zero))
+            .collect();
+        assert_eq!(
+            shape,
+            [(0, 1, false), (1, 2, true), (3, 2, false), (5, 3, true)]
+        );
+        let mut middle = vec![0; 2 * PAGE_SIZE];
+        reader.read_pages(2, &mut middle).unwrap();
+        assert_eq!(middle, [page(0), page(2)].concat());
+        drop(reader);
+        Pool::destroy(&path).unwrap();
+        assert!(!path.exists());
+    }
+}
+
+#[test]
+fn data_lies_at_page_aligned_offsets_of_the_descriptor() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::format(dir.path(), Backend::File, SIZE).unwrap();
+    let info = store(&pool, "key", &[7, 8, 9]);
+    let reader = pool.template(&info.id, None).unwrap();
+    let [
+        Extent {
+            source: Source::Data { offset },
+            ..
+        },
+    ] = reader.extents()
+    else {
+        panic!("{:?}", reader.extents());
+    };
+    assert_eq!(offset % PAGE_SIZE as u64, 0);
+    let mut first = vec![0; PAGE_SIZE];
+    rustix::io::pread(reader.fd(), &mut first, *offset).unwrap();
+    assert_eq!(first, page(7));
+}
+
+#[test]
+fn a_dropped_writer_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::format(dir.path(), Backend::File, SIZE).unwrap();
+    let before = pool.stat().unwrap();
+    let mut writer = pool.begin("key").unwrap();
+    for seed in 1..600 {
+        writer.page(&page(seed)).unwrap();
+    }
+    drop(writer);
+    assert_eq!(pool.stat().unwrap(), before);
+    let id = TemplateId::of("key");
+    assert!(matches!(
+        pool.template(&id, None),
+        Err(PoolError::NoSuchTemplate { .. })
+    ));
+}
+
+#[test]
+fn a_key_committed_again_is_a_new_generation_and_readers_keep_the_old_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::format(dir.path(), Backend::File, SIZE).unwrap();
+    let free = pool.stat().unwrap().free_bytes;
+    let old = store(&pool, "key", &[1, 2, 3]);
+    let reader = pool.template(&old.id, None).unwrap();
+    let new = store(&pool, "key", &[4, 5]);
+    assert!(new.generation > old.generation);
+    assert_eq!(pool.list().unwrap(), [new.clone()]);
+    assert_eq!(pool.stat().unwrap().superseded, 1);
+
+    store(&pool, "other", &[6; 40]);
+    assert_eq!(read_all(&reader), [page(1), page(2), page(3)].concat());
+    reader.verify().unwrap();
+    drop(reader);
+
+    // The next writer finds the old generation unused.
+    drop(pool.begin("third").unwrap());
+    assert_eq!(pool.stat().unwrap().superseded, 0);
+    let gone = pool.template(&old.id, Some(old.generation));
+    assert!(matches!(gone, Err(PoolError::NoSuchGeneration { .. })));
+    assert_eq!(pool.template(&new.id, None).unwrap().info(), &new);
+    let page = PAGE_SIZE as u64;
+    assert_eq!(pool.stat().unwrap().free_bytes, free - 42 * page);
+}
+
+#[test]
+fn deleting_frees_the_pages_and_waits_for_readers() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::format(dir.path(), Backend::File, SIZE).unwrap();
+    let free = pool.stat().unwrap().free_bytes;
+    let info = store(&pool, "key", &[1, 2, 3]);
+    let reader = pool.template(&info.id, None).unwrap();
+    let refused = pool
+        .delete_within(&info.id, Duration::from_millis(30))
+        .unwrap_err();
+    let own = format!("process {}", std::process::id());
+    assert!(
+        matches!(&refused, PoolError::InUse { holders, .. } if *holders == own),
+        "{refused}"
+    );
+    reader.verify().unwrap();
+
+    let deleting = {
+        let pool = pool.clone();
+        std::thread::spawn(move || pool.delete(&info.id))
+    };
+    std::thread::sleep(Duration::from_millis(50));
+    drop(reader);
+    assert!(deleting.join().unwrap().unwrap());
+    assert!(!pool.delete(&info.id).unwrap());
+    assert_eq!(pool.stat().unwrap().free_bytes, free);
+    assert!(pool.list().unwrap().is_empty());
+}
+
+#[test]
+fn a_full_pool_says_what_was_needed_and_what_is_free() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::format(dir.path(), Backend::File, 3 << 20).unwrap();
+    let stored = store(&pool, "small", &(1..=100).collect::<Vec<_>>());
+    let mut writer = pool.begin("large").unwrap();
+    let refused = (1..)
+        .find_map(|seed| writer.page(&page(seed)).err())
+        .unwrap();
+    let PoolError::Full { needed, free, .. } = refused else {
+        panic!("{refused}");
+    };
+    assert_eq!((needed, free), (157 * 4096, 156 * 4096));
+    let text = refused.to_string();
+    assert!(
+        text.contains("trenv-pool rm") && text.contains("638976"),
+        "{text}"
+    );
+    drop(writer);
+
+    let mut writer = pool.begin("large").unwrap();
+    let early = writer.expect_pages(200).unwrap_err();
+    assert!(
+        matches!(
+            early,
+            PoolError::Full {
+                needed: 819_200,
+                ..
+            }
+        ),
+        "{early}"
+    );
+    writer.expect_pages(156).unwrap();
+    drop(writer);
+    pool.template(&stored.id, None).unwrap().verify().unwrap();
+
+    pool.delete(&stored.id).unwrap();
+    let all = store(&pool, "large", &(1..=256).collect::<Vec<_>>());
+    pool.template(&all.id, None).unwrap().verify().unwrap();
+    assert_eq!(pool.stat().unwrap().free_bytes, 0);
+}
+
+#[test]
+fn freed_gaps_are_used_again_by_a_template_in_pieces() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::format(dir.path(), Backend::File, 3 << 20).unwrap();
+    let seeds: Vec<u32> = (1..=32).collect();
+    let infos: Vec<_> = (0..8)
+        .map(|i| store(&pool, &format!("t{i}"), &seeds))
+        .collect();
+    for info in infos.iter().step_by(2) {
+        pool.delete(&info.id).unwrap();
+    }
+    let many: Vec<u32> = (1000..1128).collect();
+    let info = store(&pool, "pieces", &many);
+    let reader = pool.template(&info.id, None).unwrap();
+    assert_eq!(reader.extents().len(), 4);
+    assert_eq!(
+        read_all(&reader),
+        many.iter().flat_map(|s| page(*s)).collect::<Vec<_>>()
+    );
+    for info in infos.iter().skip(1).step_by(2) {
+        pool.template(&info.id, None).unwrap().verify().unwrap();
+    }
+}
+
+#[test]
+fn only_whole_pages_inside_the_template_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::format(dir.path(), Backend::File, SIZE).unwrap();
+    assert!(matches!(
+        pool.begin("key").unwrap().page(&[1; 100]),
+        Err(PoolError::PageLength { found: 100 })
+    ));
+    let info = store(&pool, "key", &[1, 2]);
+    let reader = pool.template(&info.id, None).unwrap();
+    let mut pages = vec![0; 2 * PAGE_SIZE];
+    assert!(matches!(
+        reader.read_pages(1, &mut pages),
+        Err(PoolError::PageRange { .. })
+    ));
+    assert!(matches!(
+        reader.read_pages(u64::MAX, &mut pages),
+        Err(PoolError::PageRange { .. })
+    ));
+    assert!(matches!(
+        reader.read_pages(0, &mut pages[..100]),
+        Err(PoolError::PageLength { .. })
+    ));
+}
+
+#[test]
+fn memory_that_is_gone_after_a_reboot_means_an_empty_pool() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::format(dir.path(), Backend::Memfd, SIZE).unwrap();
+    let old = store(&pool, "key", &[1, 2, 3]);
+    let memory = format!("/dev/shm/trenv-pool-{}", pool.stat().unwrap().uuid);
+    drop(pool);
+    std::fs::remove_file(&memory).unwrap();
+
+    let pool = Pool::open(dir.path()).unwrap();
+    assert!(pool.list().unwrap().is_empty());
+    let new = store(&pool, "key", &[1, 2, 3]);
+    assert!(new.generation > old.generation);
+    pool.template(&new.id, None).unwrap().verify().unwrap();
+    drop(pool);
+    Pool::destroy(dir.path()).unwrap();
+    assert!(!std::path::Path::new(&memory).exists());
+}
