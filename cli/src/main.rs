@@ -1,1 +1,120 @@
-fn main() {}
+//! `trenv`: one command for people.
+//!
+//! One file per verb. [`gateway`] is the client of the provider's REST interface, [`shim`] of the
+//! shim's own service, [`functions`] and [`stack`] are what goes over the wire, [`table`] prints.
+//! [`doctor`] looks at the machine, [`bench`] measures starts, [`demo`] shows the whole way of a
+//! call on four functions.
+
+mod bench;
+mod demo;
+mod deploy;
+mod describe;
+mod doctor;
+mod functions;
+mod gateway;
+mod invoke;
+mod list;
+mod logs;
+mod pool;
+mod ps;
+mod remove;
+mod scale;
+mod shim;
+mod stack;
+mod table;
+mod turn;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use trenv_config::Config;
+
+use gateway::{Gateway, GatewayOptions};
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "trenv",
+    version,
+    about = "Functions that start in milliseconds, from memory templates in repurposed sandboxes"
+)]
+struct Arguments {
+    #[command(flatten)]
+    gateway: GatewayOptions,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Create or update functions, from a stack file or one from an image
+    Deploy(deploy::DeployOptions),
+    /// List the functions
+    List(list::ListOptions),
+    /// Call a function
+    Invoke(invoke::InvokeOptions),
+    /// Show everything about one function
+    Describe(describe::DescribeOptions),
+    /// Set the number of a function's instances
+    Scale(scale::ScaleOptions),
+    /// Remove functions
+    Remove(remove::RemoveOptions),
+    /// Show what a function prints
+    Logs(logs::LogsOptions),
+    /// List the sandboxes by state
+    Ps(ps::PsOptions),
+    /// Look into the pool of templates
+    Pool(pool::PoolArguments),
+    /// Say what this machine can do, and how to get what is missing
+    Doctor(doctor::DoctorOptions),
+    /// Measure
+    Bench(bench::BenchArguments),
+    /// Show the whole way of a call on four functions, with figures
+    Demo(demo::DemoOptions),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(err) => {
+            eprintln!("trenv: {err:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs the command; `false` when it did its work and the answer is no.
+fn run(arguments: &Arguments) -> anyhow::Result<bool> {
+    let config = Config::load()?;
+    match &arguments.verb {
+        Verb::Doctor(options) => return doctor::run(&config, options),
+        Verb::Pool(options) => return pool::run(&config, options).map(|()| true),
+        _ => {}
+    }
+    // One thread: a command does one thing after another, and measures without a scheduler between.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(talk(arguments, &config))
+}
+
+async fn talk(arguments: &Arguments, config: &Config) -> anyhow::Result<bool> {
+    if let Verb::Ps(options) = &arguments.verb {
+        return ps::run(config, options).await.map(|()| true);
+    }
+    let gateway = Gateway::new(&arguments.gateway, config)?;
+    match &arguments.verb {
+        Verb::Deploy(options) => deploy::run(&gateway, options).await?,
+        Verb::List(options) => list::run(&gateway, options).await?,
+        Verb::Invoke(options) => invoke::run(&gateway, options).await?,
+        Verb::Describe(options) => describe::run(&gateway, options).await?,
+        Verb::Scale(options) => scale::run(&gateway, options).await?,
+        Verb::Remove(options) => remove::run(&gateway, options).await?,
+        Verb::Logs(options) => logs::run(&gateway, options).await?,
+        Verb::Bench(options) => return bench::run(&gateway, config, options).await,
+        Verb::Demo(options) => return demo::run(&gateway, config, options).await,
+        Verb::Ps(_) | Verb::Pool(_) | Verb::Doctor(_) => {}
+    }
+    Ok(true)
+}

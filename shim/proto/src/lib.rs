@@ -3,7 +3,13 @@
 //! The interface and its contracts are documented in `trenv.sandbox.v1.proto`.
 
 mod generated {
-    #![allow(missing_debug_implementations, clippy::all, rustdoc::all)]
+    #![allow(
+        missing_debug_implementations,
+        clippy::all,
+        clippy::pedantic,
+        clippy::restriction,
+        rustdoc::all
+    )]
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 

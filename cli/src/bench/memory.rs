@@ -1,0 +1,177 @@
+//! The memory of idle instances of one function, as the kernel accounts for it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use procfs::process::{Process, all_processes};
+use serde::Serialize;
+
+use crate::table::{Table, bytes};
+
+/// What some instances of one function cost.
+#[derive(Debug, Default, Clone, Serialize)]
+pub struct MemoryFigures {
+    pub instances: u64,
+    /// The function's memory image as it was dumped.
+    pub image_kb: u64,
+    /// Resident set of one instance: what it would cost without sharing.
+    pub resident_kb_each: u64,
+    /// Pages that one instance has to itself: what it wrote.
+    pub private_kb_each: u64,
+    /// Proportional share of all instances and of what holds the template's pages, together.
+    pub pss_total_kb: u64,
+    /// Proportional share of the processes that hold the template's pages.
+    pub zygote_pss_kb: u64,
+    /// What the tenancies' cgroups are charged.
+    pub cgroup_total_kb: u64,
+    /// `pss_total_kb` by (`image_kb` + `instances` x `private_kb_each`).
+    pub ratio: Option<f64>,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Usage {
+    rss: u64,
+    pss: u64,
+    private: u64,
+}
+
+/// Weighs the sandboxes whose pid 1 are given, with the zygotes of their template.
+pub fn weigh(init_pids: &[i32], zygotes: &[i32], image_kb: u64) -> anyhow::Result<MemoryFigures> {
+    let instances = u64::try_from(init_pids.len())?;
+    let mut all = Usage::default();
+    let mut groups = BTreeSet::new();
+    for pid in members(init_pids)? {
+        let Ok(process) = Process::new(pid) else {
+            continue;
+        };
+        let usage = usage(&process);
+        all.rss += usage.rss;
+        all.pss += usage.pss;
+        all.private += usage.private;
+        // Pid 1 sits in a cgroup beside the tenancy's.
+        if !init_pids.contains(&pid) {
+            groups.extend(memory_group(&process));
+        }
+    }
+    let zygote: u64 = zygotes
+        .iter()
+        .filter_map(|pid| Process::new(*pid).ok())
+        .map(|process| usage(&process).pss)
+        .sum();
+    let pss_total_kb = all.pss + zygote;
+    let private_kb_each = all.private / instances.max(1);
+    let expected = image_kb + instances * private_kb_each;
+    Ok(MemoryFigures {
+        instances,
+        image_kb,
+        resident_kb_each: all.rss / instances.max(1),
+        private_kb_each,
+        pss_total_kb,
+        zygote_pss_kb: zygote,
+        cgroup_total_kb: groups.iter().filter_map(|path| charged(path)).sum::<u64>() / 1024,
+        ratio: (expected > 0).then(|| pss_total_kb as f64 / expected as f64),
+    })
+}
+
+/// All processes of the sandboxes, by their pid namespace.
+fn members(init_pids: &[i32]) -> anyhow::Result<Vec<i32>> {
+    let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let ours: Vec<_> = init_pids.iter().filter_map(|pid| namespace(*pid)).collect();
+    Ok(all_processes()?
+        .flatten()
+        .map(|process| process.pid())
+        .filter(|pid| namespace(*pid).is_some_and(|found| ours.contains(&found)))
+        .collect())
+}
+
+/// Processes whose program has this name.
+pub fn processes_named(name: &str) -> anyhow::Result<Vec<i32>> {
+    Ok(all_processes()?
+        .flatten()
+        .filter(|process| process.stat().is_ok_and(|stat| stat.comm == name))
+        .map(|process| process.pid())
+        .collect())
+}
+
+fn usage(process: &Process) -> Usage {
+    let Ok(rollup) = process.smaps_rollup() else {
+        return Usage::default();
+    };
+    let mut usage = Usage::default();
+    for map in &rollup.memory_map_rollup {
+        let kb = |key: &str| map.extension.map.get(key).copied().unwrap_or(0) / 1024;
+        usage.rss += kb("Rss");
+        usage.pss += kb("Pss");
+        usage.private += kb("Private_Dirty") + kb("Private_Clean");
+    }
+    usage
+}
+
+/// The memory cgroup of a process, as a directory.
+fn memory_group(process: &Process) -> Option<String> {
+    for group in process.cgroups().ok()?.0 {
+        if group.controllers.iter().any(|name| name == "memory") {
+            return Some(format!("/sys/fs/cgroup/memory{}", group.pathname));
+        }
+        if group.hierarchy == 0 {
+            let path = format!("/sys/fs/cgroup{}", group.pathname);
+            if std::path::Path::new(&path).join("memory.current").exists() {
+                return Some(path);
+            }
+        }
+    }
+    None
+}
+
+fn charged(path: &str) -> Option<u64> {
+    ["memory.current", "memory.usage_in_bytes"]
+        .iter()
+        .find_map(|file| std::fs::read_to_string(format!("{path}/{file}")).ok())
+        .and_then(|text| text.trim().parse().ok())
+}
+
+/// The figures of all functions as a table.
+pub fn table(figures: &BTreeMap<String, MemoryFigures>) -> Table {
+    let mut table = Table::new([
+        "MEMORY OF IDLE INSTANCES",
+        "N",
+        "IMAGE",
+        "OWN PAGES EACH",
+        "TOGETHER",
+        "N X ONE",
+        "RATIO",
+    ]);
+    for (name, figure) in figures {
+        table.row([
+            name.clone(),
+            figure.instances.to_string(),
+            bytes(figure.image_kb * 1024),
+            bytes(figure.private_kb_each * 1024),
+            bytes(figure.pss_total_kb * 1024),
+            bytes(figure.resident_kb_each * figure.instances * 1024),
+            figure
+                .ratio
+                .map_or("-".into(), |ratio| format!("{ratio:.2}")),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_weighs_something() {
+        let own = Process::myself().unwrap();
+        let usage = usage(&own);
+        assert!(usage.rss > 0 && usage.pss > 0);
+        assert!(usage.private <= usage.rss);
+    }
+
+    #[test]
+    fn processes_that_are_gone_weigh_nothing() {
+        let figures = weigh(&[i32::MAX - 1], &[], 100).unwrap();
+        assert_eq!(figures.pss_total_kb, 0);
+        assert_eq!(figures.image_kb, 100);
+    }
+}
