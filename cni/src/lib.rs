@@ -1,1 +1,30 @@
-//! cni
+//! Network namespaces with an address on the machine's bridge.
+//!
+//! [`Network::open`] makes what all sandboxes share: the bridge, forwarding, and one nft table that
+//! masquerades what leaves the sandboxes' subnet. [`NetnsPool`] makes namespaces ahead: each is a
+//! bind mount under `run_dir/netns`, filled by the CNI plugins `loopback` and `bridge` with
+//! `host-local` addresses. No plugin runs between [`NetnsPool::take`] and the sandbox's start.
+//!
+//! Every namespace has a record in `state_dir/network`, on disk before the namespace exists and
+//! locked for as long as its owner lives. [`Network::sweep`] takes back whatever has a record that
+//! nobody holds: namespace, veth pair, address.
+
+mod bridge;
+mod error;
+mod masquerade;
+mod namespace;
+mod plugin;
+mod pool;
+mod record;
+
+pub use bridge::{Network, NetworkConfig};
+pub use error::NetworkError;
+pub use namespace::Netns;
+pub use pool::NetnsPool;
+
+/// One timed step of an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    pub name: &'static str,
+    pub took: std::time::Duration,
+}

@@ -1,0 +1,376 @@
+//! Detached mounts by fsopen, fsconfig, fsmount and open_tree.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use rustix::{
+    fs::{CWD, Mode, OFlags},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create,
+        fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, open_tree,
+    },
+};
+
+use super::{BindFlags, Mount, RootfsError};
+use crate::sys;
+
+/// The longest value that fsconfig takes.
+const VALUE_LIMIT: usize = 255;
+
+fn failed(
+    doing: &'static str,
+    what: impl Into<String>,
+) -> impl FnOnce(rustix::io::Errno) -> RootfsError {
+    let what = what.into();
+    move |error| RootfsError::Mount {
+        doing,
+        what,
+        source: error.into(),
+    }
+}
+
+/// Builds the root that containerd describes: one overlay, or one bind mount (the view of an image
+/// of one layer).
+///
+/// # Errors
+/// When the mounts are of another kind, an option is unknown, or the kernel refuses.
+pub fn overlay_from_mounts(mounts: &[Mount]) -> Result<OwnedFd, RootfsError> {
+    match mounts {
+        [mount] if mount.kind == "overlay" => overlay(&mount.options),
+        [mount] if matches!(mount.kind.as_str(), "bind" | "rbind") => {
+            let mut flags = BindFlags::default();
+            for option in &mount.options {
+                match option.as_str() {
+                    "ro" => flags.read_only = true,
+                    "rbind" => flags.recursive = true,
+                    "bind" | "rw" => {}
+                    _ => {
+                        return Err(RootfsError::Option {
+                            option: option.clone(),
+                            kind: mount.kind.clone(),
+                        });
+                    }
+                }
+            }
+            Ok(bind(Path::new(&mount.source), flags)?.0)
+        }
+        _ => Err(RootfsError::Mounts {
+            count: mounts.len(),
+            kind: mounts
+                .first()
+                .map(|mount| mount.kind.clone())
+                .unwrap_or_default(),
+        }),
+    }
+}
+
+/// A directory in an overlay's options: named by its path, or by an open descriptor where the path
+/// is longer than fsconfig takes.
+struct Layer {
+    text: String,
+    /// Keeps the descriptor that `text` may name.
+    _open: Option<OwnedFd>,
+}
+
+impl Layer {
+    fn new(path: &str) -> Result<Self, RootfsError> {
+        if path.len() <= VALUE_LIMIT {
+            return Ok(Self {
+                text: path.to_owned(),
+                _open: None,
+            });
+        }
+        Self::by_descriptor(path)
+    }
+
+    fn by_descriptor(path: &str) -> Result<Self, RootfsError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let open =
+            rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open the layer", path))?;
+        Ok(Self {
+            text: format!("/proc/self/fd/{}", open.as_raw_fd()),
+            _open: Some(open),
+        })
+    }
+}
+
+/// An overlay's options, sorted.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct OverlayOptions<'a> {
+    lower: Vec<&'a str>,
+    upper: Option<&'a str>,
+    work: Option<&'a str>,
+    /// Options with and without a value that go to the file system as they are.
+    others: Vec<(&'a str, Option<&'a str>)>,
+    read_only: bool,
+}
+
+fn parse(options: &[String]) -> Result<OverlayOptions<'_>, RootfsError> {
+    let mut parsed = OverlayOptions::default();
+    for option in options {
+        match option.split_once('=') {
+            Some(("lowerdir", value)) => parsed.lower = value.split(':').collect(),
+            Some(("upperdir", value)) => parsed.upper = Some(value),
+            Some(("workdir", value)) => parsed.work = Some(value),
+            Some((
+                key @ ("index" | "metacopy" | "redirect_dir" | "xino" | "nfs_export" | "uuid"),
+                value,
+            )) => parsed.others.push((key, Some(value))),
+            None if matches!(option.as_str(), "userxattr" | "volatile") => {
+                parsed.others.push((option, None));
+            }
+            None if option == "ro" => parsed.read_only = true,
+            None if option == "rw" => {}
+            _ => {
+                return Err(RootfsError::Option {
+                    option: option.clone(),
+                    kind: "overlay".into(),
+                });
+            }
+        }
+    }
+    Ok(parsed)
+}
+
+fn overlay(options: &[String]) -> Result<OwnedFd, RootfsError> {
+    let options = parse(options)?;
+    let name = options
+        .upper
+        .or(options.lower.first().copied())
+        .unwrap_or("");
+    let name = format!("the overlay on {name}");
+    match overlay_by_layers(&options, &name)? {
+        Some(mount) => Ok(mount),
+        None => overlay_joined(&options, &name),
+    }
+}
+
+/// Each lower directory by its own fsconfig; `None` where the kernel does not know that (before
+/// 6.8).
+fn overlay_by_layers(
+    options: &OverlayOptions<'_>,
+    name: &str,
+) -> Result<Option<OwnedFd>, RootfsError> {
+    let context = open_context(name)?;
+    let lower = options
+        .lower
+        .iter()
+        .map(|path| Layer::new(path))
+        .collect::<Result<Vec<_>, _>>()?;
+    for (index, layer) in lower.iter().enumerate() {
+        match fsconfig_set_string(context.as_fd(), "lowerdir+", layer.text.as_str()) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::INVAL) if index == 0 => return Ok(None),
+            Err(error) => return Err(refused(context.as_fd(), "add a layer to", name, error)),
+        }
+    }
+    finish(&context, options, name).map(Some)
+}
+
+/// All lower directories in one value, short by naming each by a descriptor.
+fn overlay_joined(options: &OverlayOptions<'_>, name: &str) -> Result<OwnedFd, RootfsError> {
+    let lower = options
+        .lower
+        .iter()
+        .map(|path| Layer::by_descriptor(path))
+        .collect::<Result<Vec<_>, _>>()?;
+    let whole = options.lower.join(":");
+    let joined = if whole.len() <= VALUE_LIMIT {
+        whole
+    } else {
+        let texts: Vec<&str> = lower.iter().map(|layer| layer.text.as_str()).collect();
+        texts.join(":")
+    };
+    if joined.len() > VALUE_LIMIT {
+        return super::overlay_mount::mount_classic(options_text(options, &joined)?, name);
+    }
+    let context = open_context(name)?;
+    fsconfig_set_string(context.as_fd(), "lowerdir", joined.as_str())
+        .map_err(|error| refused(context.as_fd(), "set the layers of", name, error))?;
+    finish(&context, options, name)
+}
+
+/// The options as mount(2) takes them.
+fn options_text(
+    options: &OverlayOptions<'_>,
+    lower: &str,
+) -> Result<super::overlay_mount::Classic, RootfsError> {
+    let mut text = format!("lowerdir={lower}");
+    let mut open = Vec::new();
+    for (key, path) in [("upperdir", options.upper), ("workdir", options.work)] {
+        if let Some(path) = path {
+            let layer = Layer::new(path)?;
+            text.push_str(&format!(",{key}={}", layer.text));
+            open.push(layer);
+        }
+    }
+    for (key, value) in &options.others {
+        text.push_str(&format!(",{key}"));
+        if let Some(value) = value {
+            text.push_str(&format!("={value}"));
+        }
+    }
+    Ok(super::overlay_mount::Classic {
+        text,
+        read_only: options.read_only,
+        _open: open.into_iter().filter_map(|layer| layer._open).collect(),
+    })
+}
+
+fn open_context(name: &str) -> Result<OwnedFd, RootfsError> {
+    fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed("open a context for", name))
+}
+
+fn finish(
+    context: &OwnedFd,
+    options: &OverlayOptions<'_>,
+    name: &str,
+) -> Result<OwnedFd, RootfsError> {
+    let context = context.as_fd();
+    for (key, path) in [("upperdir", options.upper), ("workdir", options.work)] {
+        if let Some(path) = path {
+            let layer = Layer::new(path)?;
+            fsconfig_set_string(context, key, layer.text.as_str())
+                .map_err(|error| refused(context, "set a directory of", name, error))?;
+        }
+    }
+    for (key, value) in &options.others {
+        match value {
+            Some(value) => fsconfig_set_string(context, *key, *value),
+            None => fsconfig_set_flag(context, *key),
+        }
+        .map_err(|error| refused(context, "set an option of", name, error))?;
+    }
+    fsconfig_create(context).map_err(|error| refused(context, "make", name, error))?;
+    let attributes = if options.read_only {
+        MountAttrFlags::MOUNT_ATTR_RDONLY
+    } else {
+        MountAttrFlags::empty()
+    };
+    fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed("mount", name))
+}
+
+/// The kernel's own sentence about a refused option, where it wrote one into the context.
+fn refused(
+    context: BorrowedFd<'_>,
+    doing: &'static str,
+    what: &str,
+    error: rustix::io::Errno,
+) -> RootfsError {
+    let mut text = [0_u8; 512];
+    let source = match rustix::io::read(context, &mut text) {
+        Ok(length) if length > 2 => {
+            let said = String::from_utf8_lossy(&text[..length]);
+            let errno = io::Error::from(error);
+            io::Error::new(errno.kind(), format!("{errno}: {}", said[2..].trim()))
+        }
+        _ => error.into(),
+    };
+    RootfsError::Mount {
+        doing,
+        what: what.to_owned(),
+        source,
+    }
+}
+
+/// Clones what is at a path as a detached mount; answers whether it is a directory.
+///
+/// # Errors
+/// When the path does not exist or the kernel refuses.
+pub fn bind(source: &Path, flags: BindFlags) -> Result<(OwnedFd, bool), RootfsError> {
+    let name = source.display().to_string();
+    let mut tree = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if flags.recursive {
+        tree |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    let mount = open_tree(CWD, source, tree).map_err(failed("clone the mount of", &name))?;
+    let attributes = [
+        (flags.read_only, sys::MOUNT_ATTR_RDONLY),
+        (flags.no_suid, sys::MOUNT_ATTR_NOSUID),
+        (flags.no_dev, sys::MOUNT_ATTR_NODEV),
+        (flags.no_exec, sys::MOUNT_ATTR_NOEXEC),
+    ];
+    let set = attributes
+        .iter()
+        .filter(|(on, _)| *on)
+        .fold(0, |all, (_, bit)| all | bit);
+    sys::mount_setattr(mount.as_fd(), set, flags.recursive).map_err(|source| {
+        RootfsError::Mount {
+            doing: "set the flags of the mount of",
+            what: name.clone(),
+            source,
+        }
+    })?;
+    let status = rustix::fs::fstat(&mount).map_err(failed("look at", name))?;
+    let directory = status.st_mode & libc::S_IFMT == libc::S_IFDIR;
+    Ok((mount, directory))
+}
+
+/// A detached, empty tmpfs. `options` are the file system's own: size, mode, uid, gid, nr_inodes.
+///
+/// # Errors
+/// When an option is refused.
+pub fn tmpfs(options: &[(&str, &str)], flags: BindFlags) -> Result<OwnedFd, RootfsError> {
+    let name = "a tmpfs";
+    let context =
+        fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed("open a context for", name))?;
+    for (key, value) in options {
+        fsconfig_set_string(context.as_fd(), *key, *value)
+            .map_err(|error| refused(context.as_fd(), "set an option of", name, error))?;
+    }
+    fsconfig_create(context.as_fd())
+        .map_err(|error| refused(context.as_fd(), "make", name, error))?;
+    let all = [
+        (flags.read_only, MountAttrFlags::MOUNT_ATTR_RDONLY),
+        (flags.no_suid, MountAttrFlags::MOUNT_ATTR_NOSUID),
+        (flags.no_dev, MountAttrFlags::MOUNT_ATTR_NODEV),
+        (flags.no_exec, MountAttrFlags::MOUNT_ATTR_NOEXEC),
+    ];
+    let set = all
+        .iter()
+        .filter(|(on, _)| *on)
+        .fold(MountAttrFlags::empty(), |all, (_, bit)| all | *bit);
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, set).map_err(failed("mount", name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containerds_options_are_sorted() {
+        let options: Vec<String> = [
+            "index=off",
+            "userxattr",
+            "workdir=/w",
+            "upperdir=/u",
+            "lowerdir=/a:/b",
+        ]
+        .map(str::to_owned)
+        .into();
+        let parsed = parse(&options).unwrap();
+        assert_eq!(parsed.lower, ["/a", "/b"]);
+        assert_eq!((parsed.upper, parsed.work), (Some("/u"), Some("/w")));
+        assert_eq!(parsed.others, [("index", Some("off")), ("userxattr", None)]);
+    }
+
+    #[test]
+    fn unknown_options_are_refused_by_name() {
+        let error = overlay(&["lowerdir=/".into(), "sync=maybe".into()]).unwrap_err();
+        assert!(error.to_string().contains("sync=maybe"), "{error}");
+    }
+
+    #[test]
+    fn two_mounts_are_refused() {
+        let mount = Mount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![],
+        };
+        assert!(overlay_from_mounts(&[mount.clone(), mount]).is_err());
+        assert!(overlay_from_mounts(&[]).is_err());
+    }
+}
