@@ -1,0 +1,66 @@
+# shellcheck shell=bash
+# Debian packages by name, and the Rust compiler. Uses: here.
+# shellcheck disable=SC2034,SC2154
+
+# What trenv needs to run.
+run_packages=(containerd runc containernetworking-plugins nftables iproute2 curl)
+# What building trenv and its sample images needs.
+build_packages=(gcc libc6-dev protobuf-compiler mmdebstrap umoci jq git ca-certificates)
+# What the tests need besides.
+test_packages=(shellcheck procps golang-go python3 make)
+
+# The oldest compiler that the workspace accepts.
+oldest_rust() {
+    sed -n 's/^rust-version = "\(.*\)"/\1/p' "$here/Cargo.toml" | head -n 1
+}
+
+# install_packages NAME...: installs those that are not there.
+install_packages() {
+    local name missing=()
+    for name in "$@"; do
+        if ! dpkg-query -W -f '${Status}' "$name" 2>/dev/null | grep -q 'ok installed'; then
+            missing+=("$name")
+        fi
+    done
+    if [ ${#missing[@]} -eq 0 ]; then
+        note "all there"
+        return
+    fi
+    note "apt-get install ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -q >/dev/null || note "apt-get update failed; the package lists at hand are used"
+    # policy-rc.d stays as it is: whether installing starts a service is the administrator's choice.
+    apt-get install -q -y --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+# Puts cargo on PATH, or ends with what to do.
+find_cargo() {
+    if [ -d "$HOME/.cargo/bin" ]; then
+        PATH=$HOME/.cargo/bin:$PATH
+    fi
+    local oldest found
+    oldest=$(oldest_rust)
+    if ! command -v cargo >/dev/null; then
+        found=$(apt-cache policy rustc 2>/dev/null | sed -n 's/.*Candidate: \([0-9.]*\).*/\1/p')
+        if [ -n "$found" ] && at_least "$oldest" "$found"; then
+            install_packages rustc cargo
+            return
+        fi
+        fail "There is no cargo, and Debian's rustc is ${found:-absent}, older than $oldest. Install Rust $oldest or newer, e.g. from https://rustup.rs, and run this again."
+    fi
+    found=$(rustc --version | cut -d' ' -f2)
+    at_least "$oldest" "$found" || fail "rustc is $found, but $oldest or newer is needed; rustup update stable brings one."
+}
+
+# at_least OLDEST FOUND
+at_least() {
+    [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]
+}
+
+# install_if_changed FROM TO: replaces a program in one step, so that a running one is never half.
+install_if_changed() {
+    if ! cmp -s "$1" "$2"; then
+        install -m 755 "$1" "$2.new"
+        mv -f "$2.new" "$2"
+    fi
+}

@@ -1,0 +1,196 @@
+#!/usr/bin/env bash
+# Makes a fresh Debian 12 machine run trenv: packages, programs, configuration, pool, images,
+# containerd, provider; then shows the demo. Run it again at any time: what is done stays as it is.
+# `--clean` puts the machine back. Nothing that is not ours is touched.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+readonly here
+readonly bin=/usr/local/bin
+readonly libexec=/usr/local/libexec/trenv
+readonly config=/etc/trenv/trenv.toml
+readonly secrets=/etc/trenv/secrets
+readonly state=/var/lib/trenv
+readonly run=/run/trenv
+readonly target=$here/target/x86_64-unknown-linux-gnu/release
+readonly programs=(containerd-shim-trenv-v2 trenv-provider trenv trenv-pool)
+readonly helpers=(trenv-init trenv-zygote fwatchdog)
+
+# shellcheck source=deploy/lib/steps.sh
+. "$here/deploy/lib/steps.sh"
+# shellcheck source=deploy/lib/packages.sh
+. "$here/deploy/lib/packages.sh"
+# shellcheck source=deploy/lib/services.sh
+. "$here/deploy/lib/services.sh"
+
+mem_pool='file'
+pool_size=4G
+demo=yes
+clean=no
+dax_dev=
+nic=
+
+usage() {
+    cat <<'USAGE'
+Usage: bash deploy/machine-prepare.sh [options]
+
+  --mem-pool KIND   where templates are stored: file (default), memfd, dax, rdma
+  --dax-dev PATH    device of a dax pool, e.g. /dev/dax0.0
+  --nic NAME        network interface of an rdma pool
+  --pool-size SIZE  size of the pool, e.g. 4G (default) or 512M
+  --no-demo         prepare only
+  --clean           stop everything of trenv and remove it from this machine
+  --help            this text
+USAGE
+}
+
+parse() {
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --mem-pool | --dax-dev | --nic | --pool-size)
+                [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+                case $1 in
+                    --mem-pool) mem_pool=$2 ;;
+                    --dax-dev) dax_dev=$2 ;;
+                    --nic) nic=$2 ;;
+                    --pool-size) pool_size=$2 ;;
+                esac
+                shift 2
+                ;;
+            --no-demo) demo=no && shift ;;
+            --clean) clean=yes && shift ;;
+            --help | -h) usage && exit 0 ;;
+            *) fail "$1 is not an option; see --help" ;;
+        esac
+    done
+    case $mem_pool in
+        file | memfd) ;;
+        dax) fail "A dax pool${dax_dev:+ on $dax_dev} is not built into this version yet; use --mem-pool file or memfd." ;;
+        rdma) fail "An rdma pool${nic:+ over $nic} is not built into this version yet; use --mem-pool file or memfd." ;;
+        *) fail "--mem-pool $mem_pool is unknown; choose file, memfd, dax or rdma" ;;
+    esac
+    if [ -n "$dax_dev$nic" ]; then
+        fail "--dax-dev and --nic belong to --mem-pool dax and rdma"
+    fi
+    pool_bytes=$(numfmt --from=iec "$pool_size" 2>/dev/null) || fail "--pool-size $pool_size is not a size such as 4G or 512M"
+}
+
+check_machine() {
+    [ "$(id -u)" = 0 ] || fail "Run this as root: sandboxes need namespaces, mounts and cgroups."
+    [ "$(uname -m)" = x86_64 ] || fail "trenv runs on x86_64; this machine is $(uname -m)."
+    if ! grep -qs '^VERSION_ID="12"' /etc/os-release; then
+        note "This is not Debian 12; package names may differ."
+    fi
+}
+
+build() {
+    find_cargo
+    (cd "$here" && cargo build --release --locked --workspace --bins --exclude xtask --exclude trenv-tests)
+}
+
+install_programs() {
+    install -d "$bin" "$libexec"
+    local name
+    for name in "${programs[@]}"; do
+        install_if_changed "$target/$name" "$bin/$name"
+    done
+    for name in "${helpers[@]}"; do
+        install_if_changed "$target/$name" "$libexec/$name"
+    done
+}
+
+write_config() {
+    install -d -m 755 /etc/trenv "$state" "$run"
+    install -d -m 700 "$secrets"
+    if [ ! -s "$secrets/basic-auth-password" ]; then
+        (
+            umask 077
+            printf 'admin\n' >"$secrets/basic-auth-user"
+            head -c 24 /dev/urandom | base64 | tr -d '/+=\n' >"$secrets/basic-auth-password"
+        )
+    fi
+    if [ -e "$config" ]; then
+        note "$config is kept"
+        return
+    fi
+    cat >"$config" <<CONFIG
+# trenv on this machine; docs/user-guide.md explains every key.
+state_dir = "$state"
+run_dir = "$run"
+libexec_dir = "$libexec"
+
+[containerd]
+address = "$(containerd_address)"
+
+[pool]
+backend = "$mem_pool"
+size = $pool_bytes
+
+[provider]
+listen = "127.0.0.1:8080"
+secrets_dir = "$secrets"
+# Each takes a few MiB when idle. The demo fills them all once.
+max_sandboxes = 32
+CONFIG
+}
+
+format_pool() {
+    if [ -e "$state/pool/pool.data" ]; then
+        note "the pool in $state/pool is kept"
+        return
+    fi
+    "$bin/trenv-pool" format "$state/pool" --backend "$mem_pool" --size "$pool_bytes"
+}
+
+images() {
+    bash "$here/deploy/images/build.sh"
+    CONTAINERD_ADDRESS=$(containerd_address) bash "$here/deploy/images/import.sh"
+}
+
+finish() {
+    cat <<NEXT
+
+trenv is ready after $(elapsed). What to do next:
+
+  trenv list                            the functions that are deployed
+  trenv invoke hello-python -i          call one; X-Trenv-Start says how it was started
+  trenv ps                              the sandboxes and what is in them
+  trenv deploy --image IMAGE --name N   deploy any image that containerd has
+  trenv bench start                     measure every kind of start
+  trenv doctor                          what this machine can and cannot do
+
+The gateway is http://127.0.0.1:8080, user admin, password in $secrets/basic-auth-password.
+Configuration: $config. Logs: $(provider_log). Back to before: bash deploy/machine-prepare.sh --clean
+NEXT
+}
+
+run_demo() {
+    if ! "$bin/trenv" demo --file "$here/functions/stack.yml"; then
+        fail "The demo found something wrong; see above and $(provider_log)."
+    fi
+}
+
+main() {
+    parse "$@"
+    check_machine
+    if [ "$clean" = yes ]; then
+        step "Stopping trenv" stop_services
+        step "Removing trenv" remove_everything
+        echo "trenv is gone from this machine; packages that apt installed stay."
+        return
+    fi
+    step "Installing packages" install_packages "${run_packages[@]}" "${build_packages[@]}"
+    step "Building trenv (minutes the first time)" build
+    step "Installing programs" install_programs
+    step "Finding or starting containerd" start_containerd
+    step "Writing the configuration" write_config
+    step "Preparing the pool" format_pool
+    step "Building and importing the sample images" images
+    step "Starting the provider" start_provider
+    if [ "$demo" = yes ]; then
+        step "Running the demo" run_demo
+    fi
+    finish
+}
+
+main "$@"

@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Everything that a change must pass, on a fresh Debian 12 machine as root: installs what the tests
+# need, builds once, checks, tests each crate, then tests the whole on a containerd and a provider
+# of its own. Ends with the counts; fails when anything failed.
+#
+#   bash deploy/test.sh            everything
+#   bash deploy/test.sh --quick    without the end-to-end tests
+set -uo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+readonly here
+# shellcheck source=deploy/lib/steps.sh
+. "$here/deploy/lib/steps.sh"
+# shellcheck source=deploy/lib/packages.sh
+. "$here/deploy/lib/packages.sh"
+cd "$here" || exit 1
+
+passed=0
+failed=0
+skipped=0
+failures=()
+
+# check TITLE COMMAND...: one check that passes or fails as a whole.
+check() {
+    local title=$1 begin=$SECONDS
+    shift
+    printf '[%s] check: %s\n' "$(elapsed)" "$title"
+    if "$@"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        failures+=("$title")
+        printf '[%s] FAILED: %s\n' "$(elapsed)" "$title"
+    fi
+    printf '[%s] %s took %d s\n' "$(elapsed)" "$title" $((SECONDS - begin))
+}
+
+skip() {
+    skipped=$((skipped + 1))
+    printf '[%s] SKIPPED: %s (%s)\n' "$(elapsed)" "$1" "$2"
+}
+
+# tests TITLE CARGO-ARGUMENTS...: runs tests of cargo and counts each by what it printed.
+tests() {
+    local title=$1 begin=$SECONDS log status count
+    shift
+    printf '[%s] tests: %s\n' "$(elapsed)" "$title"
+    log=$(mktemp)
+    cargo test --locked --no-fail-fast "$@" -- --test-threads=1 2>&1 | tee "$log"
+    status=${PIPESTATUS[0]}
+    count=$(sum 's/^test result: .* \([0-9]*\) passed;.*/\1/p' "$log")
+    passed=$((passed + count))
+    count=$(sum 's/^test result: .* \([0-9]*\) failed;.*/\1/p' "$log")
+    failed=$((failed + count))
+    if [ "$count" -gt 0 ]; then
+        while read -r name; do
+            failures+=("$title: $name")
+        done < <(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$log")
+    elif [ "$status" -ne 0 ]; then
+        # It did not compile, or a test took the whole program down.
+        failed=$((failed + 1))
+        failures+=("$title: cargo ended with status $status")
+    fi
+    count=$(sum 's/^test result: .* \([0-9]*\) ignored;.*/\1/p' "$log")
+    skipped=$((skipped + count))
+    rm -f "$log"
+    printf '[%s] %s took %d s\n' "$(elapsed)" "$title" $((SECONDS - begin))
+}
+
+# sum EXPRESSION FILE: adds up the numbers that the expression prints.
+sum() {
+    sed -n "$1" "$2" | awk '{ total += $1 } END { print total + 0 }'
+}
+
+shell_scripts() {
+    local scripts
+    mapfile -t scripts < <(find . -path ./target -prune -o -name '*.sh' -print | sort)
+    shellcheck -x "${scripts[@]}" .ci/run
+}
+
+documentation() {
+    RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items --quiet
+}
+
+main() {
+    [ "$(id -u)" = 0 ] || fail "Run this as root: the tests make namespaces, mounts and cgroups."
+    step "Installing packages" install_packages \
+        "${run_packages[@]}" "${build_packages[@]}" "${test_packages[@]}" || fail "Packages cannot be installed"
+    find_cargo
+    check "build" cargo build --locked --workspace --all-targets
+    if cargo fmt --version >/dev/null 2>&1; then
+        check "format" cargo fmt --all --check
+    else
+        skip "format" "this toolchain has no rustfmt"
+    fi
+    if cargo clippy --version >/dev/null 2>&1; then
+        check "lints" cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+    else
+        skip "lints" "this toolchain has no clippy"
+    fi
+    check "documentation" documentation
+    check "shell scripts" shell_scripts
+    check "layers" cargo xtask layers
+    check "licences" cargo xtask licences
+    tests "crates" --workspace --exclude trenv-tests
+    if [ "${1:-}" = --quick ]; then
+        skip "end to end" "--quick"
+    else
+        end_to_end
+    fi
+    report
+}
+
+# The whole, with the binaries just built, on a containerd and a provider of the tests' own.
+end_to_end() {
+    check "sample images" bash deploy/images/build.sh
+    tests "end to end" -p trenv-tests
+}
+
+report() {
+    local name
+    for name in "${failures[@]}"; do
+        printf 'failed: %s\n' "$name"
+    done
+    [ "$skipped" -eq 0 ] || printf '%d skipped\n' "$skipped"
+    printf 'took %s\n' "$(elapsed)"
+    printf '%d passed, %d failed\n' "$passed" "$failed"
+    [ "$failed" -eq 0 ]
+}
+
+main "$@"
