@@ -126,9 +126,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 
 fn verify(path: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let pool = Pool::open(path)?;
-    let found = pool.verify(|info, checked| {
+    let found = pool.verify(|info, fault| {
         if !json {
-            report::checked(info, checked);
+            report::checked(info, fault);
         }
     })?;
     report::verification(&found, json)?;

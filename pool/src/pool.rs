@@ -306,10 +306,11 @@ impl Pool {
         })
     }
 
-    /// Checks every record and every page, calling `progress` after each template.
+    /// Checks every record and every page, calling `progress` after each template with
+    /// its fault, if any.
     pub fn verify(
         &self,
-        mut progress: impl FnMut(&TemplateInfo, Result<(), &PoolError>),
+        mut progress: impl FnMut(&TemplateInfo, Option<&PoolError>),
     ) -> Result<Verification, PoolError> {
         let listing = self.inner.catalogue.read(|view| view.list())?;
         let (_, conflicts) = self.inner.space_of(&listing);
@@ -321,7 +322,7 @@ impl Pool {
             let checked = self
                 .template(&record.info.id, Some(record.info.generation))
                 .and_then(|reader| reader.verify());
-            progress(&record.info, checked.as_ref().map(|()| ()));
+            progress(&record.info, checked.as_ref().err());
             found.templates += 1;
             found.pages += record.info.stored_pages;
             found.faults.extend(checked.err());

@@ -97,7 +97,7 @@ impl TemplateReader {
 
     /// Says that pages `first..first + pages` are not needed in the page cache any more.
     pub fn forget_cached(&self, first: u64, pages: u64) {
-        for (extent, _) in self.stored_extents() {
+        for extent in self.stored_extents() {
             let start = extent.first_page.max(first);
             let end = (extent.first_page + extent.pages).min(first.saturating_add(pages));
             if let (Source::Data { offset }, true) = (extent.source, start < end) {
@@ -111,7 +111,7 @@ impl TemplateReader {
     /// Checks the checksum of every page.
     pub fn verify(&self) -> Result<(), PoolError> {
         let mut buffer = vec![0; BATCH as usize * PAGE_SIZE];
-        for (extent, _) in self.stored_extents() {
+        for extent in self.stored_extents() {
             let end = extent.first_page + extent.pages;
             let mut first = extent.first_page;
             while first < end {
@@ -188,15 +188,9 @@ impl TemplateReader {
         Ok(())
     }
 
-    /// Extents with data, and the number of stored pages before each.
-    fn stored_extents(&self) -> impl Iterator<Item = (&Extent, u64)> {
-        let mut before = 0;
-        self.record.extents.iter().filter_map(move |extent| {
-            matches!(extent.source, Source::Data { .. }).then(|| {
-                before += extent.pages;
-                (extent, before - extent.pages)
-            })
-        })
+    fn stored_extents(&self) -> impl Iterator<Item = &Extent> {
+        let stored = |extent: &&Extent| matches!(extent.source, Source::Data { .. });
+        self.record.extents.iter().filter(stored)
     }
 
     fn sums(&self) -> Result<&[PageSum], PoolError> {

@@ -177,11 +177,8 @@ pub fn removed(ids: &[TemplateId], json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub fn checked(info: &TemplateInfo, checked: Result<(), &PoolError>) {
-    let verdict = match checked {
-        Ok(()) => "ok".to_owned(),
-        Err(e) => e.to_string(),
-    };
+pub fn checked(info: &TemplateInfo, fault: Option<&PoolError>) {
+    let verdict = fault.map_or_else(|| "ok".to_owned(), ToString::to_string);
     println!(
         "{:.12}  generation {:<6}{:>10}  {verdict}",
         info.id.to_string(),

@@ -1,0 +1,3 @@
+module trenv.dev/functions/go-server
+
+go 1.19
