@@ -1,2 +1,20 @@
 //! The position-independent code that a restored process runs before it becomes itself.
+//!
+//! A process cannot rebuild its own address space from code that lies in it. So one small region,
+//! placed in a hole of every layout of the tree, holds this code, its programs, its stacks and the
+//! signal frames of all threads. `snapshot::plan` writes that region; the code in it knows no policy:
+//!
+//! * [`interpreter`] runs a program, a list of system calls with a few verbs of control (fork a
+//!   child, make a thread, wait, report, return through a signal frame);
+//! * [`agent`] is the loop of a zygote: take a request with descriptors, enter the sandbox's
+//!   namespaces, clone the tree's root there;
+//! * [`wire`] is the layout that both sides agree on.
+//!
+//! The crate is built twice: as this library for the types and the lints, and by the build script
+//! of `trenv-snapshot` as the free-standing image that is put into the region.
 #![no_std]
+
+pub mod agent;
+pub mod interpreter;
+pub mod sys;
+pub mod wire;

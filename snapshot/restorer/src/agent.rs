@@ -1,0 +1,326 @@
+//! The loop of a zygote and of its agents.
+//!
+//! All agents share the zygote's address space. A start goes: agent (waits in the tenancy's cgroup)
+//! -> setns into the sandbox -> helper, born inside its pid namespace, sharing the address space ->
+//! root of the tree, which copies the address space; the helper exits, so that the root's parent is
+//! the sandbox's pid 1.
+
+use crate::interpreter::{fail, leave, run, send};
+use crate::sys::{self, CloneArgs, nr, syscall};
+use crate::wire::{Header, MAX_AGENTS, Op, Range, Report, Request, STACK, fd, report, request};
+
+const CLONE_VM: u64 = 0x100;
+const CLONE_VFORK: u64 = 0x4000;
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+const NAMESPACES: u64 = 0x2_0000 | 0x0400_0000 | 0x0800_0000 | 0x2000_0000 | 0x4000_0000;
+const SIGCHLD: u64 = 17;
+const WALL: u64 = 0x4000_0000;
+const MSG_CMSG_CLOEXEC: u64 = 0x4000_0000;
+const SOL_SOCKET: i32 = 1;
+const SCM_RIGHTS: i32 = 1;
+/// End of the user's half of the address space.
+const TASK_END: u64 = 0x7fff_ffff_f000;
+
+/// Descriptors that one request may carry.
+const MOST_DESCRIPTORS: usize = 8;
+
+#[repr(C)]
+struct ControlMessage {
+    length: usize,
+    level: i32,
+    kind: i32,
+    descriptors: [i32; MOST_DESCRIPTORS],
+}
+
+#[repr(C)]
+struct MessageHeader {
+    name: u64,
+    name_length: u64,
+    parts: u64,
+    part_count: u64,
+    control: u64,
+    control_length: u64,
+    flags: u64,
+}
+
+/// Where a fresh zygote comes in: on its own stack in the region, with nothing else needed.
+///
+/// # Safety
+/// `header` must be the region's header; the caller's program is unmapped.
+pub unsafe extern "C" fn zygote(header: *mut Header) -> ! {
+    // SAFETY: the header is the planner's; the ranges to keep are the region and the vdso.
+    unsafe {
+        let region = Range {
+            start: (*header).base,
+            end: (*header).base + (*header).length,
+        };
+        let mut keep = [region, (*header).keep[0], (*header).keep[1]];
+        keep.sort_unstable_by_key(|range| range.start);
+        let mut from = 0;
+        for range in keep {
+            unmap(header, from, range.start);
+            if range.end > from {
+                from = range.end;
+            }
+        }
+        unmap(header, from, TASK_END);
+        run(header, (*header).build as *const Op);
+        serve(header, 0)
+    }
+}
+
+/// # Safety
+/// Nothing in the range may be needed any more.
+unsafe fn unmap(header: *mut Header, start: u64, end: u64) {
+    if end > start {
+        // SAFETY: by this function's contract.
+        let result = unsafe { syscall(nr::MUNMAP, &[start, end - start, 0, 0, 0, 0]) };
+        if result < 0 {
+            // SAFETY: the header lies in the region, which is never unmapped.
+            unsafe { fail(header, 6, result) };
+        }
+    }
+}
+
+unsafe extern "C" fn agent(header: u64, index: u64) -> ! {
+    // SAFETY: the zygote gives its header and a fresh index.
+    unsafe { serve(header as *mut Header, index) }
+}
+
+/// Serves requests until the socket closes.
+///
+/// # Safety
+/// As [`zygote`]; `index` names the stacks of this agent alone.
+unsafe fn serve(header: *mut Header, index: u64) -> ! {
+    // SAFETY: the header is the planner's.
+    let control = unsafe { (*header).control };
+    loop {
+        let idle = Report {
+            kind: report::IDLE,
+            ..Report::default()
+        };
+        // SAFETY: the header is the planner's.
+        unsafe { send(header, &idle) };
+        let mut wanted = Request {
+            kind: 0,
+            descriptors: 0,
+        };
+        // SAFETY: the header is the planner's; `wanted` outlives the call.
+        let received = unsafe { receive(control, &mut wanted) };
+        if received <= 0 {
+            leave(0);
+        }
+        match wanted.kind {
+            // SAFETY: the descriptors of a start lie where `receive` put them.
+            request::START => unsafe { start(header, index) },
+            // SAFETY: the new agent's socket lies where `receive` put it.
+            request::AGENT => unsafe { another(header) },
+            _ => {}
+        }
+        // SAFETY: closes what came with the request; the agent keeps its socket and its home.
+        unsafe {
+            syscall(
+                nr::CLOSE_RANGE,
+                &[control + fd::STDIO, u64::from(u32::MAX), 0, 0, 0, 0],
+            );
+        }
+    }
+}
+
+/// Takes one request; its descriptors land at `control + fd::STDIO` and above, in order.
+///
+/// # Safety
+/// Descriptors from there on must be free.
+unsafe fn receive(control: u64, wanted: &mut Request) -> i64 {
+    let mut ancillary = ControlMessage {
+        length: 0,
+        level: 0,
+        kind: 0,
+        descriptors: [-1; MOST_DESCRIPTORS],
+    };
+    let part = [
+        core::ptr::from_mut(wanted) as u64,
+        size_of::<Request>() as u64,
+    ];
+    let mut message = MessageHeader {
+        name: 0,
+        name_length: 0,
+        parts: (&raw const part) as u64,
+        part_count: 1,
+        control: (&raw mut ancillary) as u64,
+        control_length: size_of::<ControlMessage>() as u64,
+        flags: 0,
+    };
+    // SAFETY: every pointer in the message lives on this stack until the call returns.
+    let got = unsafe {
+        syscall(
+            nr::RECVMSG,
+            &[
+                control + fd::CONTROL,
+                (&raw mut message) as u64,
+                MSG_CMSG_CLOEXEC,
+                0,
+                0,
+                0,
+            ],
+        )
+    };
+    if got <= 0 {
+        return got;
+    }
+    if ancillary.level == SOL_SOCKET && ancillary.kind == SCM_RIGHTS && ancillary.length > 16 {
+        let count = (ancillary.length - 16) / 4;
+        for (place, descriptor) in ancillary.descriptors.iter().take(count).enumerate() {
+            // SAFETY: moves a descriptor that was just received to its fixed place.
+            unsafe {
+                syscall(
+                    nr::DUP3,
+                    &[
+                        *descriptor as u64,
+                        control + fd::STDIO + place as u64,
+                        0,
+                        0,
+                        0,
+                        0,
+                    ],
+                );
+            }
+        }
+        // SAFETY: the received numbers lie below the control socket, where an agent has none.
+        unsafe { syscall(nr::CLOSE_RANGE, &[0, control - 1, 0, 0, 0, 0]) };
+    }
+    got
+}
+
+/// Clones the tree's root into the sandbox whose pid 1 came with the request.
+///
+/// # Safety
+/// As [`serve`].
+unsafe fn start(header: *mut Header, index: u64) {
+    // SAFETY: the header is the planner's, the descriptors were put in place by `receive`; the
+    // helper runs on a stack of its own while this task sleeps in vfork.
+    unsafe {
+        let control = (*header).control;
+        (*header).marks[0] = sys::now();
+        let entered = syscall(nr::SETNS, &[control + fd::INIT, NAMESPACES, 0, 0, 0, 0]);
+        if entered < 0 {
+            report_failure(header, 1, entered);
+            return;
+        }
+        (*header).marks[1] = sys::now();
+        let pid = (*header).helper_pid as i32;
+        let args = CloneArgs {
+            flags: CLONE_VM | CLONE_VFORK,
+            exit_signal: SIGCHLD,
+            stack: (*header).stacks + (2 * index + 1) * STACK,
+            stack_size: STACK,
+            set_tid: (&raw const pid) as u64,
+            set_tid_size: 1,
+            ..CloneArgs::default()
+        };
+        let made = sys::clone_onto(&args, helper, header as u64, 0);
+        if made < 0 {
+            report_failure(header, 2, made);
+        } else {
+            syscall(nr::WAIT4, &[made as u64, 0, WALL, 0, 0, 0]);
+        }
+        // Back home, so that the sandbox's mounts and network are not held by this agent.
+        syscall(nr::SETNS, &[control + fd::HOME, NAMESPACES, 0, 0, 0, 0]);
+    }
+}
+
+unsafe extern "C" fn helper(header: u64, _: u64) -> ! {
+    let header = header as *mut Header;
+    // SAFETY: the header is the planner's; the root gets a copy of everything, this stack included.
+    unsafe {
+        let pid = (*header).root_pid as i32;
+        let mut args = CloneArgs {
+            exit_signal: SIGCHLD,
+            set_tid: (&raw const pid) as u64,
+            set_tid_size: 1,
+            ..CloneArgs::default()
+        };
+        let cgroup = (*header).control + fd::CGROUP;
+        // F_GETFD tells whether a cgroup came with the request.
+        if syscall(72, &[cgroup, 1, 0, 0, 0, 0]) >= 0 {
+            args.flags = CLONE_INTO_CGROUP;
+            args.cgroup = cgroup;
+        }
+        let root = syscall(
+            nr::CLONE3,
+            &[
+                (&raw const args) as u64,
+                size_of::<CloneArgs>() as u64,
+                0,
+                0,
+                0,
+                0,
+            ],
+        );
+        if root == 0 {
+            run(header, (*header).root as *const Op);
+            leave(0);
+        }
+        if root < 0 {
+            report_failure(header, 3, root);
+        }
+    }
+    leave(0)
+}
+
+/// Makes another agent, which takes the socket that came with the request.
+///
+/// # Safety
+/// As [`serve`]; only the zygote itself makes agents.
+unsafe fn another(header: *mut Header) {
+    // SAFETY: each agent gets stacks of its own by its index.
+    unsafe {
+        let index = (*header).agents;
+        if index >= MAX_AGENTS {
+            report_failure(header, 4, -11);
+            return;
+        }
+        (*header).agents = index + 1;
+        let args = CloneArgs {
+            flags: CLONE_VM,
+            exit_signal: SIGCHLD,
+            stack: (*header).stacks + 2 * index * STACK,
+            stack_size: STACK,
+            ..CloneArgs::default()
+        };
+        let made = sys::clone_onto(&args, fresh_agent, header as u64, index);
+        if made < 0 {
+            report_failure(header, 4, made);
+        }
+    }
+}
+
+unsafe extern "C" fn fresh_agent(header: u64, index: u64) -> ! {
+    let region = header as *mut Header;
+    // SAFETY: this task has its own descriptor table; its socket came with the request.
+    unsafe {
+        let control = (*region).control;
+        syscall(
+            nr::DUP3,
+            &[control + fd::STDIO, control + fd::CONTROL, 0, 0, 0, 0],
+        );
+        syscall(
+            nr::CLOSE_RANGE,
+            &[control + fd::STDIO, u64::from(u32::MAX), 0, 0, 0, 0],
+        );
+        agent(header, index)
+    }
+}
+
+/// # Safety
+/// `header` must be the region's header.
+unsafe fn report_failure(header: *mut Header, what: u32, result: i64) {
+    let message = Report {
+        kind: report::FAILED,
+        what,
+        errno: -result as i32,
+        ..Report::default()
+    };
+    // SAFETY: by this function's contract.
+    unsafe { send(header, &message) };
+}

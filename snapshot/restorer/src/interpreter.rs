@@ -1,0 +1,230 @@
+//! Runs a program: a list of system calls with a few verbs of control.
+
+use core::arch::asm;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use crate::sys::{self, CloneArgs, nr, syscall};
+use crate::wire::{Header, IMMEDIATE, Op, Report, SLOTS, check, fd, report, verb};
+
+const CLONE_VM: u64 = 0x100;
+const CLONE_FS: u64 = 0x200;
+const CLONE_FILES: u64 = 0x400;
+const CLONE_SIGHAND: u64 = 0x800;
+const CLONE_THREAD: u64 = 0x1_0000;
+const CLONE_SYSVSEM: u64 = 0x4_0000;
+const CLONE_SETTLS: u64 = 0x8_0000;
+const FUTEX_WAIT: u64 = 0;
+const FUTEX_WAKE: u64 = 1;
+const MSG_NOSIGNAL: u64 = 0x4000;
+const SIGCHLD: u64 = 17;
+
+/// Runs the program at `ops` to its end.
+///
+/// # Safety
+/// `header` and `ops` must lie in the region that the planner wrote, and the program must be one
+/// that the planner wrote for this process: its system calls are made as they stand.
+pub unsafe fn run(header: *mut Header, ops: *const Op) {
+    let mut slots = [0u64; SLOTS];
+    let mut next = ops;
+    loop {
+        // SAFETY: `next` walks an array of operations that ends with END.
+        let op = unsafe { &*next };
+        // SAFETY: as above; END stops the walk before the array's end is passed.
+        next = unsafe { next.add(1) };
+        match op.verb {
+            verb::END => return,
+            verb::SYSCALL => {
+                let mut args = op.args;
+                for (arg, from) in args.iter_mut().zip(op.from) {
+                    if from != IMMEDIATE
+                        && let Some(value) = slots.get(usize::from(from))
+                    {
+                        *arg = *value;
+                    }
+                }
+                // SAFETY: the caller vouches for the program.
+                let result = unsafe { syscall(op.nr, &args) };
+                let wrong = match op.check {
+                    check::OK => (-4095..0).contains(&result),
+                    check::EXACT => result as u64 != op.expect,
+                    _ => false,
+                };
+                if wrong {
+                    // SAFETY: the header is valid by this function's contract.
+                    unsafe { fail(header, op.what, result) };
+                }
+                if let Some(slot) = slots.get_mut(usize::from(op.dst)) {
+                    *slot = result as u64;
+                }
+            }
+            verb::FORK => {
+                let pid = op.args[0] as i32;
+                let args = CloneArgs {
+                    exit_signal: SIGCHLD,
+                    set_tid: (&raw const pid) as u64,
+                    set_tid_size: 1,
+                    ..CloneArgs::default()
+                };
+                // SAFETY: a plain fork: the child goes on here with a copy of everything.
+                let child = unsafe {
+                    syscall(
+                        nr::CLONE3,
+                        &[
+                            (&raw const args) as u64,
+                            size_of::<CloneArgs>() as u64,
+                            0,
+                            0,
+                            0,
+                            0,
+                        ],
+                    )
+                };
+                if child == 0 {
+                    next = op.args[1] as *const Op;
+                } else if child < 0 {
+                    // SAFETY: the header is valid by this function's contract.
+                    unsafe { fail(header, op.what, child) };
+                }
+            }
+            verb::THREAD => {
+                let tid = op.args[0] as i32;
+                let args = CloneArgs {
+                    flags: CLONE_VM
+                        | CLONE_FS
+                        | CLONE_FILES
+                        | CLONE_SIGHAND
+                        | CLONE_THREAD
+                        | CLONE_SYSVSEM
+                        | CLONE_SETTLS,
+                    stack: op.args[2] - crate::wire::THREAD_STACK,
+                    stack_size: crate::wire::THREAD_STACK,
+                    tls: op.args[3],
+                    set_tid: (&raw const tid) as u64,
+                    set_tid_size: 1,
+                    ..CloneArgs::default()
+                };
+                // SAFETY: the planner gives every thread a stack of its own; `thread` never returns.
+                let made = unsafe { sys::clone_onto(&args, thread, header as u64, op.args[1]) };
+                if made < 0 {
+                    // SAFETY: the header is valid by this function's contract.
+                    unsafe { fail(header, op.what, made) };
+                }
+            }
+            verb::WAIT => {
+                // SAFETY: the planner gives the address of an aligned word in the region.
+                let word = unsafe { AtomicU32::from_ptr(op.args[0] as *mut u32) };
+                while word.load(Ordering::Acquire) == 0 {
+                    // SAFETY: waits while the word is zero; any early return is caught by the loop.
+                    unsafe { syscall(nr::FUTEX, &[op.args[0], FUTEX_WAIT, 0, 0, 0, 0]) };
+                }
+            }
+            verb::RELEASE => {
+                // SAFETY: the planner gives the address of an aligned word in the region.
+                let word = unsafe { AtomicU32::from_ptr(op.args[0] as *mut u32) };
+                word.store(1, Ordering::Release);
+                // SAFETY: wakes threads of this process only.
+                unsafe {
+                    syscall(
+                        nr::FUTEX,
+                        &[op.args[0], FUTEX_WAKE, i32::MAX as u64, 0, 0, 0],
+                    )
+                };
+            }
+            verb::REPORT => {
+                // SAFETY: the header is valid by this function's contract.
+                let marks = unsafe { (*header).marks };
+                let message = Report {
+                    kind: report::RESTORED,
+                    process: op.args[0] as u32,
+                    marks,
+                    ..Report::default()
+                };
+                // SAFETY: as above.
+                unsafe { send(header, &message) };
+            }
+            verb::MARK => {
+                // SAFETY: as above; the index is checked.
+                if let Some(mark) = unsafe { (*header).marks.get_mut(op.args[0] as usize) } {
+                    *mark = sys::now();
+                }
+            }
+            verb::LOAD => {
+                // SAFETY: the planner gives the address of an aligned word in the region.
+                let value = unsafe { *(op.args[0] as *const u32) };
+                if let Some(slot) = slots.get_mut(usize::from(op.dst)) {
+                    *slot = u64::from(value);
+                }
+            }
+            verb::SIGRETURN => {
+                // SAFETY: the planner wrote a frame that the kernel checks itself; nothing of this
+                // stack is needed any more.
+                unsafe {
+                    asm!(
+                        "mov rsp, {frame}",
+                        "syscall",
+                        "ud2",
+                        frame = in(reg) op.args[0],
+                        in("rax") nr::RT_SIGRETURN,
+                        options(noreturn),
+                    )
+                }
+            }
+            _ => return,
+        }
+    }
+}
+
+unsafe extern "C" fn thread(header: u64, ops: u64) -> ! {
+    // SAFETY: both were taken from the program of this process.
+    unsafe { run(header as *mut Header, ops as *const Op) };
+    leave(0)
+}
+
+/// Tells the owner of the control socket why a step failed, and ends the process.
+///
+/// # Safety
+/// `header` must lie in a region that the planner wrote.
+pub unsafe fn fail(header: *mut Header, what: u32, result: i64) -> ! {
+    let message = Report {
+        kind: report::FAILED,
+        what,
+        errno: if (-4095..0).contains(&result) {
+            -result as i32
+        } else {
+            0
+        },
+        ..Report::default()
+    };
+    // SAFETY: by this function's contract.
+    unsafe { send(header, &message) };
+    leave(127)
+}
+
+/// Sends a report over the control socket.
+///
+/// # Safety
+/// `header` must lie in a region that the planner wrote.
+pub unsafe fn send(header: *mut Header, message: &Report) {
+    // SAFETY: by this function's contract; the message outlives the call.
+    unsafe {
+        syscall(
+            nr::SENDTO,
+            &[
+                (*header).control + fd::CONTROL,
+                core::ptr::from_ref(message) as u64,
+                size_of::<Report>() as u64,
+                MSG_NOSIGNAL,
+                0,
+                0,
+            ],
+        )
+    };
+}
+
+/// Ends the process.
+pub fn leave(status: u64) -> ! {
+    loop {
+        // SAFETY: ends this process; touches no memory.
+        unsafe { syscall(nr::EXIT_GROUP, &[status, 0, 0, 0, 0, 0]) };
+    }
+}

@@ -1,0 +1,180 @@
+//! The region's layout, written by the planner and read by the restorer. All addresses are absolute.
+
+/// First word of a region.
+pub const MAGIC: u64 = 0x7473_6572_766e_6572;
+
+/// Zygote agents at most, the zygote's own thread included.
+pub const MAX_AGENTS: u64 = 64;
+
+/// Bytes of one stack; an agent has two, its own and that of the process it clones in between.
+pub const STACK: u64 = 16 << 10;
+
+/// Bytes of the stack of a thread that is being restored.
+pub const THREAD_STACK: u64 = 8 << 10;
+
+/// Values that one program may keep.
+pub const SLOTS: usize = 16;
+
+/// Timestamps in a [`Report`].
+pub const MARKS: usize = 6;
+
+/// Descriptors at and above the control descriptor, which lies above all that the tree uses.
+pub mod fd {
+    /// The agent's socket.
+    pub const CONTROL: u64 = 0;
+    /// pidfd of the zygote, whose namespaces an agent goes back to.
+    pub const HOME: u64 = 1;
+    /// Standard input, output and error of the tenancy.
+    pub const STDIO: u64 = 2;
+    /// pidfd of the sandbox's pid 1.
+    pub const INIT: u64 = 5;
+    /// Directory of the tenancy's cgroup (cgroup v2 only).
+    pub const CGROUP: u64 = 6;
+    /// First of the open files that the tree's root makes for everyone.
+    pub const OBJECTS: u64 = 8;
+}
+
+/// What the region begins with.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Header {
+    pub magic: u64,
+    /// Start and length of the whole region.
+    pub base: u64,
+    pub length: u64,
+    /// Program that fills the address space when a zygote is built.
+    pub build: u64,
+    /// Program of the tree's root, and its pid in the sandbox.
+    pub root: u64,
+    pub root_pid: u64,
+    /// Area of the agents' stacks, and how many agents it was made for.
+    pub stacks: u64,
+    /// Descriptor of the control socket.
+    pub control: u64,
+    /// Agents made so far.
+    pub agents: u64,
+    /// Ranges to keep when the zygote's own program is unmapped: the vdso and its data pages.
+    pub keep: [Range; 2],
+    /// Pid, in the sandbox, of the process between agent and root.
+    pub helper_pid: u64,
+    pub marks: [u64; MARKS],
+}
+
+/// An address range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Range {
+    pub start: u64,
+    pub end: u64,
+}
+
+/// Verbs of a program.
+pub mod verb {
+    /// End of the program.
+    pub const END: u16 = 0;
+    /// System call `nr` with `args`.
+    pub const SYSCALL: u16 = 1;
+    /// Fork a child with pid `args[0]` that runs the program at `args[1]`.
+    pub const FORK: u16 = 2;
+    /// Make a thread with tid `args[0]`, program `args[1]`, stack top `args[2]`, TLS base `args[3]`.
+    pub const THREAD: u16 = 3;
+    /// Wait until the word at `args[0]` is not zero.
+    pub const WAIT: u16 = 4;
+    /// Set the word at `args[0]` and wake all that wait for it.
+    pub const RELEASE: u16 = 5;
+    /// Tell the owner of the control socket that process `args[0]` is restored.
+    pub const REPORT: u16 = 6;
+    /// Continue at the ucontext at `args[0]`.
+    pub const SIGRETURN: u16 = 7;
+    /// Note the time as mark `args[0]`.
+    pub const MARK: u16 = 8;
+    /// Load the 32-bit word at `args[0]` into slot `dst`.
+    pub const LOAD: u16 = 9;
+}
+
+/// How a system call's result is judged.
+pub mod check {
+    /// Any result will do.
+    pub const ANY: u8 = 0;
+    /// Anything but an error.
+    pub const OK: u8 = 1;
+    /// Exactly `expect`.
+    pub const EXACT: u8 = 2;
+}
+
+/// In [`Op::from`]: the argument is taken as it stands.
+pub const IMMEDIATE: u8 = 0xff;
+
+/// One step of a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Op {
+    pub verb: u16,
+    pub check: u8,
+    /// Slot that takes the result, or [`IMMEDIATE`] for none.
+    pub dst: u8,
+    /// Number of the planner's sentence about this step.
+    pub what: u32,
+    pub nr: u64,
+    pub args: [u64; 6],
+    /// Per argument: the slot to take it from, or [`IMMEDIATE`].
+    pub from: [u8; 8],
+    pub expect: u64,
+}
+
+/// What an agent is asked for; descriptors travel beside it.
+pub mod request {
+    /// Clone the tree into a sandbox. Descriptors: stdin, stdout, stderr, pidfd of pid 1, and
+    /// the cgroup's directory on cgroup v2.
+    pub const START: u32 = 1;
+    /// Make another agent. Descriptor: its socket.
+    pub const AGENT: u32 = 2;
+}
+
+/// A message to an agent.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Request {
+    pub kind: u32,
+    /// Descriptors that travel beside it.
+    pub descriptors: u32,
+}
+
+/// Kinds of [`Report`].
+pub mod report {
+    /// The zygote stands, or an agent waits for requests (again).
+    pub const IDLE: u32 = 1;
+    /// A process is restored; `process` says which.
+    pub const RESTORED: u32 = 2;
+    /// A step failed; `what` and `errno` say which and why.
+    pub const FAILED: u32 = 3;
+}
+
+/// A message from an agent or a process under restore; credentials travel beside it.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Report {
+    pub kind: u32,
+    pub process: u32,
+    pub what: u32,
+    pub errno: i32,
+    /// CLOCK_MONOTONIC, nanoseconds.
+    pub marks: [u64; MARKS],
+}
+
+/// Sentence numbers below this one belong to the restorer itself.
+pub const OWN_SENTENCES: u32 = 16;
+
+/// The restorer's own sentences, for a `what` below [`OWN_SENTENCES`].
+#[must_use]
+pub fn own_sentence(what: u32) -> &'static str {
+    match what {
+        1 => "entering the sandbox's namespaces",
+        2 => "cloning a process into the sandbox's pid namespace",
+        3 => "cloning the tree's root process (its pid may be taken, or the process limit reached)",
+        4 => "making another agent",
+        5 => "receiving a request",
+        6 => "unmapping the zygote's own program",
+        _ => "a step without a name",
+    }
+}

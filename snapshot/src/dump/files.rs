@@ -1,0 +1,383 @@
+//! Descriptors: which processes share which open files, and what each open file is.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use super::process::sandbox_path;
+use super::{DumpError, DumpRequest, descriptor_of, proc_link, proc_text, same_file, sockets};
+use crate::manifest::{Descriptor, EpollTarget, Object, ObjectKind, Process};
+
+const O_CLOEXEC: u32 = nix::libc::O_CLOEXEC as u32;
+
+/// The tree's open files, found process by process.
+pub struct Files<'a> {
+    request: &'a DumpRequest<'a>,
+    pidfds: &'a BTreeMap<i32, OwnedFd>,
+    /// Pid inside the sandbox by host pid.
+    ids: &'a BTreeMap<i32, i32>,
+    objects: Vec<Object>,
+    /// First place of each object: host pid and descriptor.
+    places: Vec<(i32, i32)>,
+    /// Objects by their link in /proc, which equal open files share.
+    by_link: BTreeMap<String, Vec<usize>>,
+    sockets: sockets::Peers,
+}
+
+impl<'a> Files<'a> {
+    pub fn new(
+        request: &'a DumpRequest<'a>,
+        pidfds: &'a BTreeMap<i32, OwnedFd>,
+        ids: &'a BTreeMap<i32, i32>,
+    ) -> Self {
+        Self {
+            request,
+            pidfds,
+            ids,
+            objects: Vec::new(),
+            places: Vec::new(),
+            by_link: BTreeMap::new(),
+            sockets: sockets::Peers::default(),
+        }
+    }
+
+    /// Descriptors of one process; new open files are added.
+    pub fn of_process(&mut self, host: i32) -> Result<Vec<Descriptor>, DumpError> {
+        let path = format!("/proc/{host}/fd");
+        let mut numbers = Vec::new();
+        for entry in std::fs::read_dir(&path).map_err(DumpError::io(format!("reading {path}")))? {
+            let entry = entry.map_err(DumpError::io(format!("reading {path}")))?;
+            if let Some(number) = entry
+                .file_name()
+                .to_str()
+                .and_then(|n| n.parse::<i32>().ok())
+            {
+                numbers.push(number);
+            }
+        }
+        numbers.sort_unstable();
+        let mut descriptors = Vec::new();
+        for number in numbers {
+            let info = Info::read(host, number)?;
+            let link = proc_link(&format!("/proc/{host}/fd/{number}"))?;
+            let object = match self.known(&link, host, number)? {
+                Some(object) => object,
+                None => self.add(link, host, number, &info)?,
+            };
+            descriptors.push(Descriptor {
+                number,
+                object,
+                close_on_exec: info.flags & O_CLOEXEC != 0,
+            });
+        }
+        Ok(descriptors)
+    }
+
+    /// All open files, after every process was looked at.
+    pub fn finish(mut self, processes: &[Process]) -> Result<Vec<Object>, DumpError> {
+        self.sockets.pair(&mut self.objects)?;
+        for (index, object) in self.objects.iter().enumerate() {
+            let ObjectKind::Epoll { targets } = &object.kind else {
+                continue;
+            };
+            let owners: Vec<_> = processes
+                .iter()
+                .filter(|process| process.descriptors.iter().any(|d| d.object == index))
+                .collect();
+            for target in targets {
+                let open = owners
+                    .first()
+                    .is_some_and(|p| p.descriptors.iter().any(|d| d.number == target.number));
+                if !open {
+                    return Err(DumpError::Refused(format!(
+                        "an epoll watches descriptor {}, which is closed there but open elsewhere",
+                        target.number
+                    )));
+                }
+            }
+        }
+        Ok(self.objects)
+    }
+
+    fn known(&self, link: &str, host: i32, number: i32) -> Result<Option<usize>, DumpError> {
+        for object in self.by_link.get(link).into_iter().flatten() {
+            let (other, at) = self.places[*object];
+            if same_file((host, other), (number, at))? {
+                return Ok(Some(*object));
+            }
+        }
+        Ok(None)
+    }
+
+    fn add(
+        &mut self,
+        link: String,
+        host: i32,
+        number: i32,
+        info: &Info,
+    ) -> Result<usize, DumpError> {
+        let pidfd = self
+            .pidfds
+            .get(&host)
+            .ok_or_else(|| DumpError::Refused(format!("process {host} came late")))?;
+        let copy = descriptor_of(pidfd, number, host)?;
+        let pid = self.ids.get(&host).copied().unwrap_or(host);
+        let kind = self.kind(&link, &copy, number, pid, info)?;
+        let index = self.objects.len();
+        self.objects.push(Object {
+            flags: info.flags & !O_CLOEXEC,
+            kind,
+        });
+        self.places.push((host, number));
+        self.by_link.entry(link).or_default().push(index);
+        Ok(index)
+    }
+
+    fn kind(
+        &mut self,
+        link: &str,
+        copy: &OwnedFd,
+        number: i32,
+        pid: i32,
+        info: &Info,
+    ) -> Result<ObjectKind, DumpError> {
+        let refuse = |why: &str| {
+            Err(DumpError::Refused(format!(
+                "descriptor {number} of process {pid} is {why} ({link})"
+            )))
+        };
+        let meta = std::fs::File::from(
+            copy.try_clone()
+                .map_err(DumpError::io("duplicating a descriptor"))?,
+        )
+        .metadata()
+        .map_err(DumpError::io(format!(
+            "reading descriptor {number} of process {pid}"
+        )))?;
+        let identity = (meta.dev(), meta.ino());
+        if let Some(stream) = self.request.stdio.iter().position(|s| *s == Some(identity)) {
+            // A pipe that serves as 1 and 2 both is told apart by what it was opened as.
+            let stream = if number <= 2 && self.request.stdio[number as usize] == Some(identity) {
+                number as u32
+            } else {
+                stream as u32
+            };
+            return Ok(ObjectKind::Stdio(stream));
+        }
+        if link.starts_with("pipe:[") {
+            return pipe(copy, meta.ino(), info, pid);
+        }
+        if link.starts_with("socket:[") {
+            let what = format!("descriptor {number} of process {pid}");
+            let index = self.objects.len();
+            return Ok(ObjectKind::Socket(self.sockets.read(
+                copy,
+                meta.ino(),
+                index,
+                &what,
+            )?));
+        }
+        match link {
+            "anon_inode:[eventfd]" => {
+                return Ok(ObjectKind::EventFd {
+                    count: info.hex("eventfd-count")?,
+                    semaphore: info
+                        .field("eventfd-semaphore")
+                        .is_some_and(|value| value == "1"),
+                });
+            }
+            "anon_inode:[eventpoll]" => {
+                return Ok(ObjectKind::Epoll {
+                    targets: info.epoll_targets()?,
+                });
+            }
+            "anon_inode:[timerfd]" => return info.timer(),
+            "anon_inode:[signalfd]" => {
+                return Ok(ObjectKind::SignalFd {
+                    mask: info.hex("sigmask")?,
+                });
+            }
+            "anon_inode:[pidfd]" | "pidfd:[" => return self.pid_of(info, number, pid),
+            "anon_inode:inotify" if info.text.contains("inotify wd:") => {
+                return refuse("an inotify that watches something");
+            }
+            "anon_inode:inotify" => return Ok(ObjectKind::Inotify),
+            _ if link.starts_with("anon_inode:[pidfd") || link.starts_with("pidfd:") => {
+                return self.pid_of(info, number, pid);
+            }
+            _ if link.starts_with("anon_inode:") => {
+                return refuse("of a kind that cannot be captured");
+            }
+            _ if link.starts_with("/memfd:") => return refuse("a memfd"),
+            _ => {}
+        }
+        if meta.file_type().is_char_device() && link.starts_with("/dev/pts/")
+            || link.starts_with("/dev/tty")
+        {
+            return refuse("a terminal");
+        }
+        if meta.file_type().is_fifo() {
+            return refuse("a named pipe");
+        }
+        if meta.file_type().is_block_device() {
+            return refuse("a block device");
+        }
+        if info.text.contains("\nlock:") {
+            return refuse("a file with a lock");
+        }
+        let path = sandbox_path(link, &format!("file of descriptor {number}"), pid)?;
+        Ok(ObjectKind::Path {
+            path,
+            position: info.decimal("pos")?,
+        })
+    }
+
+    fn pid_of(&self, info: &Info, number: i32, pid: i32) -> Result<ObjectKind, DumpError> {
+        // Pid: in our own pid namespace's terms.
+        let host = info
+            .field("Pid")
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(-1);
+        match self.ids.get(&host) {
+            Some(target) => Ok(ObjectKind::PidFd { pid: *target }),
+            None => Err(DumpError::Refused(format!(
+                "descriptor {number} of process {pid} is a pidfd of a process outside of the tree"
+            ))),
+        }
+    }
+}
+
+fn pipe(copy: &OwnedFd, inode: u64, info: &Info, pid: i32) -> Result<ObjectKind, DumpError> {
+    let writer = info.flags & 3 == 1;
+    let doing = || format!("reading a pipe of process {pid}");
+    let size = nix::fcntl::fcntl(copy.as_fd(), nix::fcntl::FcntlArg::F_GETPIPE_SZ)
+        .map_err(DumpError::errno(doing()))? as u64;
+    let mut data = Vec::new();
+    if !writer {
+        let mut queued: i32 = 0;
+        // SAFETY: FIONREAD writes one int.
+        let result =
+            unsafe { nix::libc::ioctl(copy.as_raw_fd(), nix::libc::FIONREAD, &raw mut queued) };
+        nix::errno::Errno::result(result).map_err(DumpError::errno(doing()))?;
+        if queued > 0 {
+            data = peek(copy, queued as usize, size).map_err(DumpError::errno(doing()))?;
+        }
+    }
+    Ok(ObjectKind::Pipe {
+        pipe: inode,
+        writer,
+        size,
+        data,
+    })
+}
+
+/// Copies what a pipe holds without taking it.
+fn peek(pipe: &OwnedFd, queued: usize, size: u64) -> nix::Result<Vec<u8>> {
+    let (reader, writer) = nix::unistd::pipe()?;
+    let room = i32::try_from(size).unwrap_or(i32::MAX);
+    nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(room))?;
+    let copied = rustix::pipe::tee(pipe, &writer, queued, rustix::pipe::SpliceFlags::NONBLOCK)
+        .map_err(|errno| nix::errno::Errno::from_raw(errno.raw_os_error()))?;
+    let mut data = vec![0; copied];
+    let mut at = 0;
+    while at < copied {
+        at += nix::unistd::read(&reader, &mut data[at..])?;
+    }
+    Ok(data)
+}
+
+/// /proc/PID/fdinfo/N.
+struct Info {
+    text: String,
+    path: String,
+    flags: u32,
+}
+
+impl Info {
+    fn read(host: i32, number: i32) -> Result<Self, DumpError> {
+        let path = format!("/proc/{host}/fdinfo/{number}");
+        let mut info = Self {
+            text: proc_text(&path)?,
+            path,
+            flags: 0,
+        };
+        let flags = info
+            .field("flags")
+            .and_then(|text| u32::from_str_radix(text, 8).ok());
+        info.flags = flags.ok_or_else(|| info.wrong("flags"))?;
+        Ok(info)
+    }
+
+    fn field(&self, key: &str) -> Option<&str> {
+        self.text
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
+            .map(str::trim)
+    }
+
+    fn wrong(&self, key: &str) -> DumpError {
+        DumpError::Io {
+            doing: format!("reading {key} in {}", self.path),
+            source: std::io::ErrorKind::InvalidData.into(),
+        }
+    }
+
+    fn decimal(&self, key: &str) -> Result<u64, DumpError> {
+        self.field(key)
+            .and_then(|text| text.parse().ok())
+            .ok_or_else(|| self.wrong(key))
+    }
+
+    fn hex(&self, key: &str) -> Result<u64, DumpError> {
+        self.field(key)
+            .and_then(|text| u64::from_str_radix(text, 16).ok())
+            .ok_or_else(|| self.wrong(key))
+    }
+
+    fn epoll_targets(&self) -> Result<Vec<EpollTarget>, DumpError> {
+        let mut targets = Vec::new();
+        for line in self.text.lines().filter(|line| line.starts_with("tfd:")) {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let value = |key: &str| {
+                words
+                    .iter()
+                    .position(|word| *word == key)
+                    .and_then(|at| words.get(at + 1))
+                    .copied()
+            };
+            let parsed = (|| {
+                Some(EpollTarget {
+                    number: value("tfd:")?.parse().ok()?,
+                    events: u32::from_str_radix(value("events:")?, 16).ok()?,
+                    data: u64::from_str_radix(value("data:")?, 16).ok()?,
+                })
+            })();
+            targets.push(parsed.ok_or_else(|| self.wrong("tfd"))?);
+        }
+        Ok(targets)
+    }
+
+    fn timer(&self) -> Result<ObjectKind, DumpError> {
+        let pair = |key: &str| {
+            let text = self
+                .field(key)?
+                .trim_start_matches('(')
+                .trim_end_matches(')');
+            let (seconds, nanoseconds) = text.split_once(',')?;
+            Some([
+                seconds.trim().parse().ok()?,
+                nanoseconds.trim().parse().ok()?,
+            ])
+        };
+        Ok(ObjectKind::TimerFd {
+            clock: self.decimal("clockid")? as i32,
+            flags: self
+                .field("settime flags")
+                .and_then(|text| u32::from_str_radix(text, 8).ok())
+                .ok_or_else(|| self.wrong("settime flags"))?,
+            value: pair("it_value").ok_or_else(|| self.wrong("it_value"))?,
+            interval: pair("it_interval").ok_or_else(|| self.wrong("it_interval"))?,
+            ticks: self.decimal("ticks")?,
+        })
+    }
+}

@@ -1,0 +1,354 @@
+//! Dump of a process tree into a template.
+//!
+//! The tree is stopped thread by thread (cgroup freezer first, so that no process escapes by
+//! forking), everything about it is read, its pages go to the pool, and only when the template is
+//! committed does the tree end. A dump that is refused or fails lets the tree go on unharmed.
+//!
+//! The work runs on a thread of its own: ptrace belongs to a thread, and the thread enters the
+//! sandbox's network namespace for the questions that only it can answer.
+
+mod files;
+mod mappings;
+mod memory;
+mod process;
+mod sockets;
+mod tmpfs;
+mod tracee;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use nix::sched::CloneFlags;
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use trenv_pool::{TemplateInfo, TemplateWriter};
+
+use crate::TaskGroup;
+use crate::fingerprint::{Fingerprint, FingerprintError};
+use crate::manifest::{Manifest, ManifestError, VERSION};
+use tracee::Tracee;
+
+/// How long the stop of all threads may take.
+const STOP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What to dump.
+pub struct DumpRequest<'a> {
+    /// The tenancy's cgroup: every process in it belongs to the tree.
+    pub group: &'a (dyn TaskGroup + Sync),
+    /// Host pid of the sandbox's pid 1.
+    pub init_pid: i32,
+    /// Host pid of the tree's root.
+    pub root_pid: i32,
+    /// Device and inode of the streams that the tenancy got as 0, 1 and 2.
+    pub stdio: [Option<(u64, u64)>; 3],
+}
+
+impl std::fmt::Debug for DumpRequest<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DumpRequest")
+            .field("init_pid", &self.init_pid)
+            .field("root_pid", &self.root_pid)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A finished dump.
+#[derive(Debug)]
+pub struct Dumped {
+    pub template: TemplateInfo,
+    pub processes: usize,
+    pub threads: usize,
+    /// Memory of all processes that is backed by stored or zero pages.
+    pub image_bytes: u64,
+    pub steps: Vec<(&'static str, Duration)>,
+    /// What clones of this snapshot share that they should not.
+    pub notes: Vec<String>,
+}
+
+/// Why a dump did not happen. The tree goes on in every case.
+#[derive(Debug, thiserror::Error)]
+pub enum DumpError {
+    /// The tree holds state that cannot be captured; the text names it.
+    #[error("The function cannot be snapshotted: {0}")]
+    Refused(String),
+    #[error("Failed to dump the function while {doing}")]
+    Io { doing: String, source: io::Error },
+    #[error(
+        "Failed to dump the function: {stuck} did not stop within {STOP_DEADLINE:?}; try again when it is idle"
+    )]
+    Stuck { stuck: String },
+    #[error("Failed to describe this machine for the snapshot")]
+    Fingerprint(#[from] FingerprintError),
+    #[error("Failed to write the snapshot's description")]
+    Manifest(#[from] ManifestError),
+    #[error("Failed to store the snapshot in the pool")]
+    Pool(#[from] trenv_pool::PoolError),
+}
+
+impl DumpError {
+    pub(crate) fn io(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            doing: doing.into(),
+            source,
+        }
+    }
+
+    pub(crate) fn errno(doing: impl Into<String>) -> impl FnOnce(nix::errno::Errno) -> Self {
+        move |errno| Self::Io {
+            doing: doing.into(),
+            source: errno.into(),
+        }
+    }
+}
+
+/// Dumps the tree into `writer`'s template and ends it.
+///
+/// # Errors
+/// When the tree holds state that cannot be captured, or the machine fails; the tree goes on.
+pub fn dump(request: &DumpRequest<'_>, writer: TemplateWriter) -> Result<Dumped, DumpError> {
+    std::thread::scope(|scope| {
+        let work = std::thread::Builder::new()
+            .name("dump".into())
+            .spawn_scoped(scope, || dump_here(request, writer))
+            .map_err(DumpError::io("starting the dump's thread"))?;
+        work.join()
+            .map_err(|_| DumpError::Refused("the dump itself failed; report this".into()))?
+    })
+}
+
+fn dump_here(request: &DumpRequest<'_>, mut writer: TemplateWriter) -> Result<Dumped, DumpError> {
+    let mut steps = Vec::new();
+    let mut clock = Instant::now();
+    let mut step = |name| {
+        let now = Instant::now();
+        steps.push((name, now - clock));
+        clock = now;
+    };
+    let network = std::fs::File::open(format!("/proc/{}/ns/net", request.init_pid))
+        .map_err(DumpError::io("opening the sandbox's network namespace"))?;
+    nix::sched::setns(&network, CloneFlags::CLONE_NEWNET)
+        .map_err(DumpError::errno("entering the sandbox's network namespace"))?;
+
+    let mut tree = StoppedTree::stop(request.group)?;
+    step("stop");
+    let mut manifest = capture(request, &mut tree)?;
+    step("describe");
+    let image_bytes = memory::store(&tree, &mut manifest, &mut writer)?;
+    step("store");
+    let encoded = manifest.encode()?;
+    let template = writer.commit(&encoded)?;
+    step("commit");
+    tree.end(request.group)?;
+    step("end");
+    Ok(Dumped {
+        template,
+        processes: manifest.processes.len(),
+        threads: manifest.threads(),
+        image_bytes,
+        steps,
+        notes: vec!["generators shared: clones start with equal random state".into()],
+    })
+}
+
+/// All threads of the tree, stopped. Dropping it lets them go on.
+struct StoppedTree {
+    /// Threads by host pid of their process, the leader first.
+    threads: BTreeMap<i32, Vec<Tracee>>,
+    pidfds: BTreeMap<i32, OwnedFd>,
+}
+
+impl StoppedTree {
+    fn stop(group: &dyn TaskGroup) -> Result<Self, DumpError> {
+        let started = Instant::now();
+        let mut tree = Self {
+            threads: BTreeMap::new(),
+            pidfds: BTreeMap::new(),
+        };
+        group
+            .freeze()
+            .map_err(DumpError::io("freezing the function"))?;
+        let mut seized: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
+        let result = (|| {
+            loop {
+                let mut fresh = false;
+                for pid in group
+                    .pids()
+                    .map_err(DumpError::io("listing the function's processes"))?
+                {
+                    let known = seized.entry(pid).or_default();
+                    for tid in process::threads(pid)? {
+                        if !known.contains(&tid) {
+                            tracee::seize(tid)
+                                .map_err(DumpError::io(format!("stopping thread {tid}")))?;
+                            known.push(tid);
+                            fresh = true;
+                        }
+                    }
+                }
+                if !fresh {
+                    return Ok(());
+                }
+                if started.elapsed() > STOP_DEADLINE {
+                    return Err(DumpError::Stuck {
+                        stuck: "a forking process".into(),
+                    });
+                }
+            }
+        })();
+        // A frozen task never reports its stop on cgroup v1.
+        let thawed = group.thaw().map_err(DumpError::io("thawing the function"));
+        for (pid, tids) in seized {
+            let threads = tree.threads.entry(pid).or_default();
+            for tid in tids {
+                match Tracee::stopped(tid) {
+                    Ok(tracee) => threads.push(tracee),
+                    Err(source) if result.is_ok() => {
+                        return Err(DumpError::Io {
+                            doing: format!("stopping thread {tid}"),
+                            source,
+                        });
+                    }
+                    Err(_) => {}
+                }
+            }
+        }
+        result.and(thawed)?;
+        for pid in tree.threads.keys() {
+            let pidfd = rustix::process::pidfd_open(
+                rustix::process::Pid::from_raw(*pid)
+                    .ok_or_else(|| DumpError::Refused(format!("process id {pid} is not valid")))?,
+                rustix::process::PidfdFlags::empty(),
+            )
+            .map_err(|errno| DumpError::Io {
+                doing: format!("opening process {pid}"),
+                source: errno.into(),
+            })?;
+            tree.pidfds.insert(*pid, pidfd);
+        }
+        if tree.threads.is_empty() {
+            return Err(DumpError::Refused("it has no process".into()));
+        }
+        Ok(tree)
+    }
+
+    /// Kills every process while it is stopped, and waits until the cgroup is empty.
+    fn end(mut self, group: &dyn TaskGroup) -> Result<(), DumpError> {
+        for pid in self.threads.keys() {
+            // A process that is gone already is what is wanted.
+            let _ = nix::sys::signal::kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        }
+        let started = Instant::now();
+        // As tracer we are told of each thread's end before its parent is.
+        for (pid, threads) in std::mem::take(&mut self.threads) {
+            for thread in threads.iter().rev() {
+                let mut status = 0;
+                // SAFETY: writes the status word only.
+                unsafe { nix::libc::waitpid(thread.tid(), &raw mut status, nix::libc::__WALL) };
+            }
+            let _ = pid;
+        }
+        while !group
+            .pids()
+            .map_err(DumpError::io("listing the function's processes"))?
+            .is_empty()
+        {
+            if started.elapsed() > STOP_DEADLINE {
+                return Err(DumpError::Stuck {
+                    stuck: "a killed process".into(),
+                });
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for StoppedTree {
+    fn drop(&mut self) {
+        for tracee in self.threads.values_mut().flatten() {
+            // A thread that cannot be released has ended: nothing else makes this fail.
+            if let Err(err) = tracee.release() {
+                tracing::warn!(tid = tracee.tid(), %err, "Failed to let a thread go on");
+            }
+        }
+    }
+}
+
+fn capture(request: &DumpRequest<'_>, tree: &mut StoppedTree) -> Result<Manifest, DumpError> {
+    let mut manifest = Manifest {
+        version: VERSION,
+        fingerprint: Fingerprint::of_this_machine()?.to_string(),
+        monotonic: monotonic()?,
+        processes: Vec::new(),
+        objects: Vec::new(),
+        tmpfs: tmpfs::read(request.root_pid)?,
+        filters: Vec::new(),
+    };
+    let order = process::parents_first(request.root_pid, tree.threads.keys().copied())?;
+    let ids: BTreeMap<i32, i32> = order
+        .iter()
+        .map(|entry| (entry.host_pid, entry.pid))
+        .collect();
+    let mut files = files::Files::new(request, &tree.pidfds, &ids);
+    for entry in &order {
+        let Some(threads) = tree.threads.get_mut(&entry.host_pid) else {
+            continue;
+        };
+        let mut captured =
+            process::capture(entry, threads, request.init_pid, &mut manifest.filters)?;
+        captured.descriptors = files.of_process(entry.host_pid)?;
+        manifest.processes.push(captured);
+    }
+    manifest.objects = files.finish(&manifest.processes)?;
+    Ok(manifest)
+}
+
+fn monotonic() -> Result<u64, DumpError> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+        .map_err(DumpError::errno("reading the clock"))?;
+    Ok(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+}
+
+/// Reads one file of /proc.
+fn proc_text(path: &str) -> Result<String, DumpError> {
+    std::fs::read_to_string(path).map_err(DumpError::io(format!("reading {path}")))
+}
+
+/// Target of a link in /proc.
+fn proc_link(path: &str) -> Result<String, DumpError> {
+    let target = std::fs::read_link(path).map_err(DumpError::io(format!("reading {path}")))?;
+    target
+        .into_os_string()
+        .into_string()
+        .map_err(|name| DumpError::Refused(format!("the path {name:?} is not UTF-8")))
+}
+
+/// Duplicate of a descriptor of another process.
+fn descriptor_of(pidfd: &OwnedFd, number: i32, pid: i32) -> Result<OwnedFd, DumpError> {
+    rustix::process::pidfd_getfd(pidfd, number, rustix::process::PidfdGetfdFlags::empty()).map_err(
+        |errno| DumpError::Io {
+            doing: format!("taking descriptor {number} of process {pid}"),
+            source: errno.into(),
+        },
+    )
+}
+
+/// Whether two descriptors of two processes are one open file (kcmp(2), KCMP_FILE).
+fn same_file(pids: (i32, i32), numbers: (i32, i32)) -> Result<bool, DumpError> {
+    // SAFETY: kcmp compares by number and touches no memory of ours.
+    let order = unsafe {
+        nix::libc::syscall(
+            nix::libc::SYS_kcmp,
+            pids.0,
+            pids.1,
+            0,
+            numbers.0 as u64,
+            numbers.1 as u64,
+        )
+    };
+    nix::errno::Errno::result(order)
+        .map(|order| order == 0)
+        .map_err(DumpError::errno("comparing two descriptors"))
+}

@@ -1,0 +1,604 @@
+//! What /proc and the process itself tell about it, descriptors and memory contents aside.
+
+use std::collections::BTreeMap;
+
+use nix::libc;
+
+use super::tracee::Tracee;
+use super::{DumpError, mappings, proc_link, proc_text};
+use crate::manifest::{Credentials, Layout, Manifest, MappingKind, Process, SignalAction, Thread};
+
+/// Place of a process in the tree.
+#[derive(Debug)]
+pub struct Entry {
+    pub host_pid: i32,
+    /// Pid inside the sandbox.
+    pub pid: i32,
+    /// Index of the parent among the entries.
+    pub parent: Option<usize>,
+}
+
+/// Thread ids of a process, the leader first.
+pub fn threads(pid: i32) -> Result<Vec<i32>, DumpError> {
+    let path = format!("/proc/{pid}/task");
+    let mut tids = Vec::new();
+    for entry in std::fs::read_dir(&path).map_err(DumpError::io(format!("reading {path}")))? {
+        let entry = entry.map_err(DumpError::io(format!("reading {path}")))?;
+        if let Some(tid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        {
+            tids.push(tid);
+        }
+    }
+    tids.sort_unstable_by_key(|tid| (*tid != pid, *tid));
+    Ok(tids)
+}
+
+/// Orders the processes so that each parent stands before its children.
+pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<Entry>, DumpError> {
+    let mut parents = BTreeMap::new();
+    for pid in all {
+        parents.insert(pid, Status::read(pid, pid)?.number("PPid")?);
+    }
+    if parents.remove(&root).is_none() {
+        return Err(DumpError::Refused(format!(
+            "its root process {root} has ended"
+        )));
+    }
+    let mut order = vec![Entry {
+        host_pid: root,
+        pid: Status::read(root, root)?.inner_pid()?,
+        parent: None,
+    }];
+    let mut at = 0;
+    while at < order.len() {
+        let parent = order[at].host_pid;
+        let children: Vec<i32> = parents
+            .iter()
+            .filter(|(_, of)| **of == parent)
+            .map(|(pid, _)| *pid)
+            .collect();
+        for child in children {
+            parents.remove(&child);
+            let pid = Status::read(child, child)?.inner_pid()?;
+            order.push(Entry {
+                host_pid: child,
+                pid,
+                parent: Some(at),
+            });
+        }
+        at += 1;
+    }
+    if let Some(pid) = parents.keys().next() {
+        let name = proc_text(&format!("/proc/{pid}/comm")).unwrap_or_default();
+        return Err(DumpError::Refused(format!(
+            "process {} ({}) is not a descendant of its root process",
+            Status::read(*pid, *pid)?.inner_pid()?,
+            name.trim()
+        )));
+    }
+    Ok(order)
+}
+
+/// Host pids of the manifest's processes, in its order.
+pub fn host_pids(all: impl Iterator<Item = i32>, wanted: &Manifest) -> Result<Vec<i32>, DumpError> {
+    let mut hosts = BTreeMap::new();
+    for host in all {
+        hosts.insert(Status::read(host, host)?.inner_pid()?, host);
+    }
+    let found = wanted
+        .processes
+        .iter()
+        .map(|process| hosts.get(&process.pid).copied());
+    found
+        .collect::<Option<_>>()
+        .ok_or_else(|| DumpError::Refused("a process ended while it was dumped".into()))
+}
+
+/// Everything about one process but its descriptors and pages.
+pub fn capture(
+    entry: &Entry,
+    threads: &mut [Tracee],
+    init: i32,
+    filters: &mut Vec<Vec<u64>>,
+) -> Result<Process, DumpError> {
+    let (host, pid) = (entry.host_pid, entry.pid);
+    let status = Status::read(host, host)?;
+    if status.text("State")?.starts_with('Z') {
+        return Err(DumpError::Refused(format!(
+            "process {pid} is a zombie that nobody waits for"
+        )));
+    }
+    let stat = Stat::read(host)?;
+    let vmas = mappings::read(host, pid)?;
+    let Some(vdso) = vmas.iter().find(|vma| vma.kind == MappingKind::Vdso) else {
+        return Err(DumpError::Refused(format!("process {pid} has no vdso")));
+    };
+    let gate = mappings::syscall_instruction(host, vdso)?;
+    let Some((leader, _)) = threads.split_first_mut() else {
+        return Err(DumpError::Refused(format!("process {pid} has no thread")));
+    };
+    if leader.tid() != host {
+        return Err(DumpError::Refused(format!(
+            "the main thread of process {pid} has ended"
+        )));
+    }
+    check_roots(host, init, pid)?;
+    check_posix_timers(host, pid)?;
+
+    let mut caller = Caller::new(leader, gate, host)?;
+    let actions = caller.signal_actions()?;
+    let mut timers = [[0; 4]; 3];
+    for (which, timer) in timers.iter_mut().enumerate() {
+        caller.call(
+            libc::SYS_getitimer,
+            [which as u64, caller.scratch, 0, 0, 0, 0],
+        )?;
+        *timer = caller.read()?;
+    }
+    let brk = caller.call(libc::SYS_brk, [0; 6])? as u64;
+    let dumpable = caller.prctl(libc::PR_GET_DUMPABLE)?;
+    // The kernel writes an int.
+    let subreaper = caller.prctl_out(libc::PR_GET_CHILD_SUBREAPER)? & 0xffff_ffff;
+    let secure_bits = caller.prctl(libc::PR_GET_SECUREBITS)?;
+    caller.finish()?;
+
+    let pending = threads[0]
+        .pending(true)
+        .map_err(DumpError::io("reading pending signals"))?;
+    let mut captured = Vec::new();
+    for index in 0..threads.len() {
+        captured.push(thread(
+            threads,
+            index,
+            gate,
+            host,
+            init,
+            secure_bits,
+            filters,
+        )?);
+    }
+    Ok(Process {
+        pid,
+        parent: entry.parent,
+        group: inner_id(host, "NSpgid")?,
+        session: inner_id(host, "NSsid")?,
+        exe: proc_link(&format!("/proc/{host}/exe"))?,
+        cwd: sandbox_path(
+            &proc_link(&format!("/proc/{host}/cwd"))?,
+            "working directory",
+            pid,
+        )?,
+        umask: u32::from_str_radix(status.text("Umask")?, 8).unwrap_or(0o022),
+        layout: stat.layout(brk),
+        auxv: std::fs::read(format!("/proc/{host}/auxv"))
+            .map_err(DumpError::io("reading the auxiliary vector"))?,
+        mappings: vmas,
+        pages: Vec::new(),
+        descriptors: Vec::new(),
+        actions,
+        timers,
+        limits: limits(host)?,
+        pending,
+        dumpable,
+        subreaper,
+        oom_score_adj: proc_text(&format!("/proc/{host}/oom_score_adj"))?
+            .trim()
+            .parse()
+            .unwrap_or(0),
+        threads: captured,
+    })
+}
+
+fn thread(
+    threads: &mut [Tracee],
+    index: usize,
+    gate: u64,
+    host: i32,
+    init: i32,
+    secure_bits: u64,
+    filters: &mut Vec<Vec<u64>>,
+) -> Result<Thread, DumpError> {
+    let tracee = &mut threads[index];
+    let tid = tracee.tid();
+    let status = Status::read(host, tid)?;
+    let doing = |what: &str| DumpError::io(format!("reading {what} of thread {tid}"));
+    let registers = tracee.registers();
+    let xstate = tracee.xstate().map_err(doing("the vector registers"))?;
+    let rseq = tracee.rseq().map_err(doing("the rseq area"))?;
+    let own = tracee.filters().map_err(doing("the seccomp filters"))?;
+    if own.len() > filters.len() {
+        if !own.starts_with(filters) {
+            return Err(DumpError::Refused(
+                "its threads have different seccomp filters".into(),
+            ));
+        }
+        filters.clone_from(&own);
+    } else if !filters.starts_with(&own) {
+        return Err(DumpError::Refused(
+            "its threads have different seccomp filters".into(),
+        ));
+    }
+    let pending = tracee
+        .pending(false)
+        .map_err(doing("the pending signals"))?;
+    let blocked = tracee.blocked();
+    let robust_list = robust_list(tid)?;
+
+    let mut caller = Caller::new(tracee, gate, host)?;
+    caller.call(libc::SYS_sigaltstack, [0, caller.scratch, 0, 0, 0, 0])?;
+    let [pointer, flags, size] = caller.read()?;
+    let clear_tid = caller.prctl_out(libc::PR_GET_TID_ADDRESS)?;
+    let parent_death_signal = caller.prctl_out(libc::PR_GET_PDEATHSIG)? & 0xffff_ffff;
+    caller.finish()?;
+
+    let scheduling = scheduling(tid)?;
+    Ok(Thread {
+        tid: status.inner_pid()?,
+        name: proc_text(&format!("/proc/{host}/task/{tid}/comm"))?
+            .trim_end()
+            .to_owned(),
+        registers,
+        xstate,
+        blocked,
+        alternate_stack: (pointer, flags as u32, size),
+        robust_list,
+        clear_tid,
+        rseq,
+        pending,
+        nice: nice(tid)?,
+        scheduling,
+        affinity: affinity(tid, init)?,
+        parent_death_signal,
+        credentials: status.credentials(secure_bits)?,
+        no_new_privileges: status.number("NoNewPrivs")? != 0,
+        filters: own.len(),
+    })
+}
+
+/// Makes calls in a stopped thread's name, with a scratch page in its address space.
+struct Caller<'a> {
+    tracee: &'a mut Tracee,
+    gate: u64,
+    memory: std::fs::File,
+    scratch: u64,
+}
+
+const SCRATCH: u64 = 8192;
+
+impl<'a> Caller<'a> {
+    fn new(tracee: &'a mut Tracee, gate: u64, host: i32) -> Result<Self, DumpError> {
+        let path = format!("/proc/{host}/mem");
+        let memory =
+            std::fs::File::open(&path).map_err(DumpError::io(format!("opening {path}")))?;
+        let mut caller = Self {
+            tracee,
+            gate,
+            memory,
+            scratch: 0,
+        };
+        let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let access = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        caller.scratch =
+            caller.call(libc::SYS_mmap, [0, SCRATCH, access, anonymous, u64::MAX, 0])? as u64;
+        Ok(caller)
+    }
+
+    fn call(&mut self, nr: i64, args: [u64; 6]) -> Result<i64, DumpError> {
+        let tid = self.tracee.tid();
+        let doing = || format!("making system call {nr} in thread {tid}");
+        let result = self.tracee.syscall(self.gate, nr, args);
+        let result = result.map_err(|source| DumpError::Io {
+            doing: doing(),
+            source,
+        })?;
+        if (-4095..0).contains(&result) {
+            return Err(DumpError::Io {
+                doing: doing(),
+                source: std::io::Error::from_raw_os_error(-result as i32),
+            });
+        }
+        Ok(result)
+    }
+
+    fn prctl(&mut self, option: i32) -> Result<u64, DumpError> {
+        Ok(self.call(libc::SYS_prctl, [option as u64, 0, 0, 0, 0, 0])? as u64)
+    }
+
+    fn prctl_out(&mut self, option: i32) -> Result<u64, DumpError> {
+        self.call(libc::SYS_prctl, [option as u64, self.scratch, 0, 0, 0, 0])?;
+        let [value] = self.read()?;
+        Ok(value)
+    }
+
+    fn read<const N: usize>(&self) -> Result<[u64; N], DumpError> {
+        let mut bytes = vec![0u8; N * 8];
+        std::os::unix::fs::FileExt::read_exact_at(&self.memory, &mut bytes, self.scratch)
+            .map_err(DumpError::io("reading the scratch page"))?;
+        let mut words = [0; N];
+        for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+            *word = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
+        }
+        Ok(words)
+    }
+
+    fn signal_actions(&mut self) -> Result<Vec<SignalAction>, DumpError> {
+        let mut actions = Vec::new();
+        for signal in 1..=64 {
+            if signal == libc::SIGKILL || signal == libc::SIGSTOP {
+                continue;
+            }
+            self.call(
+                libc::SYS_rt_sigaction,
+                [signal as u64, 0, self.scratch, 8, 0, 0],
+            )?;
+            let [handler, flags, restorer, mask] = self.read()?;
+            if handler != 0 || flags != 0 {
+                actions.push(SignalAction {
+                    signal,
+                    handler,
+                    flags,
+                    restorer,
+                    mask,
+                });
+            }
+        }
+        Ok(actions)
+    }
+
+    fn finish(mut self) -> Result<(), DumpError> {
+        self.call(libc::SYS_munmap, [self.scratch, SCRATCH, 0, 0, 0, 0])?;
+        Ok(())
+    }
+}
+
+/// /proc/PID/task/TID/status.
+struct Status {
+    text: String,
+    path: String,
+}
+
+impl Status {
+    fn read(pid: i32, tid: i32) -> Result<Self, DumpError> {
+        let path = format!("/proc/{pid}/task/{tid}/status");
+        Ok(Self {
+            text: proc_text(&path)?,
+            path,
+        })
+    }
+
+    fn text(&self, key: &str) -> Result<&str, DumpError> {
+        self.text
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
+            .map(str::trim)
+            .ok_or_else(|| self.wrong(key))
+    }
+
+    fn wrong(&self, key: &str) -> DumpError {
+        DumpError::Io {
+            doing: format!("reading {key} in {}", self.path),
+            source: std::io::ErrorKind::InvalidData.into(),
+        }
+    }
+
+    fn number(&self, key: &str) -> Result<i32, DumpError> {
+        self.text(key)?.parse().map_err(|_| self.wrong(key))
+    }
+
+    /// The last id of a line such as NSpid: the one inside the sandbox.
+    fn inner(&self, key: &str) -> Result<i32, DumpError> {
+        let last = self.text(key)?.split_whitespace().last();
+        last.and_then(|id| id.parse().ok())
+            .ok_or_else(|| self.wrong(key))
+    }
+
+    fn inner_pid(&self) -> Result<i32, DumpError> {
+        self.inner("NSpid")
+    }
+
+    fn ids(&self, key: &str) -> Result<[u32; 4], DumpError> {
+        let mut ids = [0; 4];
+        let mut found = self.text(key)?.split_whitespace();
+        for id in &mut ids {
+            *id = found
+                .next()
+                .and_then(|id| id.parse().ok())
+                .ok_or_else(|| self.wrong(key))?;
+        }
+        Ok(ids)
+    }
+
+    fn mask(&self, key: &str) -> Result<u64, DumpError> {
+        u64::from_str_radix(self.text(key)?, 16).map_err(|_| self.wrong(key))
+    }
+
+    fn credentials(&self, secure_bits: u64) -> Result<Credentials, DumpError> {
+        let groups = self.text("Groups")?.split_whitespace();
+        Ok(Credentials {
+            uid: self.ids("Uid")?,
+            gid: self.ids("Gid")?,
+            groups: groups
+                .map(str::parse)
+                .collect::<Result<_, _>>()
+                .map_err(|_| self.wrong("Groups"))?,
+            inheritable: self.mask("CapInh")?,
+            permitted: self.mask("CapPrm")?,
+            effective: self.mask("CapEff")?,
+            bounding: self.mask("CapBnd")?,
+            ambient: self.mask("CapAmb")?,
+            secure_bits,
+        })
+    }
+}
+
+fn inner_id(pid: i32, key: &str) -> Result<i32, DumpError> {
+    Status::read(pid, pid)?.inner(key)
+}
+
+/// The fields of /proc/PID/stat behind the command name, from the third on.
+struct Stat(Vec<u64>);
+
+impl Stat {
+    fn read(pid: i32) -> Result<Self, DumpError> {
+        let text = proc_text(&format!("/proc/{pid}/stat"))?;
+        let rest = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+        Ok(Self(
+            rest.split_whitespace()
+                .map(|field| field.parse().unwrap_or(0))
+                .collect(),
+        ))
+    }
+
+    /// Field by its number in proc_pid_stat(5).
+    fn field(&self, number: usize) -> u64 {
+        self.0.get(number - 3).copied().unwrap_or(0)
+    }
+
+    fn layout(&self, brk: u64) -> Layout {
+        Layout {
+            start_code: self.field(26),
+            end_code: self.field(27),
+            start_stack: self.field(28),
+            start_data: self.field(45),
+            end_data: self.field(46),
+            start_brk: self.field(47),
+            brk,
+            arg_start: self.field(48),
+            arg_end: self.field(49),
+            env_start: self.field(50),
+            env_end: self.field(51),
+        }
+    }
+}
+
+/// Path inside the sandbox, or a refusal.
+pub fn sandbox_path(link: &str, what: &str, pid: i32) -> Result<String, DumpError> {
+    if link.starts_with('/') && !link.ends_with(" (deleted)") {
+        return Ok(link.to_owned());
+    }
+    Err(DumpError::Refused(format!(
+        "the {what} of process {pid} is {link}, which has no path"
+    )))
+}
+
+/// The process must see the sandbox's own root and namespaces.
+fn check_roots(host: i32, init: i32, pid: i32) -> Result<(), DumpError> {
+    for name in ["mnt", "net", "uts", "ipc", "pid", "user", "time", "cgroup"] {
+        let of = |host: i32| proc_link(&format!("/proc/{host}/ns/{name}"));
+        // A kernel without this kind of namespace has no link to compare.
+        if let (Ok(own), Ok(sandbox)) = (of(host), of(init))
+            && own != sandbox
+        {
+            return Err(DumpError::Refused(format!(
+                "process {pid} made a {name} namespace of its own"
+            )));
+        }
+    }
+    let identity = |host: i32| {
+        let path = format!("/proc/{host}/root/");
+        std::fs::metadata(&path)
+            .map(|meta| {
+                use std::os::unix::fs::MetadataExt;
+                (meta.dev(), meta.ino())
+            })
+            .map_err(DumpError::io(format!("reading {path}")))
+    };
+    if identity(host)? != identity(init)? {
+        return Err(DumpError::Refused(format!(
+            "process {pid} has changed its root directory"
+        )));
+    }
+    Ok(())
+}
+
+fn check_posix_timers(host: i32, pid: i32) -> Result<(), DumpError> {
+    if proc_text(&format!("/proc/{host}/timers"))?
+        .trim()
+        .is_empty()
+    {
+        return Ok(());
+    }
+    Err(DumpError::Refused(format!(
+        "process {pid} has POSIX timers (timer_create)"
+    )))
+}
+
+fn limits(pid: i32) -> Result<Vec<(u64, u64)>, DumpError> {
+    let mut all = Vec::new();
+    for resource in 0..16 {
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: reads limits of another process into `limit`.
+        let result = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &raw mut limit) };
+        nix::errno::Errno::result(result)
+            .map_err(DumpError::errno(format!("reading limits of process {pid}")))?;
+        all.push((limit.rlim_cur, limit.rlim_max));
+    }
+    Ok(all)
+}
+
+fn robust_list(tid: i32) -> Result<(u64, u64), DumpError> {
+    let (mut head, mut length) = (0u64, 0u64);
+    // SAFETY: writes two words that outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_get_robust_list,
+            tid,
+            &raw mut head,
+            &raw mut length,
+        )
+    };
+    nix::errno::Errno::result(result).map_err(DumpError::errno(format!(
+        "reading the robust futex list of thread {tid}"
+    )))?;
+    Ok((head, length))
+}
+
+fn nice(tid: i32) -> Result<i32, DumpError> {
+    // The system call returns 20 - nice, so that no value looks like an error.
+    // SAFETY: takes numbers only.
+    let raw = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid) };
+    let raw = nix::errno::Errno::result(raw).map_err(DumpError::errno(format!(
+        "reading the priority of thread {tid}"
+    )))?;
+    Ok(20 - raw as i32)
+}
+
+fn scheduling(tid: i32) -> Result<(i32, i32), DumpError> {
+    let mut parameter = libc::sched_param { sched_priority: 0 };
+    // SAFETY: takes numbers only.
+    let policy = unsafe { libc::syscall(libc::SYS_sched_getscheduler, tid) };
+    // SAFETY: writes `parameter`.
+    let got = unsafe { libc::syscall(libc::SYS_sched_getparam, tid, &raw mut parameter) };
+    nix::errno::Errno::result(policy.min(got)).map_err(DumpError::errno(format!(
+        "reading the scheduling of thread {tid}"
+    )))?;
+    Ok((policy as i32, parameter.sched_priority))
+}
+
+fn affinity(tid: i32, init: i32) -> Result<Option<Vec<u8>>, DumpError> {
+    let read = |tid: i32| {
+        let mut mask = vec![0u8; 128];
+        // SAFETY: writes at most 128 bytes to `mask`.
+        let got = unsafe {
+            libc::syscall(
+                libc::SYS_sched_getaffinity,
+                tid,
+                mask.len(),
+                mask.as_mut_ptr(),
+            )
+        };
+        let length = nix::errno::Errno::result(got).map_err(DumpError::errno(format!(
+            "reading the CPU affinity of thread {tid}"
+        )))?;
+        mask.truncate(usize::try_from(length).unwrap_or_default());
+        Ok::<_, DumpError>(mask)
+    };
+    let own = read(tid)?;
+    Ok((own != read(init)?).then_some(own))
+}

@@ -1,0 +1,334 @@
+//! Sockets: listeners, unconnected ones, and pairs inside the tree.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::libc;
+
+use super::DumpError;
+use crate::manifest::{Object, ObjectKind, Socket};
+
+/// Options read and set again; a fresh socket has zero for each.
+const OPTIONS: [(i32, i32); 8] = [
+    (libc::SOL_SOCKET, libc::SO_REUSEADDR),
+    (libc::SOL_SOCKET, libc::SO_REUSEPORT),
+    (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
+    (libc::SOL_SOCKET, libc::SO_BROADCAST),
+    (libc::SOL_SOCKET, libc::SO_PASSCRED),
+    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
+    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
+    (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
+];
+
+/// Unix sockets of the tree, by inode, to find the two ends of each pair.
+#[derive(Default)]
+pub struct Peers {
+    /// Peer's inode by inode, as sock_diag(7) tells.
+    peers: Option<BTreeMap<u64, u64>>,
+    objects: BTreeMap<u64, usize>,
+}
+
+impl Peers {
+    /// Describes one socket, or refuses it by name.
+    pub fn read(
+        &mut self,
+        fd: &OwnedFd,
+        inode: u64,
+        object: usize,
+        what: &str,
+    ) -> Result<Socket, DumpError> {
+        let doing = || format!("reading the socket that is {what}");
+        let number = |level, name| {
+            option(fd, level, name)
+                .map(|value| i32::from_ne_bytes(value.try_into().unwrap_or_default()))
+                .map_err(DumpError::errno(doing()))
+        };
+        let domain = number(libc::SOL_SOCKET, libc::SO_DOMAIN)?;
+        let kind = number(libc::SOL_SOCKET, libc::SO_TYPE)?;
+        let protocol = number(libc::SOL_SOCKET, libc::SO_PROTOCOL)?;
+        let listening = number(libc::SOL_SOCKET, libc::SO_ACCEPTCONN)? != 0;
+        let refuse = |why: String| Err(DumpError::Refused(format!("{what} is {why}")));
+        let mut socket = Socket {
+            domain,
+            kind,
+            protocol,
+            address: name(fd, libc::getsockname).map_err(DumpError::errno(doing()))?,
+            listen: None,
+            connected: Vec::new(),
+            options: Vec::new(),
+            pair: None,
+        };
+        let internet = matches!(domain, libc::AF_INET | libc::AF_INET6);
+        if !internet && domain != libc::AF_UNIX {
+            return refuse(format!("a socket of family {domain}"));
+        }
+        let remote = name(fd, libc::getpeername).ok();
+        match (domain, kind, remote) {
+            (libc::AF_UNIX, _, Some(_)) => {
+                socket.address.clear();
+                let peer = self.peer_of(inode)?;
+                socket.pair = Some((inode.min(peer), u32::from(inode > peer)));
+                self.objects.insert(inode, object);
+                let mut queued: i32 = 0;
+                // SAFETY: FIONREAD writes one int.
+                unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut queued) };
+                if queued > 0 {
+                    return refuse(format!("a unix socket with {queued} bytes not read yet"));
+                }
+            }
+            (_, libc::SOCK_STREAM, Some(remote)) => {
+                return refuse(format!(
+                    "an established TCP connection to {}",
+                    readable(&remote)
+                ));
+            }
+            (_, libc::SOCK_DGRAM, Some(remote)) => socket.connected = remote,
+            (libc::AF_UNIX, _, None) if socket.address.len() <= 2 => socket.address.clear(),
+            (_, libc::SOCK_STREAM | libc::SOCK_DGRAM | libc::SOCK_SEQPACKET, None) => {}
+            _ => return refuse(format!("a socket of type {kind}")),
+        }
+        if internet && kind == libc::SOCK_STREAM && !listening && port(&socket.address) == 0 {
+            socket.address.clear();
+        }
+        if listening {
+            socket.listen = Some(if internet { backlog(fd, what)? } else { 128 });
+        }
+        for (level, name) in OPTIONS {
+            let fits = match level {
+                libc::IPPROTO_TCP => internet && kind == libc::SOCK_STREAM,
+                libc::IPPROTO_IPV6 => domain == libc::AF_INET6,
+                _ => true,
+            };
+            if fits
+                && let Ok(value) = option(fd, level, name)
+                && value.iter().any(|byte| *byte != 0)
+            {
+                socket.options.push((level, name, value));
+            }
+        }
+        Ok(socket)
+    }
+
+    /// Checks that both ends of every pair are in the tree.
+    pub fn pair(&self, objects: &mut [Object]) -> Result<(), DumpError> {
+        let Some(peers) = &self.peers else {
+            return Ok(());
+        };
+        for (inode, object) in &self.objects {
+            let other = peers.get(inode).and_then(|peer| self.objects.get(peer));
+            let kind = objects.get_mut(*object).map(|object| &mut object.kind);
+            if other.is_none()
+                && let Some(ObjectKind::Socket(_)) = kind
+            {
+                return Err(DumpError::Refused(format!(
+                    "the unix socket {inode} is connected to a peer outside of the function"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn peer_of(&mut self, inode: u64) -> Result<u64, DumpError> {
+        if self.peers.is_none() {
+            self.peers = Some(
+                unix_peers().map_err(DumpError::errno("asking for the peers of unix sockets"))?,
+            );
+        }
+        let peer = self
+            .peers
+            .as_ref()
+            .and_then(|peers| peers.get(&inode))
+            .copied();
+        peer.filter(|peer| *peer != 0).ok_or_else(|| {
+            DumpError::Refused(format!("the peer of the unix socket {inode} is gone"))
+        })
+    }
+}
+
+fn option(fd: &OwnedFd, level: i32, name: i32) -> nix::Result<Vec<u8>> {
+    let mut value = vec![0u8; 4];
+    let mut length = 4;
+    // SAFETY: the kernel writes at most `length` bytes to `value`.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            value.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    Errno::result(result)?;
+    Ok(value)
+}
+
+type NameCall = unsafe extern "C" fn(i32, *mut libc::sockaddr, *mut libc::socklen_t) -> libc::c_int;
+
+fn name(fd: &OwnedFd, call: NameCall) -> nix::Result<Vec<u8>> {
+    let mut address = vec![0u8; 128];
+    let mut length = 128;
+    // SAFETY: both calls write at most `length` bytes to `address`.
+    let result = unsafe { call(fd.as_raw_fd(), address.as_mut_ptr().cast(), &raw mut length) };
+    Errno::result(result)?;
+    address.truncate(length as usize);
+    Ok(address)
+}
+
+fn port(address: &[u8]) -> u16 {
+    address
+        .get(2..4)
+        .map_or(0, |bytes| u16::from_be_bytes([bytes[0], bytes[1]]))
+}
+
+fn readable(address: &[u8]) -> String {
+    match address {
+        [2, 0, _, _, a, b, c, d, ..] => format!("{a}.{b}.{c}.{d}:{}", port(address)),
+        [10, 0, _, _, _, _, _, _, host @ ..] if host.len() >= 16 => {
+            let bytes: [u8; 16] = host[..16].try_into().unwrap_or_default();
+            format!("[{}]:{}", std::net::Ipv6Addr::from(bytes), port(address))
+        }
+        _ => "an unknown address".into(),
+    }
+}
+
+/// Backlog of a listener; connections that wait in it would be lost.
+fn backlog(fd: &OwnedFd, what: &str) -> Result<i32, DumpError> {
+    // struct tcp_info: for a listener tcpi_unacked is the queue's length and tcpi_sacked its limit.
+    const UNACKED: usize = 24;
+    const SACKED: usize = 28;
+    let mut info = [0u8; 232];
+    let mut length = 232;
+    // SAFETY: the kernel writes at most `length` bytes to `info`.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    Errno::result(result).map_err(DumpError::errno(format!("reading {what}")))?;
+    let word = |at: usize| i32::from_ne_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]);
+    if word(UNACKED) > 0 {
+        return Err(DumpError::Refused(format!(
+            "{what} is a listener with {} connections not accepted yet",
+            word(UNACKED)
+        )));
+    }
+    Ok(word(SACKED).max(1))
+}
+
+/// Peers of all connected unix sockets in this network namespace (sock_diag(7), UDIAG_SHOW_PEER).
+fn unix_peers() -> nix::Result<BTreeMap<u64, u64>> {
+    const SOCK_DIAG_BY_FAMILY: u16 = 20;
+    const DUMP_REQUEST: u16 = 0x301;
+    const SHOW_PEER: u32 = 4;
+    const PEER: u16 = 2;
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::NETLINK,
+        rustix::net::SocketType::RAW,
+        Some(rustix::net::netlink::SOCK_DIAG),
+    )
+    .map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
+    // nlmsghdr, then unix_diag_req: family, protocol, pad, states, inode, show, cookie.
+    let mut request = Vec::new();
+    request.extend(40u32.to_ne_bytes());
+    request.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    request.extend(DUMP_REQUEST.to_ne_bytes());
+    request.extend([0; 8]);
+    request.extend([libc::AF_UNIX as u8, 0, 0, 0]);
+    request.extend(u32::MAX.to_ne_bytes());
+    request.extend(0u32.to_ne_bytes());
+    request.extend(SHOW_PEER.to_ne_bytes());
+    request.extend([0; 8]);
+    nix::unistd::write(&socket, &request)?;
+    let mut peers = BTreeMap::new();
+    let mut buffer = vec![0u8; 64 << 10];
+    loop {
+        let got = nix::unistd::read(&socket, &mut buffer)?;
+        let mut messages = &buffer[..got];
+        while let Some(head) = messages.first_chunk::<16>() {
+            let length = u32::from_ne_bytes([head[0], head[1], head[2], head[3]]) as usize;
+            let kind = u16::from_ne_bytes([head[4], head[5]]);
+            if kind == libc::NLMSG_DONE as u16 || length < 16 || length > messages.len() {
+                return Ok(peers);
+            }
+            if kind == libc::NLMSG_ERROR as u16 {
+                return Err(Errno::EOPNOTSUPP);
+            }
+            // unix_diag_msg: family, type, state, pad, inode, cookie; then attributes.
+            let message = &messages[16..length];
+            if let Some(inode) = word(message, 4) {
+                let mut attributes = message.get(16..).unwrap_or_default();
+                while let Some([a, b, c, d, ..]) = attributes.first_chunk::<4>() {
+                    let size = usize::from(u16::from_ne_bytes([*a, *b]));
+                    if u16::from_ne_bytes([*c, *d]) == PEER
+                        && let Some(peer) = word(attributes, 4)
+                    {
+                        peers.insert(u64::from(inode), u64::from(peer));
+                    }
+                    attributes = attributes
+                        .get(size.max(4).next_multiple_of(4)..)
+                        .unwrap_or_default();
+                }
+            }
+            messages = messages
+                .get(length.next_multiple_of(4)..)
+                .unwrap_or_default();
+        }
+    }
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listener_is_described() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port_wanted = listener.local_addr().unwrap().port();
+        let socket = Peers::default()
+            .read(&listener.into(), 1, 0, "descriptor 3")
+            .unwrap();
+        assert_eq!(port(&socket.address), port_wanted);
+        assert_eq!(socket.listen, Some(128));
+    }
+
+    #[test]
+    fn an_established_connection_is_refused_by_its_address() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let stream = std::net::TcpStream::connect(address).unwrap();
+        let err = Peers::default()
+            .read(&stream.into(), 1, 0, "descriptor 3")
+            .unwrap_err();
+        assert!(
+            err.to_string()
+                .contains(&format!("connection to {address}")),
+            "{err}"
+        );
+    }
+
+    #[test]
+    fn the_ends_of_a_pair_know_each_other() {
+        use std::os::unix::fs::MetadataExt;
+        let (a, b) = std::os::unix::net::UnixStream::pair().unwrap();
+        let inode = |fd: &OwnedFd| {
+            std::fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+                .unwrap()
+                .ino()
+        };
+        let (a, b) = (OwnedFd::from(a), OwnedFd::from(b));
+        let mut peers = Peers::default();
+        let first = peers.read(&a, inode(&a), 0, "a").unwrap().pair.unwrap();
+        let second = peers.read(&b, inode(&b), 1, "b").unwrap().pair.unwrap();
+        assert_eq!(first.0, second.0);
+        assert_ne!(first.1, second.1);
+    }
+}

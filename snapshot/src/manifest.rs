@@ -1,0 +1,467 @@
+//! What a snapshot says about a process tree, memory pages aside.
+//!
+//! A manifest is stored beside its pages and read back by another process later, so it is parsed as
+//! untrusted input: [`Manifest::decode`] checks every index and range that later code relies on.
+
+use serde::{Deserialize, Serialize};
+
+/// Layout version of the encoded form.
+pub const VERSION: u32 = 1;
+
+/// A page of memory.
+pub const PAGE: u64 = 4096;
+
+/// End of the user's half of the address space.
+pub const ADDRESS_END: u64 = 0x7fff_ffff_f000;
+
+/// Processes, threads, mappings, descriptors at most: above these an encoded form is not ours.
+const MOST: usize = 65_536;
+
+/// A frozen process tree.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Manifest {
+    pub version: u32,
+    /// Kernel, vdso and CPU that it can be restored on.
+    pub fingerprint: String,
+    /// CLOCK_MONOTONIC at the dump, nanoseconds.
+    pub monotonic: u64,
+    /// Parents before their children; the first is the root of the tree.
+    pub processes: Vec<Process>,
+    /// Open file descriptions, shared by the processes' descriptors.
+    pub objects: Vec<Object>,
+    /// Contents of the sandbox's tmpfs mounts.
+    pub tmpfs: Vec<TmpfsEntry>,
+    /// Seccomp filters, oldest first, as BPF instructions of 8 bytes.
+    pub filters: Vec<Vec<u64>>,
+}
+
+/// One process.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Process {
+    pub pid: i32,
+    /// Index of the parent in [`Manifest::processes`]; none for the root.
+    pub parent: Option<usize>,
+    pub group: i32,
+    pub session: i32,
+    pub exe: String,
+    pub cwd: String,
+    pub umask: u32,
+    pub layout: Layout,
+    pub auxv: Vec<u8>,
+    pub mappings: Vec<Mapping>,
+    /// Stored pages, in address order; they follow each other in the pool.
+    pub pages: Vec<PageRun>,
+    pub descriptors: Vec<Descriptor>,
+    pub actions: Vec<SignalAction>,
+    /// ITIMER_REAL, VIRTUAL, PROF: interval and value as seconds and microseconds.
+    pub timers: [[u64; 4]; 3],
+    /// Soft and hard limit by resource number.
+    pub limits: Vec<(u64, u64)>,
+    pub pending: Vec<Vec<u8>>,
+    pub dumpable: u64,
+    pub subreaper: u64,
+    pub oom_score_adj: i32,
+    /// The thread group's leader first.
+    pub threads: Vec<Thread>,
+}
+
+/// The fields of `struct prctl_mm_map` that are addresses, in its order.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    pub start_code: u64,
+    pub end_code: u64,
+    pub start_data: u64,
+    pub end_data: u64,
+    pub start_brk: u64,
+    pub brk: u64,
+    pub start_stack: u64,
+    pub arg_start: u64,
+    pub arg_end: u64,
+    pub env_start: u64,
+    pub env_end: u64,
+}
+
+/// One VMA.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mapping {
+    pub start: u64,
+    pub end: u64,
+    /// PROT_READ, PROT_WRITE, PROT_EXEC.
+    pub protection: u32,
+    pub kind: MappingKind,
+    pub flags: MappingFlags,
+}
+
+/// What a VMA maps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MappingKind {
+    Anonymous,
+    /// Private, copy-on-write.
+    File {
+        path: String,
+        offset: u64,
+    },
+    /// Shared and never written.
+    SharedReadOnly {
+        path: String,
+        offset: u64,
+    },
+    Vdso,
+    Vvar,
+}
+
+/// Properties of a VMA beyond its protection (proc(5), VmFlags).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MappingFlags {
+    pub grows_down: bool,
+    pub no_reserve: bool,
+    pub dont_fork: bool,
+    pub dont_dump: bool,
+    pub wipe_on_fork: bool,
+    pub droppable: bool,
+    pub huge: bool,
+    pub no_huge: bool,
+    pub mergeable: bool,
+}
+
+/// Consecutive stored pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageRun {
+    pub start: u64,
+    pub pages: u64,
+}
+
+/// One descriptor of a process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Descriptor {
+    pub number: i32,
+    pub object: usize,
+    pub close_on_exec: bool,
+}
+
+/// An open file description.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Object {
+    /// Status flags of F_GETFL, access mode included.
+    pub flags: u32,
+    pub kind: ObjectKind,
+}
+
+/// What an open file description refers to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ObjectKind {
+    /// Standard stream of the tenancy: 0, 1 or 2.
+    Stdio(u32),
+    /// Regular file, directory or device, by its path in the sandbox.
+    Path {
+        path: String,
+        position: u64,
+    },
+    /// End of a pipe; `writer` tells which. Ends of one pipe carry the same number.
+    Pipe {
+        pipe: u64,
+        writer: bool,
+        size: u64,
+        data: Vec<u8>,
+    },
+    EventFd {
+        count: u64,
+        semaphore: bool,
+    },
+    Epoll {
+        targets: Vec<EpollTarget>,
+    },
+    TimerFd {
+        clock: i32,
+        flags: u32,
+        value: [u64; 2],
+        interval: [u64; 2],
+        ticks: u64,
+    },
+    SignalFd {
+        mask: u64,
+    },
+    PidFd {
+        pid: i32,
+    },
+    Inotify,
+    Socket(Socket),
+}
+
+/// One descriptor watched by an epoll.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpollTarget {
+    pub number: i32,
+    pub events: u32,
+    pub data: u64,
+}
+
+/// A socket without a remote peer, or one end of a pair.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Socket {
+    pub domain: i32,
+    pub kind: i32,
+    pub protocol: i32,
+    /// Address bound to, as `struct sockaddr`; empty when unbound.
+    pub address: Vec<u8>,
+    /// Backlog of a listener.
+    pub listen: Option<i32>,
+    /// Remote address of a connected datagram socket.
+    pub connected: Vec<u8>,
+    /// Level, name and value of the options that differ from a fresh socket's.
+    pub options: Vec<(i32, i32, Vec<u8>)>,
+    /// Number of the pair and the end's side (0 or 1).
+    pub pair: Option<(u64, u32)>,
+}
+
+/// Disposition of a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignalAction {
+    pub signal: i32,
+    pub handler: u64,
+    pub flags: u64,
+    pub restorer: u64,
+    pub mask: u64,
+}
+
+/// One thread.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Thread {
+    pub tid: i32,
+    pub name: String,
+    pub registers: Registers,
+    /// The non-compacted XSAVE area, as PTRACE_GETREGSET gives it.
+    pub xstate: Vec<u8>,
+    pub blocked: u64,
+    /// Stack pointer, flags, size.
+    pub alternate_stack: (u64, u32, u64),
+    pub robust_list: (u64, u64),
+    pub clear_tid: u64,
+    /// Address, size and signature of the registered rseq area.
+    pub rseq: Option<(u64, u32, u32)>,
+    pub pending: Vec<Vec<u8>>,
+    pub nice: i32,
+    /// Policy and priority of sched(7).
+    pub scheduling: (i32, i32),
+    /// CPUs it is bound to, where they differ from the sandbox's.
+    pub affinity: Option<Vec<u8>>,
+    pub parent_death_signal: u64,
+    pub credentials: Credentials,
+    pub no_new_privileges: bool,
+    /// Filters of [`Manifest::filters`] in force.
+    pub filters: usize,
+}
+
+/// General registers, in the order of `struct sigcontext` where it has them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
+    pub r8: u64,
+    pub r9: u64,
+    pub r10: u64,
+    pub r11: u64,
+    pub r12: u64,
+    pub r13: u64,
+    pub r14: u64,
+    pub r15: u64,
+    pub rdi: u64,
+    pub rsi: u64,
+    pub rbp: u64,
+    pub rbx: u64,
+    pub rdx: u64,
+    pub rax: u64,
+    pub rcx: u64,
+    pub rsp: u64,
+    pub rip: u64,
+    pub eflags: u64,
+    pub cs: u64,
+    pub ss: u64,
+    pub fs_base: u64,
+    pub gs_base: u64,
+}
+
+/// User, groups and capabilities of a thread.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Real, effective, saved, file system.
+    pub uid: [u32; 4],
+    pub gid: [u32; 4],
+    pub groups: Vec<u32>,
+    pub inheritable: u64,
+    pub permitted: u64,
+    pub effective: u64,
+    pub bounding: u64,
+    pub ambient: u64,
+    pub secure_bits: u64,
+}
+
+/// A file, directory or link in a tmpfs of the sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TmpfsEntry {
+    pub path: String,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub kind: TmpfsKind,
+}
+
+/// What a tmpfs entry is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TmpfsKind {
+    Directory,
+    File(Vec<u8>),
+    Link(String),
+}
+
+/// Why an encoded manifest cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    #[error("The manifest cannot be decoded; take the snapshot again")]
+    Decode { source: postcard::Error },
+    #[error(
+        "The manifest has version {found}, but this program reads {VERSION}; take the snapshot again"
+    )]
+    Version { found: u32 },
+    #[error("The manifest contradicts itself: {what}; take the snapshot again")]
+    Invalid { what: String },
+}
+
+impl Manifest {
+    /// Encodes for storage.
+    ///
+    /// # Errors
+    /// When the manifest cannot be encoded.
+    pub fn encode(&self) -> Result<Vec<u8>, ManifestError> {
+        postcard::to_stdvec(self).map_err(|source| ManifestError::Decode { source })
+    }
+
+    /// Decodes and checks.
+    ///
+    /// # Errors
+    /// When the bytes are not a manifest of this version, or one that contradicts itself.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
+        let (version, _) = postcard::take_from_bytes::<u32>(bytes)
+            .map_err(|source| ManifestError::Decode { source })?;
+        if version != VERSION {
+            return Err(ManifestError::Version { found: version });
+        }
+        let manifest: Self =
+            postcard::from_bytes(bytes).map_err(|source| ManifestError::Decode { source })?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// Stored pages of all processes.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.processes
+            .iter()
+            .flat_map(|process| &process.pages)
+            .map(|run| run.pages)
+            .sum()
+    }
+
+    /// Threads of all processes.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.processes
+            .iter()
+            .map(|process| process.threads.len())
+            .sum()
+    }
+
+    fn check(&self) -> Result<(), ManifestError> {
+        let wrong = |what: String| Err(ManifestError::Invalid { what });
+        if self.processes.is_empty() || self.processes.len() > MOST {
+            return wrong(format!("it has {} processes", self.processes.len()));
+        }
+        for (index, process) in self.processes.iter().enumerate() {
+            let pid = process.pid;
+            match process.parent {
+                None if index == 0 => {}
+                Some(parent) if index > 0 && parent < index => {}
+                _ => return wrong(format!("the parent of process {pid} is not before it")),
+            }
+            if process.threads.is_empty() || process.threads.len() > MOST {
+                return wrong(format!(
+                    "process {pid} has {} threads",
+                    process.threads.len()
+                ));
+            }
+            check_memory(process)?;
+            for descriptor in &process.descriptors {
+                if descriptor.object >= self.objects.len()
+                    || !(0..1 << 20).contains(&descriptor.number)
+                {
+                    return wrong(format!("descriptor {} of process {pid}", descriptor.number));
+                }
+            }
+            if process
+                .actions
+                .iter()
+                .any(|action| !(1..=64).contains(&action.signal))
+            {
+                return wrong(format!("a signal number of process {pid}"));
+            }
+            for thread in &process.threads {
+                if thread.filters > self.filters.len() {
+                    return wrong(format!("the filters of thread {}", thread.tid));
+                }
+                if thread.xstate.len() < 576 || thread.xstate.len() > 65_536 {
+                    return wrong(format!("the vector registers of thread {}", thread.tid));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_memory(process: &Process) -> Result<(), ManifestError> {
+    let pid = process.pid;
+    let mut end = 0;
+    for mapping in &process.mappings {
+        let aligned = mapping.start % PAGE == 0 && mapping.end % PAGE == 0;
+        if !aligned
+            || mapping.start < end
+            || mapping.end <= mapping.start
+            || mapping.end > ADDRESS_END
+        {
+            return Err(ManifestError::Invalid {
+                what: format!(
+                    "mapping {:#x}-{:#x} of process {pid}",
+                    mapping.start, mapping.end
+                ),
+            });
+        }
+        end = mapping.end;
+    }
+    let mut mappings = process.mappings.iter().peekable();
+    let mut from = 0;
+    for run in &process.pages {
+        let bytes = run
+            .pages
+            .checked_mul(PAGE)
+            .and_then(|bytes| run.start.checked_add(bytes));
+        let Some(run_end) = bytes.filter(|_| run.start % PAGE == 0 && run.start >= from) else {
+            return Err(ManifestError::Invalid {
+                what: format!("the pages at {:#x} of process {pid}", run.start),
+            });
+        };
+        while mappings
+            .next_if(|mapping| mapping.end <= run.start)
+            .is_some()
+        {}
+        if !mappings
+            .peek()
+            .is_some_and(|m| m.start <= run.start && run_end <= m.end)
+        {
+            return Err(ManifestError::Invalid {
+                what: format!(
+                    "the pages at {:#x} of process {pid} lie in no mapping",
+                    run.start
+                ),
+            });
+        }
+        from = run_end;
+    }
+    Ok(())
+}

@@ -1,0 +1,114 @@
+//! Users, groups, capabilities and seccomp filters, thread by thread, as credentials(7) has them.
+
+use nix::libc;
+
+use super::region::{Program, Region};
+use crate::manifest::{Credentials, Manifest, Thread};
+
+const CAPABILITIES: u64 = 41;
+const SECCOMP_SET_MODE_FILTER: u64 = 1;
+/// Version word of capset(2) for 64 capabilities.
+const CAPABILITY_VERSION: u64 = 0x2008_0522;
+
+/// Drops bounding capabilities that the parent had: inherited by threads made later.
+pub fn bound(credentials: &Credentials, parent: u64, region: &mut Region, program: &mut Program) {
+    program.about(region.sentence("dropping bounding capabilities".into()));
+    for capability in 0..CAPABILITIES {
+        if parent & !credentials.bounding & 1 << capability != 0 {
+            // One that this kernel does not know cannot be held either.
+            program
+                .call(libc::SYS_prctl, [libc::PR_CAPBSET_DROP as u64, capability])
+                .or_not();
+        }
+    }
+}
+
+/// Steps by which the calling thread takes its credentials, and its filters where they come last.
+pub fn take(thread: &Thread, manifest: &Manifest, region: &mut Region, program: &mut Program) {
+    let own = &thread.credentials;
+    if thread.no_new_privileges {
+        program.about(region.sentence("setting no_new_privs".into()));
+        program.call(
+            libc::SYS_prctl,
+            [libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0],
+        );
+    } else {
+        // Without no_new_privs a filter needs CAP_SYS_ADMIN, which may be gone afterwards.
+        filter(thread, manifest, region, program);
+    }
+    program.about(region.sentence(format!(
+        "becoming user {} and group {}",
+        own.uid[0], own.gid[0]
+    )));
+    let mut groups = Vec::new();
+    for group in &own.groups {
+        groups.extend(group.to_ne_bytes());
+    }
+    let list = region.put(&groups, 8);
+    program.call(libc::SYS_setgroups, [own.groups.len() as u64, list]);
+    let [real, effective, saved, fs] = own.gid.map(u64::from);
+    program.call(libc::SYS_setresgid, [real, effective, saved]);
+    if fs != effective {
+        program.call(libc::SYS_setfsgid, [fs]).or_not();
+    }
+    let [real, effective, saved, fs] = own.uid.map(u64::from);
+    let changes = [real, effective, saved].iter().any(|id| *id != 0);
+    if changes {
+        // Keeps permitted capabilities until capset below decides.
+        program.call(libc::SYS_prctl, [libc::PR_SET_KEEPCAPS as u64, 1, 0, 0, 0]);
+        program.call(libc::SYS_setresuid, [real, effective, saved]);
+        program.call(libc::SYS_prctl, [libc::PR_SET_KEEPCAPS as u64, 0, 0, 0, 0]);
+    }
+    if fs != effective {
+        program.call(libc::SYS_setfsuid, [fs]).or_not();
+    }
+    if own.secure_bits != 0 {
+        program.about(region.sentence("setting secure bits".into()));
+        program.call(
+            libc::SYS_prctl,
+            [libc::PR_SET_SECUREBITS as u64, own.secure_bits, 0, 0, 0],
+        );
+    }
+    program.about(region.sentence("setting capabilities".into()));
+    let head = region.put_words(&[CAPABILITY_VERSION]);
+    // Two sets of 32 bits each: effective, permitted, inheritable.
+    let halves = |shift: u32| {
+        let part = |set: u64| set >> shift & 0xffff_ffff;
+        [
+            part(own.effective) | part(own.permitted) << 32,
+            part(own.inheritable),
+        ]
+    };
+    let (low, high) = (halves(0), halves(32));
+    // The struct is packed as six 32-bit words.
+    let words = [
+        low[0],
+        low[1] | (high[0] & 0xffff_ffff) << 32,
+        high[0] >> 32 | high[1] << 32,
+    ];
+    let sets = region.put_words(&words);
+    program.call(libc::SYS_capset, [head, sets]);
+    for capability in 0..CAPABILITIES {
+        if own.ambient & 1 << capability != 0 {
+            let raise = [
+                libc::PR_CAP_AMBIENT as u64,
+                libc::PR_CAP_AMBIENT_RAISE as u64,
+                capability,
+            ];
+            program.call(libc::SYS_prctl, raise);
+        }
+    }
+    if thread.no_new_privileges {
+        filter(thread, manifest, region, program);
+    }
+}
+
+fn filter(thread: &Thread, manifest: &Manifest, region: &mut Region, program: &mut Program) {
+    for instructions in manifest.filters.iter().take(thread.filters) {
+        program.about(region.sentence("installing a seccomp filter".into()));
+        let code = region.put_words(instructions);
+        // struct sock_fprog: length, then the pointer.
+        let description = region.put_words(&[instructions.len() as u64, code]);
+        program.call(libc::SYS_seccomp, [SECCOMP_SET_MODE_FILTER, 0, description]);
+    }
+}

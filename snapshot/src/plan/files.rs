@@ -1,0 +1,400 @@
+//! Open files: made by the tree's root for everyone, then put in place by each process.
+
+use std::collections::BTreeMap;
+
+use nix::libc;
+use trenv_restorer::wire::{fd, verb};
+
+use super::PlanError;
+use super::region::{Program, Region};
+use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
+
+const O_ACCESS: u32 = libc::O_ACCMODE as u32;
+/// Status flags that F_SETFL can set.
+const SETTABLE: u32 =
+    (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME) as u32;
+const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
+
+/// The control descriptor lies above every descriptor of the tree.
+pub fn control_descriptor(manifest: &Manifest) -> u64 {
+    let highest = manifest
+        .processes
+        .iter()
+        .flat_map(|process| &process.descriptors)
+        .map(|descriptor| descriptor.number)
+        .max();
+    (highest.unwrap_or(0).max(15) + 1) as u64
+}
+
+fn place(control: u64, object: usize) -> u64 {
+    control + fd::OBJECTS + object as u64
+}
+
+/// Steps that make every open file, at its number above the control descriptor.
+pub fn make(
+    manifest: &Manifest,
+    control: u64,
+    region: &mut Region,
+    program: &mut Program,
+) -> Result<(), PlanError> {
+    let mut pairs: BTreeMap<u64, [Option<usize>; 2]> = BTreeMap::new();
+    for (index, object) in manifest.objects.iter().enumerate() {
+        let at = place(control, index);
+        let flags = u64::from(object.flags);
+        let nonblocking = flags & libc::O_NONBLOCK as u64;
+        match &object.kind {
+            ObjectKind::Stdio(stream) => {
+                program.about(region.sentence(format!("taking standard stream {stream}")));
+                program.call(
+                    libc::SYS_dup3,
+                    [control + fd::STDIO + u64::from(*stream), at, 0],
+                );
+            }
+            ObjectKind::Path { path, position } => {
+                program.about(region.sentence(format!("opening {path}")));
+                let text = region.put_text(path);
+                program
+                    .call(libc::SYS_openat, [libc::AT_FDCWD as u64, text, flags, 0])
+                    .into(0);
+                move_to(at, program);
+                if *position > 0 {
+                    program.call(libc::SYS_lseek, [at, *position, libc::SEEK_SET as u64]);
+                }
+            }
+            ObjectKind::Pipe { pipe, writer, .. } => {
+                pairs.entry(*pipe).or_default()[usize::from(*writer)] = Some(index);
+            }
+            ObjectKind::EventFd { count, semaphore } => {
+                program.about(region.sentence("making an eventfd".into()));
+                let how = nonblocking | u64::from(*semaphore);
+                program.call(libc::SYS_eventfd2, [0, how]).into(0);
+                move_to(at, program);
+                if *count > 0 {
+                    let value = region.put_words(&[*count]);
+                    program.call(libc::SYS_write, [at, value, 8]);
+                }
+            }
+            ObjectKind::Epoll { .. } => {
+                program.about(region.sentence("making an epoll".into()));
+                program.call(libc::SYS_epoll_create1, [0]).into(0);
+                move_to(at, program);
+            }
+            ObjectKind::TimerFd {
+                clock,
+                flags: timer,
+                value,
+                interval,
+                ticks,
+            } => {
+                program.about(region.sentence("making a timerfd".into()));
+                program
+                    .call(libc::SYS_timerfd_create, [*clock as u64, nonblocking])
+                    .into(0);
+                move_to(at, program);
+                if *value != [0; 2] {
+                    let times = [interval[0], interval[1], value[0], value[1]];
+                    let times = region.put_words(&times);
+                    // The value is what remains, whatever the timer was set by.
+                    let how = u64::from(timer & !1);
+                    program.call(libc::SYS_timerfd_settime, [at, how, times, 0]);
+                }
+                if *ticks > 0 {
+                    let ticks = region.put_words(&[*ticks]);
+                    program.call(libc::SYS_ioctl, [at, TFD_IOC_SET_TICKS, ticks]);
+                }
+            }
+            ObjectKind::SignalFd { mask } => {
+                program.about(region.sentence("making a signalfd".into()));
+                let mask = region.put_words(&[*mask]);
+                program
+                    .call(libc::SYS_signalfd4, [u64::MAX, mask, 8, nonblocking])
+                    .into(0);
+                move_to(at, program);
+            }
+            // Made by the process that holds it, once its target exists.
+            ObjectKind::PidFd { .. } => {}
+            ObjectKind::Inotify => {
+                program.about(region.sentence("making an inotify".into()));
+                program.call(libc::SYS_inotify_init1, [nonblocking]).into(0);
+                move_to(at, program);
+            }
+            ObjectKind::Socket(socket) => match socket.pair {
+                Some((pair, side)) => {
+                    pairs.entry(pair).or_default()[side as usize & 1] = Some(index);
+                }
+                None => make_socket(socket, nonblocking, at, region, program),
+            },
+        }
+    }
+    for ends in pairs.values() {
+        make_pair(manifest, *ends, control, region, program)?;
+    }
+    Ok(())
+}
+
+fn move_to(at: u64, program: &mut Program) {
+    program.call(libc::SYS_dup3, [0, at, 0]).from(0, 0);
+    program.call(libc::SYS_close, [0]).from(0, 0);
+}
+
+fn make_socket(
+    socket: &Socket,
+    nonblocking: u64,
+    at: u64,
+    region: &mut Region,
+    program: &mut Program,
+) {
+    program.about(region.sentence(format!("making a socket of family {}", socket.domain)));
+    let kind = socket.kind as u64 | nonblocking;
+    program
+        .call(
+            libc::SYS_socket,
+            [socket.domain as u64, kind, socket.protocol as u64],
+        )
+        .into(0);
+    move_to(at, program);
+    let set = |level: i32, name: i32, value: &[u8], region: &mut Region, program: &mut Program| {
+        let bytes = region.put(value, 8);
+        let args = [at, level as u64, name as u64, bytes, value.len() as u64];
+        program.call(libc::SYS_setsockopt, args);
+    };
+    for (level, name, value) in &socket.options {
+        set(*level, *name, value, region, program);
+    }
+    let internet = matches!(socket.domain, libc::AF_INET | libc::AF_INET6);
+    let reuse = (libc::SOL_SOCKET, libc::SO_REUSEADDR);
+    let had_reuse = socket
+        .options
+        .iter()
+        .any(|(level, name, _)| (*level, *name) == reuse);
+    if !socket.address.is_empty() {
+        program.about(region.sentence(format!("binding to {}", describe(&socket.address))));
+        if internet && !had_reuse {
+            // What a connection of the sandbox's last function left in TIME_WAIT must not matter.
+            set(reuse.0, reuse.1, &1i32.to_ne_bytes(), region, program);
+        }
+        if socket.domain == libc::AF_UNIX && socket.address.get(2).is_some_and(|byte| *byte != 0) {
+            // The socket's file is part of the file system; a new socket needs the name free.
+            let mut path = socket.address[2..].to_vec();
+            path.push(0);
+            let path = region.put(&path, 1);
+            program.call(libc::SYS_unlink, [path]).or_not();
+        }
+        let address = region.put(&socket.address, 8);
+        program.call(libc::SYS_bind, [at, address, socket.address.len() as u64]);
+        if internet && !had_reuse {
+            set(reuse.0, reuse.1, &0i32.to_ne_bytes(), region, program);
+        }
+    }
+    if let Some(backlog) = socket.listen {
+        program.call(libc::SYS_listen, [at, backlog as u64]);
+    }
+    if !socket.connected.is_empty() {
+        program.about(region.sentence(format!("connecting to {}", describe(&socket.connected))));
+        let address = region.put(&socket.connected, 8);
+        program.call(
+            libc::SYS_connect,
+            [at, address, socket.connected.len() as u64],
+        );
+    }
+}
+
+fn describe(address: &[u8]) -> String {
+    match address {
+        [2, 0, high, low, a, b, c, d, ..] => {
+            format!("{a}.{b}.{c}.{d}:{}", u16::from_be_bytes([*high, *low]))
+        }
+        [10, 0, high, low, ..] => format!(
+            "an IPv6 address, port {}",
+            u16::from_be_bytes([*high, *low])
+        ),
+        [1, 0, path @ ..] => String::from_utf8_lossy(path)
+            .trim_end_matches('\0')
+            .to_owned(),
+        _ => "an address".into(),
+    }
+}
+
+/// Both ends of a pipe or of a socket pair; an end that nobody holds is closed again.
+fn make_pair(
+    manifest: &Manifest,
+    ends: [Option<usize>; 2],
+    control: u64,
+    region: &mut Region,
+    program: &mut Program,
+) -> Result<(), PlanError> {
+    let numbers = region.put_words(&[0]);
+    let Some(kind) = ends
+        .iter()
+        .flatten()
+        .next()
+        .map(|end| &manifest.objects[*end].kind)
+    else {
+        return Ok(());
+    };
+    match kind {
+        ObjectKind::Pipe { size, .. } => {
+            program.about(region.sentence("making a pipe".into()));
+            program.call(libc::SYS_pipe2, [numbers, 0]);
+            program.verb(verb::LOAD, [numbers]).into(0);
+            program.verb(verb::LOAD, [numbers + 4]).into(1);
+            if *size != 65_536 {
+                program
+                    .call(libc::SYS_fcntl, [0, libc::F_SETPIPE_SZ as u64, *size])
+                    .from(0, 1);
+            }
+            if let Some(ObjectKind::Pipe { data, .. }) =
+                ends[0].map(|end| &manifest.objects[end].kind)
+                && !data.is_empty()
+            {
+                let bytes = region.put(data, 8);
+                let length = data.len() as u64;
+                program
+                    .call(libc::SYS_write, [0, bytes, length])
+                    .from(0, 1)
+                    .exactly(length);
+            }
+        }
+        ObjectKind::Socket(socket) => {
+            program.about(region.sentence("making a pair of sockets".into()));
+            let args = [
+                socket.domain as u64,
+                socket.kind as u64,
+                socket.protocol as u64,
+                numbers,
+            ];
+            program.call(libc::SYS_socketpair, args);
+            program.verb(verb::LOAD, [numbers]).into(0);
+            program.verb(verb::LOAD, [numbers + 4]).into(1);
+        }
+        _ => return Err(PlanError::Unsupported("a pair of an unknown kind".into())),
+    }
+    for (slot, end) in [0, 1].into_iter().zip(ends) {
+        if let Some(end) = end {
+            let at = place(control, end);
+            let flags = manifest.objects[end].flags & SETTABLE;
+            program.call(libc::SYS_dup3, [0, at, 0]).from(0, slot);
+            if flags != 0 {
+                program.call(
+                    libc::SYS_fcntl,
+                    [at, libc::F_SETFL as u64, u64::from(flags)],
+                );
+            }
+        }
+        program.call(libc::SYS_close, [0]).from(0, slot);
+    }
+    Ok(())
+}
+
+/// Steps that put a process's descriptors in place and close everything else but the control socket.
+pub fn install(
+    manifest: &Manifest,
+    process: &Process,
+    control: u64,
+    region: &mut Region,
+    program: &mut Program,
+) {
+    let mut made_here: Vec<usize> = Vec::new();
+    for descriptor in &process.descriptors {
+        let object = &manifest.objects[descriptor.object];
+        let at = place(control, descriptor.object);
+        if let ObjectKind::PidFd { pid } = object.kind
+            && !made_here.contains(&descriptor.object)
+        {
+            program.about(region.sentence(format!("opening process {pid}")));
+            let nonblocking = u64::from(object.flags) & libc::O_NONBLOCK as u64;
+            program
+                .call(libc::SYS_pidfd_open, [pid as u64, nonblocking])
+                .into(0);
+            move_to(at, program);
+            made_here.push(descriptor.object);
+        }
+        program.about(region.sentence(format!("setting up descriptor {}", descriptor.number)));
+        let how = if descriptor.close_on_exec {
+            libc::O_CLOEXEC as u64
+        } else {
+            0
+        };
+        program.call(libc::SYS_dup3, [at, descriptor.number as u64, how]);
+        let is_stdio = matches!(object.kind, ObjectKind::Stdio(_));
+        if is_stdio && object.flags & SETTABLE & !O_ACCESS != 0 {
+            let flags = u64::from(object.flags & SETTABLE);
+            program.call(libc::SYS_fcntl, [at, libc::F_SETFL as u64, flags]);
+        }
+    }
+    program.about(region.sentence("closing what was needed for the start only".into()));
+    let rest = u64::from(u32::MAX);
+    program.call(libc::SYS_close_range, [control + fd::CONTROL + 1, rest, 0]);
+    watch(manifest, process, region, program);
+}
+
+/// An epoll knows a file by its descriptor's number too, so it is filled in by a holder.
+fn watch(manifest: &Manifest, process: &Process, region: &mut Region, program: &mut Program) {
+    for (index, object) in manifest.objects.iter().enumerate() {
+        let ObjectKind::Epoll { targets } = &object.kind else {
+            continue;
+        };
+        let holder = manifest
+            .processes
+            .iter()
+            .find(|process| process.descriptors.iter().any(|d| d.object == index));
+        if holder.is_none_or(|holder| holder.pid != process.pid) {
+            continue;
+        }
+        let Some(descriptor) = process.descriptors.iter().find(|d| d.object == index) else {
+            continue;
+        };
+        for target in targets {
+            program.about(region.sentence(format!("watching descriptor {}", target.number)));
+            // struct epoll_event is packed: 32 bits of events, 64 of data.
+            let mut event = target.events.to_ne_bytes().to_vec();
+            event.extend(target.data.to_ne_bytes());
+            let event = region.put(&event, 8);
+            let add = libc::EPOLL_CTL_ADD as u64;
+            let args = [descriptor.number as u64, add, target.number as u64, event];
+            program.call(libc::SYS_epoll_ctl, args);
+        }
+    }
+}
+
+/// Steps that fill the sandbox's tmpfs mounts.
+pub fn fill_tmpfs(manifest: &Manifest, region: &mut Region, program: &mut Program) {
+    let here = libc::AT_FDCWD as u64;
+    for entry in &manifest.tmpfs {
+        program.about(region.sentence(format!("making {}", entry.path)));
+        let path = region.put_text(&entry.path);
+        let mode = u64::from(entry.mode);
+        match &entry.kind {
+            // A directory may be there already, made with the mount.
+            TmpfsKind::Directory => {
+                program.call(libc::SYS_mkdir, [path, mode]).or_not();
+            }
+            TmpfsKind::Link(target) => {
+                let target = region.put_text(target);
+                program.call(libc::SYS_symlink, [target, path]).or_not();
+            }
+            TmpfsKind::File(content) => {
+                let how = (libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC) as u64;
+                program
+                    .call(libc::SYS_openat, [here, path, how, mode])
+                    .into(0);
+                let (bytes, length) = (region.put(content, 8), content.len() as u64);
+                program
+                    .call(libc::SYS_write, [0, bytes, length])
+                    .from(0, 0)
+                    .exactly(length);
+                program.call(libc::SYS_close, [0]).from(0, 0);
+            }
+        }
+        let (uid, gid) = (u64::from(entry.uid), u64::from(entry.gid));
+        let no_follow = libc::AT_SYMLINK_NOFOLLOW as u64;
+        program
+            .call(libc::SYS_fchownat, [here, path, uid, gid, no_follow])
+            .or_not();
+        if !matches!(entry.kind, TmpfsKind::Link(_)) {
+            program
+                .call(libc::SYS_fchmodat, [here, path, mode])
+                .or_not();
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! The programs of the tree's processes and threads.
+
+use nix::libc;
+use trenv_restorer::wire::{THREAD_STACK, fd, verb};
+
+use super::layout::{Placement, kernel_owned};
+use super::region::{Program, Region};
+use super::{PlanError, credentials, files, frame, memory};
+use crate::manifest::{Manifest, MappingKind, Process, Thread};
+
+/// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
+pub mod mark {
+    pub const RUNS: u64 = 2;
+    pub const MEMORY: u64 = 3;
+    pub const FILES: u64 = 4;
+    pub const THREADS: u64 = 5;
+}
+
+const ARCH_SET_FS: u64 = 0x1002;
+const ARCH_SET_GS: u64 = 0x1001;
+const PR_SET_MM_MAP: u64 = 14;
+
+/// Puts all programs into the region; the root's address is returned.
+pub fn programs(
+    manifest: &Manifest,
+    placement: &Placement,
+    control: u64,
+    region: &mut Region,
+) -> Result<u64, PlanError> {
+    let own_limits = own_limits();
+    program_of(0, manifest, placement, control, &own_limits, region)
+}
+
+fn program_of(
+    index: usize,
+    manifest: &Manifest,
+    placement: &Placement,
+    control: u64,
+    own_limits: &[(u64, u64)],
+    region: &mut Region,
+) -> Result<u64, PlanError> {
+    let process = &manifest.processes[index];
+    let pid = process.pid;
+    let mut program = Program::default();
+    program.verb(verb::MARK, [mark::RUNS]);
+    let parent_bounding = match process.parent {
+        None => {
+            files::make(manifest, control, region, &mut program)?;
+            files::fill_tmpfs(manifest, region, &mut program);
+            u64::MAX
+        }
+        Some(parent) => manifest.processes[parent].threads[0].credentials.bounding,
+    };
+    credentials::bound(
+        &process.threads[0].credentials,
+        parent_bounding,
+        region,
+        &mut program,
+    );
+    session(index, manifest, region, &mut program)?;
+    for (child, other) in manifest.processes.iter().enumerate() {
+        if other.parent == Some(index) {
+            let its = program_of(child, manifest, placement, control, own_limits, region)?;
+            program.about(region.sentence(format!("forking process {}", other.pid)));
+            program.verb(verb::FORK, [other.pid as u64, its]);
+        }
+    }
+    move_memory(index, manifest, placement, region, &mut program);
+    program.verb(verb::MARK, [mark::MEMORY]);
+    files::install(manifest, process, control, region, &mut program);
+    program.verb(verb::MARK, [mark::FILES]);
+    settle(process, own_limits, region, &mut program);
+
+    let gate = region.put_words(&[0]);
+    for thread in &process.threads[1..] {
+        let its = thread_program(thread, process, manifest, gate, region);
+        let stack = region.put(&vec![0; THREAD_STACK as usize], 16);
+        program.about(region.sentence(format!("making thread {} of process {pid}", thread.tid)));
+        let args = [
+            thread.tid as u64,
+            its,
+            stack + THREAD_STACK,
+            thread.registers.fs_base,
+        ];
+        program.verb(verb::THREAD, args);
+    }
+    let main = &process.threads[0];
+    program.about(region.sentence(format!("setting up the main thread of process {pid}")));
+    program.call(libc::SYS_arch_prctl, [ARCH_SET_FS, main.registers.fs_base]);
+    thread_state(main, process, region, &mut program);
+    send_pending(&process.pending, None, pid, region, &mut program);
+    credentials::take(main, manifest, region, &mut program);
+    program.about(region.sentence(format!("making process {pid} dumpable or not")));
+    program.call(
+        libc::SYS_prctl,
+        [libc::PR_SET_DUMPABLE as u64, process.dumpable & 1, 0, 0, 0],
+    );
+    program.verb(verb::MARK, [mark::THREADS]);
+    program.verb(verb::REPORT, [index as u64]);
+    program
+        .call(libc::SYS_close, [control + fd::CONTROL])
+        .or_not();
+    program.verb(verb::RELEASE, [gate]);
+    program.verb(verb::SIGRETURN, [put_frame(main, region)]);
+    Ok(region.put_program(&program))
+}
+
+/// The process's place among sessions and process groups.
+fn session(
+    index: usize,
+    manifest: &Manifest,
+    region: &mut Region,
+    program: &mut Program,
+) -> Result<(), PlanError> {
+    let process = &manifest.processes[index];
+    let parent = process.parent.map(|parent| &manifest.processes[parent]);
+    program.about(region.sentence(format!(
+        "setting session and group of process {}",
+        process.pid
+    )));
+    if process.session == process.pid {
+        program.call(libc::SYS_setsid, []);
+        return Ok(());
+    }
+    if let Some(parent) = parent
+        && parent.session != process.session
+    {
+        return Err(PlanError::Unsupported(format!(
+            "process {} belongs to session {}, which is not its parent's",
+            process.pid, process.session
+        )));
+    }
+    if process.group == process.pid {
+        program.call(libc::SYS_setpgid, [0, 0]);
+    } else if parent.is_some_and(|parent| parent.group != process.group) {
+        program.call(libc::SYS_setpgid, [0, process.group as u64]);
+    }
+    Ok(())
+}
+
+/// Unmaps what belongs to others and moves what was staged.
+fn move_memory(
+    index: usize,
+    manifest: &Manifest,
+    placement: &Placement,
+    region: &mut Region,
+    program: &mut Program,
+) {
+    let process = &manifest.processes[index];
+    let how = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+    program.about(region.sentence(format!("unmapping what process {} has not", process.pid)));
+    for (start, end) in placement.foreign(index, manifest) {
+        program.call(libc::SYS_munmap, [start, end - start]);
+    }
+    if index != placement.resident {
+        // First of all, before anything is moved onto the place where the vdso lies now.
+        program.about(region.sentence(format!("moving the vdso of process {}", process.pid)));
+        let resident = &manifest.processes[placement.resident].mappings;
+        let from = resident.iter().filter(|mapping| kernel_owned(mapping));
+        let to = process
+            .mappings
+            .iter()
+            .filter(|mapping| kernel_owned(mapping));
+        for (from, to) in from.zip(to) {
+            if from.start != to.start {
+                let length = to.end - to.start;
+                let args = [from.start, length, length, how, to.start];
+                program.call(libc::SYS_mremap, args).exactly(to.start);
+            }
+        }
+    }
+    for place in placement.staged(index) {
+        let mapping = &process.mappings[place.mapping];
+        if place.at != mapping.start {
+            program.about(region.sentence(format!(
+                "moving mapping {:#x} of process {}",
+                mapping.start, process.pid
+            )));
+            let args = [place.at, place.length, place.length, how, mapping.start];
+            program.call(libc::SYS_mremap, args).exactly(mapping.start);
+        }
+    }
+    for mapping in &process.mappings {
+        // These would have kept the memory from the clone itself.
+        for (wanted, advice) in [
+            (mapping.flags.dont_fork, libc::MADV_DONTFORK),
+            (mapping.flags.wipe_on_fork, libc::MADV_WIPEONFORK),
+        ] {
+            if wanted && mapping.kind == MappingKind::Anonymous {
+                program.about(region.sentence(format!("advising about {:#x}", mapping.start)));
+                let length = mapping.end - mapping.start;
+                program.call(libc::SYS_madvise, [mapping.start, length, advice as u64]);
+            }
+        }
+    }
+    if index != placement.resident {
+        let resident = &manifest.processes[placement.resident];
+        let exe = (resident.exe != process.exe).then_some(fd::OBJECTS - 1);
+        if let Some(number) = exe {
+            program.about(region.sentence(format!("opening {}", process.exe)));
+            memory::open(&process.exe, region, program);
+            let number = files::control_descriptor(manifest) + number;
+            program.call(libc::SYS_dup3, [0, number, 0]).from(0, 0);
+            program.call(libc::SYS_close, [0]).from(0, 0);
+        }
+        let exe = exe.map(|number| files::control_descriptor(manifest) + number);
+        describe_memory(process, exe, region, program);
+    }
+}
+
+/// PR_SET_MM_MAP (prctl(2)): what the kernel knows of code, data, heap, stack and arguments.
+pub fn describe_memory(
+    process: &Process,
+    exe: Option<u64>,
+    region: &mut Region,
+    program: &mut Program,
+) {
+    let layout = &process.layout;
+    let auxv = region.put(&process.auxv, 8);
+    let exe = exe.map_or(u64::from(u32::MAX), |fd| fd & 0xffff_ffff);
+    let map = region.put_words(&[
+        layout.start_code,
+        layout.end_code,
+        layout.start_data,
+        layout.end_data,
+        layout.start_brk,
+        layout.brk,
+        layout.start_stack,
+        layout.arg_start,
+        layout.arg_end,
+        layout.env_start,
+        layout.env_end,
+        auxv,
+        process.auxv.len() as u64 | exe << 32,
+    ]);
+    program.about(region.sentence(format!("describing the memory of process {}", process.pid)));
+    let size = 13 * 8;
+    program.call(
+        libc::SYS_prctl,
+        [libc::PR_SET_MM as u64, PR_SET_MM_MAP, map, size, 0],
+    );
+}
+
+/// What a process has once: signal actions, timers, limits, working directory.
+fn settle(
+    process: &Process,
+    own_limits: &[(u64, u64)],
+    region: &mut Region,
+    program: &mut Program,
+) {
+    let pid = process.pid;
+    program.about(region.sentence(format!("setting signal actions of process {pid}")));
+    // The zygote ignores SIGCHLD; every other signal has its default action there.
+    if !process
+        .actions
+        .iter()
+        .any(|action| action.signal == libc::SIGCHLD)
+    {
+        let default = region.put_words(&[0; 4]);
+        program.call(
+            libc::SYS_rt_sigaction,
+            [libc::SIGCHLD as u64, default, 0, 8],
+        );
+    }
+    for action in &process.actions {
+        let words = [action.handler, action.flags, action.restorer, action.mask];
+        let words = region.put_words(&words);
+        program.call(libc::SYS_rt_sigaction, [action.signal as u64, words, 0, 8]);
+    }
+    for (which, timer) in process.timers.iter().enumerate() {
+        if *timer != [0; 4] {
+            let timer = region.put_words(timer);
+            program.call(libc::SYS_setitimer, [which as u64, timer, 0]);
+        }
+    }
+    program.call(libc::SYS_umask, [u64::from(process.umask)]);
+    program.about(region.sentence(format!("entering {}", process.cwd)));
+    let cwd = region.put_text(&process.cwd);
+    program.call(libc::SYS_chdir, [cwd]);
+    for (resource, limit) in process.limits.iter().enumerate() {
+        if own_limits.get(resource) != Some(limit) {
+            program.about(region.sentence(format!("setting resource limit {resource}")));
+            let limit = region.put_words(&[limit.0, limit.1]);
+            program.call(libc::SYS_prlimit64, [0, resource as u64, limit, 0]);
+        }
+    }
+    if process.subreaper != 0 {
+        program.call(
+            libc::SYS_prctl,
+            [libc::PR_SET_CHILD_SUBREAPER as u64, 1, 0, 0, 0],
+        );
+    }
+}
+
+/// Limits of this process, which a zygote inherits.
+fn own_limits() -> Vec<(u64, u64)> {
+    (0..16)
+        .map(|resource| {
+            let mut limit = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
+            // SAFETY: reads a limit of this process into `limit`.
+            unsafe { libc::getrlimit(resource, &raw mut limit) };
+            (limit.rlim_cur, limit.rlim_max)
+        })
+        .collect()
+}
+
+fn thread_program(
+    thread: &Thread,
+    process: &Process,
+    manifest: &Manifest,
+    gate: u64,
+    region: &mut Region,
+) -> u64 {
+    let mut program = Program::default();
+    program.about(region.sentence(format!("setting up thread {}", thread.tid)));
+    thread_state(thread, process, region, &mut program);
+    credentials::take(thread, manifest, region, &mut program);
+    program.verb(verb::WAIT, [gate]);
+    program.verb(verb::SIGRETURN, [put_frame(thread, region)]);
+    region.put_program(&program)
+}
+
+/// What the kernel keeps per thread, registers and credentials aside.
+fn thread_state(thread: &Thread, process: &Process, region: &mut Region, program: &mut Program) {
+    if thread.registers.gs_base != 0 {
+        program.call(
+            libc::SYS_arch_prctl,
+            [ARCH_SET_GS, thread.registers.gs_base],
+        );
+    }
+    program.call(libc::SYS_set_tid_address, [thread.clear_tid]);
+    if thread.robust_list.0 != 0 {
+        program.call(
+            libc::SYS_set_robust_list,
+            [thread.robust_list.0, thread.robust_list.1],
+        );
+    }
+    if let Some((address, size, signature)) = thread.rseq {
+        program.call(
+            libc::SYS_rseq,
+            [address, u64::from(size), 0, u64::from(signature)],
+        );
+    }
+    let name = region.put_text(&thread.name);
+    program.call(libc::SYS_prctl, [libc::PR_SET_NAME as u64, name]);
+    if thread.nice != 0 {
+        program.call(
+            libc::SYS_setpriority,
+            [libc::PRIO_PROCESS as u64, 0, thread.nice as u64],
+        );
+    }
+    if thread.scheduling != (0, 0) {
+        let parameter = region.put_words(&[thread.scheduling.1 as u64]);
+        program.call(
+            libc::SYS_sched_setscheduler,
+            [0, thread.scheduling.0 as u64, parameter],
+        );
+    }
+    if let Some(mask) = &thread.affinity {
+        let length = mask.len() as u64;
+        let mask = region.put(mask, 8);
+        program.call(libc::SYS_sched_setaffinity, [0, length, mask]);
+    }
+    if thread.parent_death_signal != 0 {
+        let signal = thread.parent_death_signal;
+        program.call(libc::SYS_prctl, [libc::PR_SET_PDEATHSIG as u64, signal]);
+    }
+    send_pending(
+        &thread.pending,
+        Some(thread.tid),
+        process.pid,
+        region,
+        program,
+    );
+}
+
+/// Signals that were pending are sent again; all are blocked until the frame is taken.
+fn send_pending(
+    pending: &[Vec<u8>],
+    tid: Option<i32>,
+    pid: i32,
+    region: &mut Region,
+    program: &mut Program,
+) {
+    for info in pending {
+        let signal = info
+            .first_chunk()
+            .map_or(0, |bytes| i32::from_ne_bytes(*bytes)) as u64;
+        let info = region.put(info, 8);
+        match tid {
+            Some(tid) => {
+                let args = [pid as u64, tid as u64, signal, info];
+                program.call(libc::SYS_rt_tgsigqueueinfo, args);
+            }
+            None => {
+                program.call(libc::SYS_rt_sigqueueinfo, [pid as u64, signal, info]);
+            }
+        }
+    }
+}
+
+fn put_frame(thread: &Thread, region: &mut Region) -> u64 {
+    let at = region.put(&vec![0; frame::size(thread)], 64);
+    let bytes = frame::build(thread, at);
+    region.set(at, &bytes);
+    at
+}

@@ -1,0 +1,532 @@
+//! The zygote: a template as a live process, cloned at every start.
+//!
+//! [`Zygote::build`] plans the address space and starts `trenv-zygote`, which takes its place in
+//! the function's file system, maps the restorer's region and becomes the zygote. [`Zygote::agent`]
+//! makes another task in the same address space, for a tenancy cgroup of its own; each
+//! [`Agent::start`] clones the tree into one sandbox.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use trenv_pool::TemplateReader;
+use trenv_restorer::wire::{self, MARKS, Report, Request};
+
+use crate::fingerprint::{Fingerprint, FingerprintError};
+use crate::manifest::{Manifest, ManifestError};
+use crate::plan::{KEEP_OFFSET, Plan, PlanError};
+
+/// How long building a zygote may take.
+const BUILD_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How an instance's memory comes up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// Clone of a zygote that stays.
+    Template,
+    /// A copy of the image's pages for each start.
+    Copy,
+}
+
+/// What to build a zygote from.
+#[derive(Debug)]
+pub struct ZygoteRequest<'a> {
+    pub template: &'a TemplateReader,
+    /// The function's layers, read-only, as a detached mount.
+    pub rootfs: OwnedFd,
+    /// The program `trenv-zygote`.
+    pub binary: &'a Path,
+    /// Files `cgroup.procs` that the zygote writes itself into before it takes memory.
+    pub cgroups: Vec<PathBuf>,
+}
+
+/// Why a zygote does not stand or a start failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ZygoteError {
+    #[error(
+        "The template was taken on {template}, but this machine is {machine}; deploy the function again"
+    )]
+    Fingerprint { template: String, machine: String },
+    #[error("Failed to describe this machine for the template")]
+    Machine(#[from] FingerprintError),
+    #[error("The template's description cannot be used")]
+    Manifest(#[from] ManifestError),
+    #[error("The template cannot be laid out")]
+    Plan(#[from] PlanError),
+    #[error("The template's pages cannot be used")]
+    Pool(#[from] trenv_pool::PoolError),
+    #[error("Failed to restore while {doing}")]
+    Io { doing: String, source: io::Error },
+    #[error("Failed to restore while {step}")]
+    Step { step: String, source: io::Error },
+    #[error("The restore did not end within {0:?}; is the machine out of memory?")]
+    Deadline(Duration),
+    #[error("The zygote has ended; the next start builds it anew")]
+    Gone,
+}
+
+fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> ZygoteError {
+    move |source| ZygoteError::Io {
+        doing: doing.into(),
+        source,
+    }
+}
+
+fn errno(doing: &'static str) -> impl FnOnce(Errno) -> ZygoteError {
+    move |errno| ZygoteError::Io {
+        doing: doing.into(),
+        source: errno.into(),
+    }
+}
+
+/// A standing zygote. Dropping it ends it and its agents; trees cloned from it live on.
+#[derive(Debug)]
+pub struct Zygote {
+    child: Mutex<Child>,
+    pid: i32,
+    control: Mutex<OwnedFd>,
+    sentences: std::sync::Arc<Vec<String>>,
+    processes: usize,
+}
+
+impl Zygote {
+    /// Builds a zygote; it stands, and its memory is in place, when this returns.
+    ///
+    /// # Errors
+    /// When the template does not fit this machine or cannot be read, or the machine fails.
+    pub fn build(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
+        let manifest = Manifest::decode(request.template.manifest())?;
+        let machine = Fingerprint::of_this_machine()?.to_string();
+        if manifest.fingerprint != machine {
+            return Err(ZygoteError::Fingerprint {
+                template: manifest.fingerprint,
+                machine,
+            });
+        }
+        request.template.verify()?;
+        let plan = Plan::of(&manifest, request.template.extents())?;
+        let (ours, theirs) = socket_pair()?;
+        let mut loader = Loader::of(&plan, &request)?;
+        let child = loader.start(request.binary, &theirs, &request)?;
+        drop(theirs);
+        let zygote = Self {
+            pid: i32::try_from(child.id()).unwrap_or_default(),
+            child: Mutex::new(child),
+            control: Mutex::new(ours),
+            sentences: std::sync::Arc::new(plan.sentences),
+            processes: plan.processes,
+        };
+        let control = lock(&zygote.control);
+        let message = receive(
+            control.as_fd(),
+            Instant::now() + BUILD_DEADLINE,
+            BUILD_DEADLINE,
+        )?;
+        zygote_error(&message.0, &zygote.sentences)?;
+        drop(control);
+        // The pages are in the zygote now; a second copy in the page cache serves nobody.
+        // SAFETY: advice about a descriptor; no memory is passed.
+        unsafe {
+            libc::posix_fadvise(
+                request.template.fd().as_raw_fd(),
+                0,
+                0,
+                libc::POSIX_FADV_DONTNEED,
+            )
+        };
+        Ok(zygote)
+    }
+
+    /// Host pid of the zygote.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// DRAM that the zygote's memory takes.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn resident_bytes(&self) -> Result<u64, ZygoteError> {
+        let path = format!("/proc/{}/smaps_rollup", self.pid);
+        let text =
+            std::fs::read_to_string(path).map_err(io_error("reading the zygote's memory"))?;
+        let rss = text.lines().find_map(|line| line.strip_prefix("Rss:"));
+        let kilobytes = rss.and_then(|rss| rss.trim().strip_suffix(" kB")?.trim().parse().ok());
+        Ok(kilobytes.unwrap_or(0u64) << 10)
+    }
+
+    /// Makes an agent. On cgroup v1 move [`Agent::pid`] into the tenancy's cgroups before its
+    /// first start.
+    ///
+    /// # Errors
+    /// When the zygote has ended or has as many agents as it can have.
+    pub fn agent(&self) -> Result<Agent, ZygoteError> {
+        let (ours, theirs) = socket_pair()?;
+        let control = lock(&self.control);
+        send(control.as_fd(), wire::request::AGENT, &[theirs.as_fd()])?;
+        drop(theirs);
+        let deadline = Duration::from_secs(5);
+        // Both answer that they wait for requests; a failure comes on the zygote's own socket.
+        let first = receive(control.as_fd(), Instant::now() + deadline, deadline)?;
+        if first.0.kind == wire::report::FAILED {
+            receive(control.as_fd(), Instant::now() + deadline, deadline)?;
+        }
+        zygote_error(&first.0, &self.sentences)?;
+        drop(control);
+        let (message, pid) = receive(ours.as_fd(), Instant::now() + deadline, deadline)?;
+        zygote_error(&message, &self.sentences)?;
+        Ok(Agent {
+            control: ours,
+            pid,
+            sentences: self.sentences.clone(),
+            processes: self.processes,
+            idle: true,
+        })
+    }
+}
+
+impl Drop for Zygote {
+    fn drop(&mut self) {
+        let mut child = lock(&self.child);
+        // It may have ended by itself.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+/// A task of a zygote that clones the tree into sandboxes, one after another.
+#[derive(Debug)]
+pub struct Agent {
+    control: OwnedFd,
+    pid: i32,
+    sentences: std::sync::Arc<Vec<String>>,
+    processes: usize,
+    idle: bool,
+}
+
+/// Where a tree is to be cloned to.
+#[derive(Debug)]
+pub struct StartRequest<'a> {
+    /// pidfd of the sandbox's pid 1.
+    pub init: BorrowedFd<'a>,
+    pub stdio: [BorrowedFd<'a>; 3],
+    /// Directory of the tenancy's cgroup on cgroup v2; none where the agent sits in it already.
+    pub cgroup: Option<BorrowedFd<'a>>,
+    pub deadline: Duration,
+}
+
+/// A restored tree.
+#[derive(Debug)]
+pub struct Started {
+    /// Host pids, in the manifest's order: the root first.
+    pub pids: Vec<i32>,
+    pub steps: Vec<(&'static str, Duration)>,
+}
+
+impl Agent {
+    /// Host pid of the agent.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Clones the tree into a sandbox and waits until every process of it is restored.
+    ///
+    /// # Errors
+    /// When a step failed: what was made of the tree must then be killed with its cgroup.
+    pub fn start(&mut self, request: &StartRequest<'_>) -> Result<Started, ZygoteError> {
+        let begun = now();
+        let deadline = Instant::now() + request.deadline;
+        let control = self.control.as_fd();
+        while !self.idle {
+            // The last start's agent comes home after its tree has reported.
+            let (message, _) = receive(control, deadline, request.deadline)?;
+            self.idle = message.kind == wire::report::IDLE;
+        }
+        let [input, output, error] = request.stdio;
+        let mut descriptors = vec![input, output, error, request.init];
+        descriptors.extend(request.cgroup);
+        self.idle = false;
+        send(control, wire::request::START, &descriptors)?;
+        let mut pids = vec![0; self.processes];
+        let mut marks = [0; MARKS];
+        let mut restored = 0;
+        while restored < self.processes {
+            let (message, pid) = receive(control, deadline, request.deadline)?;
+            match message.kind {
+                wire::report::RESTORED => {
+                    if let Some(place) = pids.get_mut(message.process as usize) {
+                        *place = pid;
+                    }
+                    if message.process == 0 {
+                        marks = message.marks;
+                    }
+                    restored += 1;
+                }
+                wire::report::IDLE => self.idle = true,
+                _ => return Err(step_error(&message, &self.sentences)),
+            }
+        }
+        Ok(Started {
+            pids,
+            steps: steps(begun, &marks),
+        })
+    }
+}
+
+fn steps(begun: u64, marks: &[u64; MARKS]) -> Vec<(&'static str, Duration)> {
+    let names = [
+        "request",
+        "namespaces",
+        "clone",
+        "memory",
+        "files",
+        "threads",
+    ];
+    let mut steps = Vec::new();
+    let mut last = begun;
+    for (name, mark) in names.into_iter().zip(marks) {
+        steps.push((name, Duration::from_nanos(mark.saturating_sub(last))));
+        last = last.max(*mark);
+    }
+    steps.push(("report", Duration::from_nanos(now().saturating_sub(last))));
+    steps
+}
+
+fn now() -> u64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
+        now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
+    })
+}
+
+fn zygote_error(message: &Report, sentences: &[String]) -> Result<(), ZygoteError> {
+    if message.kind == wire::report::FAILED {
+        Err(step_error(message, sentences))
+    } else {
+        Ok(())
+    }
+}
+
+fn step_error(message: &Report, sentences: &[String]) -> ZygoteError {
+    let step = match message.what.checked_sub(wire::OWN_SENTENCES) {
+        Some(index) => sentences.get(index as usize).cloned(),
+        None => Some(wire::own_sentence(message.what).to_owned()),
+    };
+    ZygoteError::Step {
+        step: step.unwrap_or_else(|| "an unknown step".into()),
+        source: io::Error::from_raw_os_error(message.errno),
+    }
+}
+
+/// Hands the plan to `trenv-zygote`.
+struct Loader {
+    region: OwnedFd,
+    arguments: Vec<String>,
+}
+
+/// Descriptors that `trenv-zygote` begins with.
+pub mod loader_fd {
+    pub const CONTROL: i32 = 3;
+    pub const REGION: i32 = 4;
+    pub const PAGES: i32 = 5;
+    pub const ROOTFS: i32 = 6;
+}
+
+impl Loader {
+    fn of(plan: &Plan, request: &ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
+        use std::io::Write;
+        let region =
+            nix::sys::memfd::memfd_create("trenv-restorer", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+                .map_err(errno("making the restorer's region"))?;
+        let mut file = std::fs::File::from(region);
+        file.write_all(&plan.bytes)
+            .map_err(io_error("writing the restorer's region"))?;
+        file.set_len(plan.length)
+            .map_err(io_error("writing the restorer's region"))?;
+        let words: Vec<String> = plan
+            .vdso_words
+            .iter()
+            .map(|word| format!("{word:x}"))
+            .collect();
+        let numbers = [
+            plan.base,
+            plan.code,
+            plan.length,
+            plan.entry,
+            plan.stack,
+            plan.header,
+        ];
+        let mut arguments: Vec<String> = numbers.iter().map(|n| format!("{n:x}")).collect();
+        arguments.push(format!("{:x}", plan.header + KEEP_OFFSET));
+        arguments.push(plan.control.to_string());
+        arguments.push(words.join(","));
+        arguments.extend(
+            request
+                .cgroups
+                .iter()
+                .map(|path| path.display().to_string()),
+        );
+        Ok(Self {
+            region: file.into(),
+            arguments,
+        })
+    }
+
+    fn start(
+        &mut self,
+        binary: &Path,
+        control: &OwnedFd,
+        request: &ZygoteRequest<'_>,
+    ) -> Result<Child, ZygoteError> {
+        use std::os::unix::process::CommandExt;
+        // Duplicates above the wanted numbers, so that none is overwritten before it is moved.
+        let high = |fd: BorrowedFd<'_>| {
+            nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64))
+                .map_err(errno("preparing the zygote's descriptors"))
+                // SAFETY: fcntl just made this descriptor, nobody else owns it.
+                .map(|number| unsafe { OwnedFd::from_raw_fd(number) })
+        };
+        let handed = [
+            (high(control.as_fd())?, loader_fd::CONTROL),
+            (high(self.region.as_fd())?, loader_fd::REGION),
+            (high(request.template.fd())?, loader_fd::PAGES),
+            (high(request.rootfs.as_fd())?, loader_fd::ROOTFS),
+        ];
+        let mut command = Command::new(binary);
+        command
+            .args(&self.arguments)
+            .env_clear()
+            .stdin(std::process::Stdio::null());
+        // The kernel writes into a registered rseq area, and the zygote unmaps its own program.
+        command.env("GLIBC_TUNABLES", "glibc.pthread.rseq=0");
+        command.stdout(std::process::Stdio::null());
+        // SAFETY: between fork and exec only dup2 is called, which is async-signal-safe.
+        unsafe {
+            command.pre_exec(move || {
+                for (from, to) in &handed {
+                    if libc::dup2(from.as_raw_fd(), *to) < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            })
+        };
+        command.spawn().map_err(|source| ZygoteError::Io {
+            doing: format!("starting {}", binary.display()),
+            source,
+        })
+    }
+}
+
+fn socket_pair() -> Result<(OwnedFd, OwnedFd), ZygoteError> {
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .map_err(errno("making a control socket"))?;
+    // Reports carry their sender's pid in our terms.
+    nix::sys::socket::setsockopt(&ours, nix::sys::socket::sockopt::PassCred, &true)
+        .map_err(errno("making a control socket"))?;
+    Ok((ours, theirs))
+}
+
+fn send(
+    control: BorrowedFd<'_>,
+    kind: u32,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<(), ZygoteError> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let request = Request {
+        kind,
+        descriptors: descriptors.len() as u32,
+    };
+    let mut bytes = [0u8; 8];
+    bytes[..4].copy_from_slice(&request.kind.to_ne_bytes());
+    bytes[4..].copy_from_slice(&request.descriptors.to_ne_bytes());
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+    let parts = [io::IoSlice::new(&bytes)];
+    match sendmsg(control, &parts, &mut ancillary, SendFlags::NOSIGNAL) {
+        Ok(_) => Ok(()),
+        Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => Err(ZygoteError::Gone),
+        Err(errno) => Err(ZygoteError::Io {
+            doing: "asking the zygote for a start".into(),
+            source: errno.into(),
+        }),
+    }
+}
+
+/// One report and the host pid of its sender.
+fn receive(
+    control: BorrowedFd<'_>,
+    deadline: Instant,
+    allowed: Duration,
+) -> Result<(Report, i32), ZygoteError> {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match nix::poll::poll(&mut [PollFd::new(control, PollFlags::POLLIN)], timeout) {
+            Ok(0) => return Err(ZygoteError::Deadline(allowed)),
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(err) => return Err(errno("waiting for the zygote")(err)),
+        }
+    }
+    let mut bytes = [0u8; size_of::<Report>()];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [io::IoSliceMut::new(&mut bytes)];
+    let got = recvmsg(control, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+        .map_err(|err| ZygoteError::Io {
+            doing: "hearing from the zygote".into(),
+            source: err.into(),
+        })?
+        .bytes;
+    if got == 0 {
+        return Err(ZygoteError::Gone);
+    }
+    if got != size_of::<Report>() {
+        return Err(ZygoteError::Io {
+            doing: "hearing from the zygote".into(),
+            source: io::ErrorKind::InvalidData.into(),
+        });
+    }
+    let pid = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmCredentials(credentials) => {
+            Some(credentials.pid.as_raw_nonzero().get())
+        }
+        _ => None,
+    });
+    let word =
+        |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let mut marks = [0; MARKS];
+    for (mark, bytes) in marks.iter_mut().zip(bytes[16..].chunks_exact(8)) {
+        *mark = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
+    }
+    let report = Report {
+        kind: word(0),
+        process: word(4),
+        what: word(8),
+        errno: word(12) as i32,
+        marks,
+    };
+    Ok((report, pid.unwrap_or_default()))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}

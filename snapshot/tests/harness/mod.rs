@@ -1,0 +1,330 @@
+//! A small sandbox of the tests' own: namespaces by unshare(1), a freezer cgroup, streams.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use trenv_pool::{Backend, Pool, TemplateId};
+use trenv_snapshot::TaskGroup;
+use trenv_snapshot::dump::{DumpRequest, dump};
+use trenv_snapshot::zygote::{Agent, StartRequest, Zygote, ZygoteRequest};
+
+pub type TestResult = Result<(), Box<dyn std::error::Error>>;
+type Made<T> = Result<T, Box<dyn std::error::Error>>;
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A pool and a place for programs.
+pub struct Bed {
+    directory: tempfile::TempDir,
+    pub pool: Pool,
+}
+
+/// A program running in a sandbox of its own.
+pub struct Instance {
+    pub sandbox: Child,
+    pub init: i32,
+    pub root: i32,
+    pub group: Freezer,
+    input: File,
+    output: BufReader<File>,
+    stdio: [Option<(u64, u64)>; 3],
+}
+
+impl Bed {
+    pub fn new() -> Made<Self> {
+        let directory = tempfile::tempdir()?;
+        let pool = Pool::format(&directory.path().join("pool"), Backend::File, 1 << 30)?;
+        Ok(Self { directory, pool })
+    }
+
+    /// Compiles a program of `tests/programs` with the machine's C compiler.
+    pub fn compile(&self, name: &str) -> Made<String> {
+        let source = format!("{}/tests/programs/{name}.c", env!("CARGO_MANIFEST_DIR"));
+        let target = self.directory.path().join(name);
+        let status = Command::new("cc")
+            .args(["-O2", "-pthread", "-o"])
+            .args([&target, Path::new(&source)])
+            .status()?;
+        assert!(status.success(), "{source} does not compile");
+        Ok(target.display().to_string())
+    }
+
+    /// Starts a program in a new sandbox, as a session of its own.
+    pub fn run(&self, command: &[&str]) -> Made<Instance> {
+        let (sandbox, init) = sandbox()?;
+        let group = Freezer::new()?;
+        let (child_in, input) = pipe()?;
+        let (output, child_out) = pipe()?;
+        let stdio = [
+            Some(identity(&child_in)?),
+            Some(identity(&child_out)?),
+            None,
+        ];
+        let mut joiner = Command::new("nsenter")
+            .args([
+                "-t",
+                &init.to_string(),
+                "-p",
+                "-m",
+                "-n",
+                "-u",
+                "-i",
+                "setsid",
+            ])
+            .args(command)
+            .stdin(child_in)
+            .stdout(child_out)
+            .stderr(File::open("/dev/null")?)
+            .spawn()?;
+        let root = wait_for(|| {
+            let children = children(joiner.id() as i32);
+            children.first().copied().filter(|pid| {
+                let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+                !exe.ends_with("nsenter") && !exe.ends_with("setsid")
+            })
+        })?;
+        // Whatever it forks from here on is born in the cgroup.
+        for pid in std::iter::once(root).chain(children(root)) {
+            group.add(pid)?;
+        }
+        std::thread::spawn(move || joiner.wait());
+        Ok(Instance {
+            sandbox,
+            init,
+            root,
+            group,
+            input: input.into(),
+            output: BufReader::new(output.into()),
+            stdio,
+        })
+    }
+
+    /// Dumps an instance, which ends; its sandbox goes too.
+    pub fn dump(&self, instance: Instance) -> Made<TemplateId> {
+        std::thread::sleep(Duration::from_millis(50));
+        let request = DumpRequest {
+            group: &instance.group,
+            init_pid: instance.init,
+            root_pid: instance.root,
+            stdio: instance.stdio,
+        };
+        let dumped = dump(
+            &request,
+            self.pool.begin(&format!("test {}", instance.root))?,
+        )?;
+        eprintln!("{dumped:?}");
+        Ok(dumped.template.id)
+    }
+
+    pub fn zygote(&self, template: &TemplateId) -> Made<Zygote> {
+        let reader = self.pool.template(template, None)?;
+        let rootfs = rustix::mount::open_tree(
+            rustix::fs::CWD,
+            "/",
+            rustix::mount::OpenTreeFlags::OPEN_TREE_CLONE
+                | rustix::mount::OpenTreeFlags::OPEN_TREE_CLOEXEC,
+        )?;
+        let binary = PathBuf::from(env!("CARGO_BIN_EXE_trenv-zygote"));
+        let request = ZygoteRequest {
+            template: &reader,
+            rootfs,
+            binary: &binary,
+            cgroups: Vec::new(),
+        };
+        Ok(Zygote::build(request)?)
+    }
+
+    /// Clones the tree into a new sandbox.
+    pub fn start(&self, agent: &mut Agent) -> Made<Instance> {
+        let (sandbox, init) = sandbox()?;
+        self.start_in(agent, sandbox, init)
+    }
+
+    pub fn start_in(&self, agent: &mut Agent, sandbox: Child, init: i32) -> Made<Instance> {
+        let group = Freezer::new()?;
+        group.add(agent.pid())?;
+        let (child_in, input) = pipe()?;
+        let (output, child_out) = pipe()?;
+        let stdio = [
+            Some(identity(&child_in)?),
+            Some(identity(&child_out)?),
+            None,
+        ];
+        let error = OwnedFd::from(File::options().write(true).open("/dev/null")?);
+        let pidfd = rustix::process::pidfd_open(
+            rustix::process::Pid::from_raw(init).ok_or("no pid")?,
+            rustix::process::PidfdFlags::empty(),
+        )?;
+        let started = agent.start(&StartRequest {
+            init: pidfd.as_fd(),
+            stdio: [child_in.as_fd(), child_out.as_fd(), error.as_fd()],
+            cgroup: None,
+            deadline: Duration::from_secs(10),
+        })?;
+        eprintln!("{started:?}");
+        Ok(Instance {
+            sandbox,
+            init,
+            root: started.pids[0],
+            group,
+            input: input.into(),
+            output: BufReader::new(output.into()),
+            stdio,
+        })
+    }
+}
+
+impl Instance {
+    pub fn ask(&mut self, line: &str) -> String {
+        writeln!(self.input, "{line}").unwrap();
+        let mut answer = String::new();
+        self.output.read_line(&mut answer).unwrap();
+        answer.trim_end().to_owned()
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        let _ = self.sandbox.kill();
+        let _ = self.sandbox.wait();
+    }
+}
+
+/// pid 1 that sleeps in namespaces of its own; it ends with this test.
+fn sandbox() -> Made<(Child, i32)> {
+    let mut command = Command::new("unshare");
+    command.args([
+        "-p",
+        "-m",
+        "-n",
+        "-u",
+        "-i",
+        "-f",
+        "--kill-child",
+        "--mount-proc",
+    ]);
+    command
+        .args(["sleep", "600"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    // SAFETY: prctl is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            nix::libc::prctl(nix::libc::PR_SET_PDEATHSIG, nix::libc::SIGKILL);
+            Ok(())
+        })
+    };
+    let child = command.spawn()?;
+    let init = wait_for(|| {
+        children(child.id() as i32).first().copied().filter(|pid| {
+            std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("sleep"))
+        })
+    })?;
+    Ok((child, init))
+}
+
+fn children(pid: i32) -> Vec<i32> {
+    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    list.unwrap_or_default()
+        .split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
+}
+
+fn wait_for<T>(mut ready: impl FnMut() -> Option<T>) -> Made<T> {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = ready() {
+            return Ok(found);
+        }
+        if begun.elapsed() > Duration::from_secs(10) {
+            return Err("what was waited for did not come".into());
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn pipe() -> Made<(OwnedFd, OwnedFd)> {
+    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
+}
+
+fn identity(fd: &OwnedFd) -> Made<(u64, u64)> {
+    let meta = std::fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    Ok((meta.dev(), meta.ino()))
+}
+
+/// A cgroup with a freezer, v1 or v2.
+pub struct Freezer {
+    path: PathBuf,
+    v1: bool,
+}
+
+impl Freezer {
+    fn new() -> Made<Self> {
+        let v1 = Path::new("/sys/fs/cgroup/freezer").exists();
+        let root = if v1 {
+            "/sys/fs/cgroup/freezer"
+        } else {
+            "/sys/fs/cgroup"
+        };
+        let name = format!(
+            "trenv-snapshot-test-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        let path = Path::new(root).join(name);
+        std::fs::create_dir(&path)?;
+        Ok(Self { path, v1 })
+    }
+
+    fn add(&self, pid: i32) -> std::io::Result<()> {
+        std::fs::write(self.path.join("cgroup.procs"), pid.to_string())
+    }
+}
+
+impl TaskGroup for Freezer {
+    fn pids(&self) -> std::io::Result<Vec<i32>> {
+        let text = std::fs::read_to_string(self.path.join("cgroup.procs"))?;
+        Ok(text.lines().filter_map(|pid| pid.parse().ok()).collect())
+    }
+
+    fn freeze(&self) -> std::io::Result<()> {
+        let (file, value) = if self.v1 {
+            ("freezer.state", "FROZEN")
+        } else {
+            ("cgroup.freeze", "1")
+        };
+        std::fs::write(self.path.join(file), value)
+    }
+
+    fn thaw(&self) -> std::io::Result<()> {
+        let (file, value) = if self.v1 {
+            ("freezer.state", "THAWED")
+        } else {
+            ("cgroup.freeze", "0")
+        };
+        std::fs::write(self.path.join(file), value)
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        let begun = Instant::now();
+        while std::fs::remove_dir(&self.path).is_err() && begun.elapsed() < Duration::from_secs(5) {
+            for pid in self.pids().unwrap_or_default() {
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}

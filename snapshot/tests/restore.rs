@@ -1,0 +1,53 @@
+//! Restores programs built during the test, in sandboxes made after the dump. Needs root.
+
+mod harness;
+
+use harness::{Bed, TestResult};
+
+/// Counter, heap checksum, pid, sum over threads, a value kept in a vector register.
+fn ask(instance: &mut harness::Instance, line: &str) -> Vec<String> {
+    instance
+        .ask(line)
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn a_threaded_program_goes_on_where_it_was() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    for _ in 0..5 {
+        ask(&mut first, "count");
+    }
+    let before = ask(&mut first, "count");
+    assert_eq!(before[0], "5");
+
+    let template = bed.dump(first)?;
+    let zygote = bed.zygote(&template)?;
+    let mut agent = zygote.agent()?;
+
+    let mut instances = Vec::new();
+    for _ in 0..2 {
+        instances.push(bed.start(&mut agent)?);
+    }
+    for instance in &mut instances {
+        let after = ask(instance, "count");
+        assert_eq!(after[0], "6", "the counter goes on from the snapshot");
+        assert_eq!(after[1..3], before[1..3], "heap and pid are the snapshot's");
+        assert_eq!(after[3], "42", "every thread works");
+        assert_eq!(after[4], "192", "so do vector registers");
+    }
+    // What one writes, the other and the template never see.
+    let written = ask(&mut instances[0], "write");
+    let untouched = ask(&mut instances[1], "count");
+    assert_ne!(written[1], before[1]);
+    assert_eq!(untouched[1], before[1]);
+    let mut third = bed.start(&mut agent)?;
+    assert_eq!(
+        ask(&mut third, "count")[..2],
+        ["6".to_owned(), before[1].clone()]
+    );
+    Ok(())
+}
