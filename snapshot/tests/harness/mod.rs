@@ -1,4 +1,5 @@
 //! A small sandbox of the tests' own: namespaces by unshare(1), a freezer cgroup, streams.
+#![allow(dead_code)]
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -81,18 +82,25 @@ impl Bed {
             .args(command)
             .stdin(child_in)
             .stdout(child_out)
-            .stderr(File::open("/dev/null")?)
+            .stderr(if std::env::var_os("SHOW").is_some() {
+                Stdio::inherit()
+            } else {
+                Stdio::null()
+            })
             .spawn()?;
         let root = wait_for(|| {
             let children = children(joiner.id() as i32);
             children.first().copied().filter(|pid| {
                 let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-                !exe.ends_with("nsenter") && !exe.ends_with("setsid")
+                !["nsenter", "setsid", "env"]
+                    .iter()
+                    .any(|name| exe.ends_with(name))
             })
         })?;
-        // Whatever it forks from here on is born in the cgroup.
-        for pid in std::iter::once(root).chain(children(root)) {
+        let mut tree = vec![root];
+        while let Some(pid) = tree.pop() {
             group.add(pid)?;
+            tree.extend(children(pid));
         }
         std::thread::spawn(move || joiner.wait());
         Ok(Instance {
@@ -104,6 +112,25 @@ impl Bed {
             output: BufReader::new(output.into()),
             stdio,
         })
+    }
+
+    /// Starts a program with an environment, and waits until it answers HTTP on port 8080.
+    pub fn serve(&self, command: &[&str], environment: &[(&str, &str)]) -> Made<Instance> {
+        let variables: Vec<String> = environment
+            .iter()
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        let mut whole = vec!["env"];
+        whole.extend(variables.iter().map(String::as_str));
+        whole.extend(command);
+        let instance = self.run(&whole)?;
+        wait_for(|| {
+            instance
+                .get("/")
+                .ok()
+                .filter(|answer| answer.starts_with("HTTP/1.1 200"))
+        })?;
+        Ok(instance)
     }
 
     /// Dumps an instance, which ends; its sandbox goes too.
@@ -150,6 +177,7 @@ impl Bed {
     pub fn start_in(&self, agent: &mut Agent, sandbox: Child, init: i32) -> Made<Instance> {
         let group = Freezer::new()?;
         group.add(agent.pid())?;
+        *group.guest.lock().unwrap() = Some(agent.pid());
         let (child_in, input) = pipe()?;
         let (output, child_out) = pipe()?;
         let stdio = [
@@ -190,6 +218,27 @@ impl Instance {
     }
 }
 
+impl Instance {
+    /// Asks over HTTP, from inside the sandbox's network namespace.
+    pub fn get(&self, path: &str) -> Made<String> {
+        let (init, path) = (self.init, path.to_owned());
+        let asked = std::thread::spawn(move || -> std::io::Result<String> {
+            let network = File::open(format!("/proc/{init}/ns/net"))?;
+            nix::sched::setns(&network, nix::sched::CloneFlags::CLONE_NEWNET)?;
+            let mut stream = std::net::TcpStream::connect("127.0.0.1:8080")?;
+            stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+            write!(
+                stream,
+                "GET {path} HTTP/1.1\r\nHost: f\r\nConnection: close\r\n\r\n"
+            )?;
+            let mut answer = String::new();
+            std::io::Read::read_to_string(&mut stream, &mut answer)?;
+            Ok(answer)
+        });
+        Ok(asked.join().map_err(|_| "the asking thread failed")??)
+    }
+}
+
 impl Drop for Instance {
     fn drop(&mut self) {
         let _ = self.sandbox.kill();
@@ -227,6 +276,9 @@ fn sandbox() -> Made<(Child, i32)> {
             std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("sleep"))
         })
     })?;
+    let init_pid = init.to_string();
+    let up = ["-t", &init_pid, "-n", "ip", "link", "set", "lo", "up"];
+    assert!(Command::new("nsenter").args(up).status()?.success());
     Ok((child, init))
 }
 
@@ -264,6 +316,8 @@ fn identity(fd: &OwnedFd) -> Made<(u64, u64)> {
 pub struct Freezer {
     path: PathBuf,
     v1: bool,
+    /// An agent that sits here and is not of the tree.
+    guest: std::sync::Mutex<Option<i32>>,
 }
 
 impl Freezer {
@@ -281,7 +335,11 @@ impl Freezer {
         );
         let path = Path::new(root).join(name);
         std::fs::create_dir(&path)?;
-        Ok(Self { path, v1 })
+        Ok(Self {
+            path,
+            v1,
+            guest: std::sync::Mutex::new(None),
+        })
     }
 
     fn add(&self, pid: i32) -> std::io::Result<()> {
@@ -292,7 +350,9 @@ impl Freezer {
 impl TaskGroup for Freezer {
     fn pids(&self) -> std::io::Result<Vec<i32>> {
         let text = std::fs::read_to_string(self.path.join("cgroup.procs"))?;
-        Ok(text.lines().filter_map(|pid| pid.parse().ok()).collect())
+        let guest = *self.guest.lock().unwrap();
+        let pids = text.lines().filter_map(|pid| pid.parse().ok());
+        Ok(pids.filter(|pid| Some(*pid) != guest).collect())
     }
 
     fn freeze(&self) -> std::io::Result<()> {
@@ -316,6 +376,10 @@ impl TaskGroup for Freezer {
 
 impl Drop for Freezer {
     fn drop(&mut self) {
+        if let Some(guest) = *self.guest.lock().unwrap() {
+            let out = self.path.join("../cgroup.procs");
+            let _ = std::fs::write(out, guest.to_string());
+        }
         let begun = Instant::now();
         while std::fs::remove_dir(&self.path).is_err() && begun.elapsed() < Duration::from_secs(5) {
             for pid in self.pids().unwrap_or_default() {
