@@ -1,0 +1,36 @@
+//! The sample images: built by `deploy/images/build.sh`, imported once.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail};
+
+/// The top of the source tree.
+pub fn source() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_path_buf()
+}
+
+/// Where the tests keep what outlives them.
+pub fn cache() -> PathBuf {
+    source().join("target/end-to-end")
+}
+
+/// Imports the sample images into a containerd; quick when they are there.
+pub fn import(socket: &Path) -> anyhow::Result<()> {
+    let script = source().join("deploy/images/import.sh");
+    let output = Command::new("bash")
+        .arg(&script)
+        .env("CONTAINERD_ADDRESS", socket)
+        .output()
+        .with_context(|| format!("Failed to run {}", script.display()))?;
+    if !output.status.success() {
+        bail!(
+            "{} failed:\n{}{}",
+            script.display(),
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(())
+}
