@@ -15,6 +15,7 @@ readonly run=/run/trenv
 readonly target=$here/target/x86_64-unknown-linux-gnu/release
 readonly programs=(containerd-shim-trenv-v2 trenv-provider trenv trenv-pool)
 readonly helpers=(trenv-init trenv-zygote fwatchdog)
+readonly samples=(hello-python hello-node json-python image-node numpy-python)
 
 # shellcheck source=deploy/lib/steps.sh
 . "$here/deploy/lib/steps.sh"
@@ -143,8 +144,8 @@ format_pool() {
 }
 
 images() {
-    bash "$here/deploy/images/build.sh"
-    CONTAINERD_ADDRESS=$(containerd_address) bash "$here/deploy/images/import.sh"
+    bash "$here/deploy/images/build.sh" --fwatchdog "$libexec/fwatchdog" "${samples[@]}"
+    bash "$here/deploy/images/import.sh" --address "$(containerd_address)" "${samples[@]}"
 }
 
 finish() {

@@ -74,7 +74,8 @@ sum() {
 
 shell_scripts() {
     local scripts
-    mapfile -t scripts < <(find . -path ./target -prune -o -name '*.sh' -print | sort)
+    # Those that can be run; what they source is read with them.
+    mapfile -t scripts < <(find . -path ./target -prune -o -name '*.sh' -print | sort | xargs grep -l '^#!')
     shellcheck -x "${scripts[@]}" .ci/run
 }
 
@@ -113,7 +114,8 @@ main() {
 
 # The whole, with the binaries just built, on a containerd and a provider of the tests' own.
 end_to_end() {
-    check "sample images" bash deploy/images/build.sh
+    check "sample images" bash deploy/images/build.sh \
+        --fwatchdog target/x86_64-unknown-linux-gnu/debug/fwatchdog
     tests "end to end" -p trenv-tests
 }
 

@@ -21,7 +21,8 @@ pub fn import(socket: &Path) -> anyhow::Result<()> {
     let script = source().join("deploy/images/import.sh");
     let output = Command::new("bash")
         .arg(&script)
-        .env("CONTAINERD_ADDRESS", socket)
+        .arg("--address")
+        .arg(socket)
         .output()
         .with_context(|| format!("Failed to run {}", script.display()))?;
     if !output.status.success() {

@@ -117,7 +117,10 @@ fn cgroup_mounts(mounts: &str) -> (Vec<String>, Option<String>) {
 
 fn overlay() -> Check {
     let known = read("/proc/filesystems").unwrap_or_default();
-    if known.lines().any(|line| line.trim() == "overlay") {
+    if known
+        .lines()
+        .any(|line| line.split_whitespace().last() == Some("overlay"))
+    {
         return Check::ok("overlayfs", "yes");
     }
     Check::missing("overlayfs", "no", "modprobe overlay")
