@@ -165,9 +165,9 @@ async fn one_turn(
         let serving = sandboxes(config, &config.provider.namespace)
             .await?
             .into_iter()
-            .find(|sandbox| crate::ps::state(sandbox) == "ready");
+            .find(|sandbox| sandbox.id == reply.header("x-trenv-instance"));
         let Some(serving) = serving else {
-            bail!("The function {name} answered, but no sandbox is ready");
+            bail!("The function {name} answered from a sandbox that the shim does not list");
         };
         if wanted.is_none_or(|wanted| wanted == serving.id) {
             return turn::look(config, name, &serving, &reply);

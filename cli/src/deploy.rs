@@ -165,8 +165,8 @@ async fn deploy(
     };
     let function = ready(gateway, deployment, wait, bar).await?;
     Ok(match &function.reason {
-        Some(reason) => format!("ready without a template ({reason})"),
-        None => "ready".to_owned(),
+        Some(reason) => format!("{} ({reason})", function.status()),
+        None => function.status().to_owned(),
     })
 }
 
@@ -188,7 +188,7 @@ async fn ready(
             bail!("The gateway accepted the function, but does not know it any more");
         };
         match function.status() {
-            "ready" => return Ok(function),
+            "ready" | "serving-cold" => return Ok(function),
             "failed" => bail!(
                 "{}",
                 function

@@ -21,7 +21,7 @@ pub struct Function {
     pub available_replicas: u64,
     pub invocation_count: f64,
     pub annotations: Option<BTreeMap<String, String>>,
-    /// `building`, `ready` or `failed`.
+    /// `building`, `ready`, `serving-cold` or `failed`.
     pub status: Option<String>,
     /// Why it is not ready, or why it has no template.
     pub reason: Option<String>,

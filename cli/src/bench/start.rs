@@ -359,15 +359,12 @@ async fn weigh(config: &Config, name: &str) -> anyhow::Result<memory::MemoryFigu
     memory::weigh(&pids, &memory::processes_named("trenv-zygote")?, image_kb)
 }
 
-/// `name;dur=MILLISECONDS, ...`, the form of Server-Timing.
+/// Microseconds by step, as `X-Trenv-Steps` has them: a JSON object.
 fn steps(header: &str) -> Vec<(String, Duration)> {
-    header
-        .split(',')
-        .filter_map(|part| {
-            let (name, milliseconds) = part.trim().split_once(";dur=")?;
-            let seconds = milliseconds.parse::<f64>().ok()? / 1e3;
-            Some((name.to_owned(), Duration::try_from_secs_f64(seconds).ok()?))
-        })
+    let steps: serde_json::Map<String, Value> = serde_json::from_str(header).unwrap_or_default();
+    steps
+        .into_iter()
+        .filter_map(|(name, time)| Some((name, Duration::from_micros(time.as_u64()?))))
         .collect()
 }
 
@@ -458,14 +455,14 @@ mod tests {
     #[test]
     fn steps_are_read_from_their_header() {
         assert_eq!(
-            steps("rootfs;dur=0.25, restore;dur=1.5"),
+            steps(r#"{"restore":1500,"rootfs":250}"#),
             [
-                ("rootfs".to_owned(), Duration::from_micros(250)),
                 ("restore".to_owned(), Duration::from_micros(1500)),
+                ("rootfs".to_owned(), Duration::from_micros(250)),
             ]
         );
         assert!(steps("").is_empty());
-        assert!(steps("nonsense, x;dur=-1").is_empty());
+        assert!(steps(r#"{"x":-1}"#).is_empty());
     }
 
     #[test]
