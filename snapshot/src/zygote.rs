@@ -26,15 +26,6 @@ use crate::plan::{KEEP_OFFSET, Plan, PlanError};
 /// How long building a zygote may take.
 const BUILD_DEADLINE: Duration = Duration::from_secs(60);
 
-/// How an instance's memory comes up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Method {
-    /// Clone of a zygote that stays.
-    Template,
-    /// A copy of the image's pages for each start.
-    Copy,
-}
-
 /// What to build a zygote from.
 #[derive(Debug)]
 pub struct ZygoteRequest<'a> {
@@ -191,6 +182,33 @@ impl Zygote {
             idle: true,
         })
     }
+}
+
+/// Start method `copy`: the tree's memory is copied from the pool for this one start, by a zygote
+/// that ends with it. The reference that `template` is compared with.
+///
+/// Name the tenancy's cgroups in the zygote's request: its memory is the instance's.
+///
+/// # Errors
+/// As [`Zygote::build`] and [`Agent::start`].
+pub fn start_copy(
+    zygote: ZygoteRequest<'_>,
+    request: &StartRequest<'_>,
+) -> Result<Started, ZygoteError> {
+    let begun = Instant::now();
+    let zygote = Zygote::build(zygote)?;
+    let copied = begun.elapsed();
+    let control = lock(&zygote.control).try_clone();
+    let mut agent = Agent {
+        control: control.map_err(io_error("keeping the control socket"))?,
+        pid: zygote.pid,
+        sentences: zygote.sentences.clone(),
+        processes: zygote.processes,
+        idle: true,
+    };
+    let mut started = agent.start(request)?;
+    started.steps.insert(0, ("copy", copied));
+    Ok(started)
 }
 
 impl Drop for Zygote {

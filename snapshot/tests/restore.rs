@@ -51,3 +51,37 @@ fn a_threaded_program_goes_on_where_it_was() -> TestResult {
     );
     Ok(())
 }
+
+#[test]
+fn memory_keeps_its_meaning() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("memory")?;
+    let mut first = bed.run(&[&program])?;
+    assert_eq!(first.ask("check"), "ok", "before the snapshot");
+    let template = bed.dump(first)?;
+    let zygote = bed.zygote(&template)?;
+    let mut agent = zygote.agent()?;
+    for turn in 0..5 {
+        let mut instance = bed.start(&mut agent)?;
+        for _ in 0..20 {
+            assert_eq!(instance.ask("check"), "ok", "instance {turn}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_copy_is_the_same_program() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    let before = ask(&mut first, "count");
+    let template = bed.dump(first)?;
+    for _ in 0..2 {
+        let mut instance = bed.start_copy(&template)?;
+        let after = ask(&mut instance, "count");
+        assert_eq!((after[0].as_str(), &after[1]), ("1", &before[1]));
+        ask(&mut instance, "write");
+    }
+    Ok(())
+}

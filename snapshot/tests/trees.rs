@@ -83,3 +83,16 @@ fn watchdog_and_node() -> TestResult {
         ],
     )
 }
+
+#[test]
+fn a_go_server_of_its_own() -> TestResult {
+    let bed = Bed::new()?;
+    let server = bed.build_go(&format!("{}/go-server", functions()))?;
+    comes_back(&[&server], &[])
+}
+
+#[test]
+fn pythons_own_server_without_a_watchdog() -> TestResult {
+    let server = format!("{}/plain-python/server.py", functions());
+    comes_back(&["/usr/bin/python3", &server], &[])
+}

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use trenv_pool::{Backend, Pool, TemplateId};
 use trenv_snapshot::TaskGroup;
 use trenv_snapshot::dump::{DumpRequest, dump};
-use trenv_snapshot::zygote::{Agent, StartRequest, Zygote, ZygoteRequest};
+use trenv_snapshot::zygote::{Agent, StartRequest, Started, Zygote, ZygoteRequest, start_copy};
 
 pub type TestResult = Result<(), Box<dyn std::error::Error>>;
 type Made<T> = Result<T, Box<dyn std::error::Error>>;
@@ -54,6 +54,22 @@ impl Bed {
             .args([&target, Path::new(&source)])
             .status()?;
         assert!(status.success(), "{source} does not compile");
+        Ok(target.display().to_string())
+    }
+
+    /// Builds a Go program without cgo.
+    pub fn build_go(&self, directory: &str) -> Made<String> {
+        let target = self.directory.path().join("server");
+        let status = Command::new("go")
+            .args(["build", "-o"])
+            .arg(&target)
+            .arg(".")
+            .current_dir(directory)
+            .env("CGO_ENABLED", "0")
+            .env("GOFLAGS", "-buildvcs=false")
+            .env("GOCACHE", std::env::temp_dir().join("trenv-test-go-cache"))
+            .status()?;
+        assert!(status.success(), "{directory} does not build");
         Ok(target.display().to_string())
     }
 
@@ -151,6 +167,14 @@ impl Bed {
     }
 
     pub fn zygote(&self, template: &TemplateId) -> Made<Zygote> {
+        self.with_request(template, |request| Ok(Zygote::build(request)?))
+    }
+
+    fn with_request<T>(
+        &self,
+        template: &TemplateId,
+        use_it: impl FnOnce(ZygoteRequest<'_>) -> Made<T>,
+    ) -> Made<T> {
         let reader = self.pool.template(template, None)?;
         let rootfs = rustix::mount::open_tree(
             rustix::fs::CWD,
@@ -165,7 +189,7 @@ impl Bed {
             binary: &binary,
             cgroups: Vec::new(),
         };
-        Ok(Zygote::build(request)?)
+        use_it(request)
     }
 
     /// Clones the tree into a new sandbox.
@@ -174,28 +198,47 @@ impl Bed {
         self.start_in(agent, sandbox, init)
     }
 
-    pub fn start_in(&self, agent: &mut Agent, sandbox: Child, init: i32) -> Made<Instance> {
+    /// Copies the tree's memory for this one instance.
+    pub fn start_copy(&self, template: &TemplateId) -> Made<Instance> {
+        let (sandbox, init) = sandbox()?;
+        self.start_by(sandbox, init, |group, request| {
+            self.with_request(template, |mut zygote| {
+                zygote.cgroups.push(group.path.join("cgroup.procs"));
+                Ok(start_copy(zygote, request)?)
+            })
+        })
+    }
+
+    fn start_in(&self, agent: &mut Agent, sandbox: Child, init: i32) -> Made<Instance> {
+        self.start_by(sandbox, init, |group, request| {
+            group.add(agent.pid())?;
+            *group.guest.lock().unwrap() = Some(agent.pid());
+            Ok(agent.start(request)?)
+        })
+    }
+
+    fn start_by(
+        &self,
+        sandbox: Child,
+        init: i32,
+        start: impl FnOnce(&Freezer, &StartRequest<'_>) -> Made<Started>,
+    ) -> Made<Instance> {
         let group = Freezer::new()?;
-        group.add(agent.pid())?;
-        *group.guest.lock().unwrap() = Some(agent.pid());
         let (child_in, input) = pipe()?;
         let (output, child_out) = pipe()?;
-        let stdio = [
-            Some(identity(&child_in)?),
-            Some(identity(&child_out)?),
-            None,
-        ];
+        let stdio = [Some(identity(&child_in)?), Some(identity(&child_out)?), None];
         let error = OwnedFd::from(File::options().write(true).open("/dev/null")?);
         let pidfd = rustix::process::pidfd_open(
             rustix::process::Pid::from_raw(init).ok_or("no pid")?,
             rustix::process::PidfdFlags::empty(),
         )?;
-        let started = agent.start(&StartRequest {
+        let request = StartRequest {
             init: pidfd.as_fd(),
             stdio: [child_in.as_fd(), child_out.as_fd(), error.as_fd()],
             cgroup: None,
             deadline: Duration::from_secs(10),
-        })?;
+        };
+        let started = start(&group, &request)?;
         eprintln!("{started:?}");
         Ok(Instance {
             sandbox,
@@ -211,7 +254,8 @@ impl Bed {
 
 impl Instance {
     pub fn ask(&mut self, line: &str) -> String {
-        writeln!(self.input, "{line}").unwrap();
+        // One write: the program takes what a read gives it for a line.
+        self.input.write_all(format!("{line}\n").as_bytes()).unwrap();
         let mut answer = String::new();
         self.output.read_line(&mut answer).unwrap();
         answer.trim_end().to_owned()
