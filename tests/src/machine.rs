@@ -348,7 +348,7 @@ impl Machine {
         let mut text = provider.unwrap_or_default();
         text.push('\n');
         text.push_str(&self.containerd.last_words());
-        let log = self.directory.path().join("run/shim");
+        let log = self.directory.path().join("run/logs");
         for entry in fs::read_dir(log).into_iter().flatten().flatten() {
             if entry.path().extension().is_some_and(|end| end == "log") {
                 let words = fs::read_to_string(entry.path()).unwrap_or_default();
