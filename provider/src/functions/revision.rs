@@ -1,0 +1,222 @@
+//! One version of a function, and the state in which it is.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::{FunctionName, KeyParts, Limits, Process};
+use crate::containerd::{Mount, ResolvedImage};
+
+/// What is stored of a revision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevisionRecord {
+    pub id: String,
+    pub function: FunctionName,
+    pub image: ResolvedImage,
+    pub process: Process,
+    pub limits: Limits,
+    pub read_only: bool,
+    /// Name and digest of every secret, by name.
+    pub secrets: Vec<(String, String)>,
+    /// Path of the readiness check, when the function names one.
+    pub ready_path: Option<String>,
+    /// The containerd lease that holds its layers.
+    pub lease: String,
+}
+
+/// What a start from memory needs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Template {
+    pub id: String,
+    pub generation: u64,
+    pub key: String,
+    /// The committed snapshot over which every tenancy's writable one is made.
+    pub layer: String,
+    /// The read-only snapshot that the zygote sees.
+    pub view: String,
+    pub image_bytes: u64,
+    pub stored_bytes: u64,
+    pub notes: Vec<String>,
+}
+
+/// Where a revision stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RevisionState {
+    /// Runs for the first time, or is being dumped; calls wait.
+    Building,
+    /// Starts from its template.
+    Ready(Template),
+    /// Serves, but every start is a cold one; the reason says why.
+    Cold(String),
+    /// Does not serve.
+    Failed(String),
+}
+
+impl RevisionState {
+    /// The word for it in answers.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Building => "building",
+            Self::Ready(_) => "ready",
+            Self::Cold(_) => "serving-cold",
+            Self::Failed(_) => "failed",
+        }
+    }
+
+    /// Why it is not `Ready`, where there is a reason.
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Cold(reason) | Self::Failed(reason) => Some(reason),
+            _ => None,
+        }
+    }
+}
+
+/// A writable snapshot made ahead of a tenancy. Its key is the tenancy's id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spare {
+    pub tenancy: String,
+    pub mounts: Vec<Mount>,
+}
+
+/// A revision at work.
+#[derive(Debug)]
+pub struct Revision {
+    pub record: RevisionRecord,
+    pub binds: Vec<Mount>,
+    state: watch::Sender<RevisionState>,
+    concurrency: AtomicU32,
+    retired: AtomicBool,
+    /// The shim connection over which the template was last made ready; 0 before the first.
+    prepared: AtomicU64,
+    /// Held while the template is made ready.
+    pub preparing: tokio::sync::Mutex<()>,
+    spares: Mutex<Vec<Spare>>,
+}
+
+impl Revision {
+    /// A revision in `state`.
+    pub fn new(
+        record: RevisionRecord,
+        binds: Vec<Mount>,
+        concurrency: u32,
+        state: RevisionState,
+    ) -> Self {
+        Self {
+            record,
+            binds,
+            state: watch::Sender::new(state),
+            concurrency: AtomicU32::new(concurrency),
+            retired: AtomicBool::new(false),
+            prepared: AtomicU64::new(0),
+            preparing: tokio::sync::Mutex::default(),
+            spares: Mutex::new(Vec::new()),
+        }
+    }
+
+    /// The function that this is a version of.
+    pub fn function(&self) -> &FunctionName {
+        &self.record.function
+    }
+
+    /// The state at this moment.
+    pub fn state(&self) -> RevisionState {
+        self.state.borrow().clone()
+    }
+
+    /// A receiver that sees every later state.
+    pub fn watch(&self) -> watch::Receiver<RevisionState> {
+        self.state.subscribe()
+    }
+
+    /// Moves to `state`.
+    pub fn set_state(&self, state: RevisionState) {
+        self.state.send_replace(state);
+    }
+
+    /// The template, when there is one.
+    pub fn template(&self) -> Option<Template> {
+        match &*self.state.borrow() {
+            RevisionState::Ready(template) => Some(template.clone()),
+            _ => None,
+        }
+    }
+
+    /// How many calls an instance serves at once.
+    pub fn concurrency(&self) -> u32 {
+        self.concurrency.load(Ordering::Relaxed)
+    }
+
+    /// Changes how many calls an instance serves at once.
+    pub fn set_concurrency(&self, concurrency: u32) {
+        self.concurrency.store(concurrency, Ordering::Relaxed);
+    }
+
+    /// Whether a newer revision, or nothing, has taken its place.
+    pub fn retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
+    /// Marks it as replaced: its instances end when their calls are done.
+    pub fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+    }
+
+    /// Over which shim connection the template was made ready.
+    pub fn prepared(&self) -> u64 {
+        self.prepared.load(Ordering::Acquire)
+    }
+
+    /// Notes that the template was made ready over the shim connection `epoch`.
+    pub fn set_prepared(&self, epoch: u64) {
+        self.prepared.store(epoch, Ordering::Release);
+    }
+
+    /// Takes a snapshot made ahead.
+    pub fn take_spare(&self) -> Option<Spare> {
+        self.spares.lock().unwrap_or_else(|e| e.into_inner()).pop()
+    }
+
+    /// Adds a snapshot made ahead.
+    pub fn add_spare(&self, spare: Spare) {
+        self.spares
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .push(spare);
+    }
+
+    /// How many snapshots are ready.
+    pub fn spares(&self) -> usize {
+        self.spares.lock().unwrap_or_else(|e| e.into_inner()).len()
+    }
+
+    /// A new tenancy's id: also the key of its writable snapshot and, with the revision's id in
+    /// it, what tells a later provider whose sandbox it finds.
+    pub fn new_tenancy(&self) -> String {
+        let unique = uuid::Uuid::new_v4().simple().to_string();
+        format!("{}-{}", self.record.id, &unique[..12])
+    }
+
+    /// Whether `tenancy` is one of this revision.
+    pub fn owns_tenancy(&self, tenancy: &str) -> bool {
+        tenancy
+            .strip_prefix(self.record.id.as_str())
+            .is_some_and(|rest| rest.starts_with('-'))
+    }
+
+    /// What its template's key is made of.
+    pub fn key_parts(&self) -> KeyParts<'_> {
+        KeyParts {
+            namespace: &self.record.function.namespace,
+            function: &self.record.function.name,
+            image: &self.record.image.digest,
+            process: &self.record.process,
+            limits: self.record.limits,
+            read_only: self.record.read_only,
+            secrets: &self.record.secrets,
+        }
+    }
+}

@@ -1,0 +1,526 @@
+//! Sandboxes on this host: containerd makes and ends them, the shim hands them over.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use trenv_sandbox_proto as proto;
+
+use super::scheduler::micros;
+use super::{ColdStart, SandboxOps, SandboxRef, StartError, wait_ready};
+use crate::containerd::{Containerd, ContainerdError, Mount, Namespaced, NewContainer};
+use crate::functions::{Revision, Spare, Template};
+use crate::shim_client::{ShimClient, ShimError, Step, wire_limits, wire_mounts};
+use crate::spec::{self, FunctionSpec};
+
+/// The port on which every function listens.
+pub const FUNCTION_PORT: u16 = 8080;
+
+/// The label of every container, snapshot and lease that the provider made.
+pub const OWNER_LABEL: &str = "dev.trenv.provider";
+const FUNCTION_LABEL: &str = "dev.trenv.function";
+const TENANCY_LABEL: &str = "dev.trenv.tenancy";
+const RUNTIME: &str = "io.containerd.trenv.v2";
+
+/// Writable snapshots kept ready for each revision.
+const SPARES: usize = 1;
+const KILL: i32 = 9;
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a template is not ready on the shim.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    #[error(transparent)]
+    Containerd(#[from] ContainerdError),
+    #[error(transparent)]
+    Shim(#[from] ShimError),
+}
+
+impl PrepareError {
+    /// Whether the pool, or containerd, has lost what the template is made of.
+    pub fn template_gone(&self) -> bool {
+        match self {
+            Self::Containerd(err) => err.is_not_found(),
+            // The shim says NOT_FOUND of an unknown sandbox, too.
+            Self::Shim(err) => {
+                err.code() == Some(ttrpc::Code::NOT_FOUND)
+                    && err.to_string().to_lowercase().contains("template")
+            }
+        }
+    }
+
+    /// Whether no shim runs.
+    pub fn unreachable(&self) -> bool {
+        matches!(self, Self::Shim(ShimError::Unreachable { .. }))
+    }
+
+    fn into_start(self, function: &str) -> StartError {
+        let (function, reason) = (function.to_owned(), self.to_string());
+        if self.template_gone() {
+            StartError::TemplateGone { function, reason }
+        } else if self.unreachable() {
+            StartError::ShimGone { function, reason }
+        } else {
+            StartError::Start { function, reason }
+        }
+    }
+}
+
+/// The host's side of sandboxes.
+#[derive(Debug)]
+pub struct Host {
+    containerd: Containerd,
+    shim_addresses: PathBuf,
+    logs: PathBuf,
+    ready_timeout: Duration,
+    shims: Mutex<HashMap<String, ShimClient>>,
+}
+
+impl Host {
+    /// A host that makes sandboxes through `containerd` and finds shims by the files in
+    /// `run_dir`.
+    pub fn new(containerd: Containerd, run_dir: &std::path::Path, ready_timeout: Duration) -> Self {
+        Self {
+            containerd,
+            shim_addresses: run_dir.join("shim"),
+            logs: run_dir.join("logs"),
+            ready_timeout,
+            shims: Mutex::default(),
+        }
+    }
+
+    /// The shim's client for a namespace.
+    pub fn shim(&self, namespace: &str) -> ShimClient {
+        let mut shims = self.shims.lock().unwrap_or_else(|e| e.into_inner());
+        let client = shims.entry(namespace.to_owned()).or_insert_with(|| {
+            let file = self.shim_addresses.join(format!("{namespace}.address"));
+            ShimClient::new(namespace, file)
+        });
+        client.clone()
+    }
+
+    /// containerd's side of a namespace.
+    pub fn namespace(&self, namespace: &str) -> Result<Namespaced, ContainerdError> {
+        self.containerd.namespace(namespace)
+    }
+
+    /// containerd itself.
+    pub fn containerd(&self) -> &Containerd {
+        &self.containerd
+    }
+
+    async fn take_or_make_spare(&self, revision: &Revision) -> Result<Spare, ContainerdError> {
+        match revision.take_spare() {
+            Some(spare) => Ok(spare),
+            None => make_spare(&self.containerd, revision).await,
+        }
+    }
+
+    /// Has the shim build the template's zygote, over a read-only view of the function's layers.
+    pub async fn prepare_template(
+        &self,
+        revision: &Revision,
+        template: &Template,
+    ) -> Result<(), PrepareError> {
+        let namespace = &revision.function().namespace;
+        let mounts = self
+            .namespace(namespace)?
+            .snapshot_mounts(&template.view)
+            .await?;
+        let mut request = proto::PrepareRequest::new();
+        request.template_id = template.id.clone();
+        request.generation = template.generation;
+        request.rootfs = wire_mounts(&mounts);
+        request.limits = Some(wire_limits(revision.record.limits)).into();
+        let shim = self.shim(namespace);
+        let epoch = shim.epoch().await?;
+        shim.prepare(request).await?;
+        revision.set_prepared(epoch);
+        Ok(())
+    }
+
+    /// Makes the template ready on the shim that runs now, unless it is.
+    ///
+    /// # Errors
+    /// When no shim runs, or it cannot make the template ready.
+    pub async fn ensure_prepared(
+        &self,
+        revision: &Revision,
+        template: &Template,
+    ) -> Result<(), PrepareError> {
+        let shim = self.shim(&revision.function().namespace);
+        if shim.epoch().await? == revision.prepared() {
+            return Ok(());
+        }
+        let _preparing = revision.preparing.lock().await;
+        if shim.epoch().await? == revision.prepared() {
+            return Ok(());
+        }
+        self.prepare_template(revision, template).await
+    }
+
+    /// Where the output of a sandbox made for a function goes.
+    fn output(&self, namespace: &str, id: &str) -> String {
+        let file = self.logs.join(namespace).join(format!("{id}.log"));
+        format!("file://{}", file.display())
+    }
+
+    /// The address at which the sandbox's function listens, as the shim tells it.
+    async fn sandbox_address(&self, sandbox: &SandboxRef) -> Result<SocketAddr, StartError> {
+        let listed = self.shim(&sandbox.namespace).list().await;
+        let sandboxes = listed.map_err(|err| failed(&sandbox.id, err))?;
+        let info = sandboxes.into_iter().find(|s| s.id == sandbox.id);
+        let info = info.ok_or_else(|| {
+            failed(&sandbox.id, "the shim does not know the sandbox that it has just made")
+        })?;
+        read_address(&info).ok_or_else(|| {
+            failed(
+                &sandbox.id,
+                format!("the shim gave it the address {:?}, which is none", info.address),
+            )
+        })
+    }
+
+    /// Updates containerd's record of a sandbox after a change of tenancy.
+    fn update_record(&self, sandbox: &SandboxRef, record: NewContainer) {
+        let containerd = self.namespace(&sandbox.namespace);
+        tokio::spawn(async move {
+            let updated = match containerd {
+                Ok(containerd) => containerd.update_container(record).await,
+                Err(err) => Err(err),
+            };
+            // The sandbox may have ended meanwhile.
+            if let Err(err) = updated
+                && !err.is_not_found()
+            {
+                tracing::warn!("A container's record is out of date: {err}");
+            }
+        });
+    }
+
+    fn remove_snapshot_later(&self, namespace: &str, key: &str) {
+        let (containerd, key) = (self.namespace(namespace), key.to_owned());
+        tokio::spawn(async move {
+            let removed = match containerd {
+                Ok(containerd) => containerd.remove_snapshot(&key).await,
+                Err(err) => Err(err),
+            };
+            if let Err(err) = removed {
+                tracing::warn!("A snapshot stays behind until the provider starts again: {err}");
+            }
+        });
+    }
+
+    fn function_record(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Revision,
+        tenancy: &str,
+        spec_json: Vec<u8>,
+    ) -> NewContainer {
+        let mut labels = owner_labels(revision);
+        labels.insert(TENANCY_LABEL.to_owned(), tenancy.to_owned());
+        NewContainer {
+            id: sandbox.id.clone(),
+            image: revision.record.image.name.clone(),
+            runtime: RUNTIME.to_owned(),
+            spec_json,
+            snapshot_key: tenancy.to_owned(),
+            labels,
+        }
+    }
+
+    /// The record of a sandbox without a function.
+    pub fn idle_record(&self, sandbox: &SandboxRef) -> NewContainer {
+        NewContainer {
+            id: sandbox.id.clone(),
+            image: String::new(),
+            runtime: RUNTIME.to_owned(),
+            spec_json: spec::idle_spec(&sandbox.id),
+            snapshot_key: String::new(),
+            labels: [(OWNER_LABEL.to_owned(), "idle".to_owned())].into(),
+        }
+    }
+
+    /// Tells containerd that the sandbox has no function any more.
+    pub fn record_idle(&self, sandbox: &SandboxRef) {
+        self.update_record(sandbox, self.idle_record(sandbox));
+    }
+
+    fn spec_of(sandbox: &SandboxRef, revision: &Revision, tenancy: &str) -> Vec<u8> {
+        spec::function_spec(&FunctionSpec {
+            function: &revision.record.function.name,
+            tenancy,
+            hostname: &sandbox.id,
+            process: &revision.record.process,
+            limits: revision.record.limits,
+            read_only: revision.record.read_only,
+            binds: &revision.binds,
+        })
+    }
+
+    async fn run_task(
+        &self,
+        sandbox: &SandboxRef,
+        record: NewContainer,
+        rootfs: &[Mount],
+        steps: &mut Vec<Step>,
+    ) -> Result<(), StartError> {
+        let fail = |err: ContainerdError| failed(&sandbox.id, err);
+        let output = self.output(&sandbox.namespace, &sandbox.id);
+        let containerd = self.namespace(&sandbox.namespace).map_err(fail)?;
+        let mut begun = Instant::now();
+        let mut step = |name: &str, begun: &mut Instant| {
+            steps.push((name.to_owned(), micros(begun.elapsed())));
+            *begun = Instant::now();
+        };
+        containerd.create_container(record).await.map_err(fail)?;
+        step("container", &mut begun);
+        containerd
+            .create_task(&sandbox.id, rootfs, &output)
+            .await
+            .map_err(fail)?;
+        step("task", &mut begun);
+        containerd.start_task(&sandbox.id).await.map_err(fail)?;
+        step("start", &mut begun);
+        Ok(())
+    }
+
+    /// Waits until the function is ready, or until its process ends.
+    async fn ready(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Revision,
+        address: SocketAddr,
+    ) -> Result<(), StartError> {
+        let containerd = self
+            .namespace(&sandbox.namespace)
+            .map_err(|err| failed(&sandbox.id, err))?;
+        let path = revision.record.ready_path.as_deref();
+        let reason = tokio::select! {
+            ready = wait_ready(address, path, self.ready_timeout) => match ready {
+                Ok(_) => return Ok(()),
+                Err(reason) => reason,
+            },
+            ended = containerd.wait_task(&sandbox.id) => match ended {
+                Ok(status) => format!("its process ended with status {status} before it was ready"),
+                Err(err) => format!("{err}"),
+            },
+        };
+        let said = self.last_output(sandbox).await;
+        Err(failed(
+            &revision.record.function.to_string(),
+            match said {
+                Some(said) => format!("{reason}; it last said: {said}"),
+                None => reason,
+            },
+        ))
+    }
+
+    /// The last lines that a sandbox's function has written.
+    async fn last_output(&self, sandbox: &SandboxRef) -> Option<String> {
+        let file = self
+            .logs
+            .join(&sandbox.namespace)
+            .join(format!("{}.log", sandbox.id));
+        let bytes = tokio::fs::read(file).await.ok()?;
+        let tail = &bytes[bytes.len().saturating_sub(600)..];
+        let text = String::from_utf8_lossy(tail).trim().replace('\n', " | ");
+        (!text.is_empty()).then_some(text)
+    }
+
+    async fn end_task(&self, containerd: &Namespaced, id: &str) -> Result<(), ContainerdError> {
+        containerd.kill_task(id, KILL).await?;
+        match tokio::time::timeout(END_TIMEOUT, containerd.wait_task(id)).await {
+            Ok(Err(err)) if !err.is_not_found() => return Err(err),
+            Ok(_) => {}
+            Err(_) => tracing::warn!("The task of {id} did not end in time"),
+        }
+        containerd.delete_task(id).await
+    }
+}
+
+#[async_trait]
+impl SandboxOps for Host {
+    async fn create_idle(&self, sandbox: &SandboxRef) -> Result<SocketAddr, StartError> {
+        self.run_task(sandbox, self.idle_record(sandbox), &[], &mut Vec::new())
+            .await?;
+        self.sandbox_address(sandbox).await
+    }
+
+    async fn cold_start(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Arc<Revision>,
+    ) -> Result<ColdStart, StartError> {
+        let name = revision.record.function.to_string();
+        let begun = Instant::now();
+        let spare = self
+            .take_or_make_spare(revision)
+            .await
+            .map_err(|err| failed(&name, err))?;
+        let mut steps = vec![("snapshot".to_owned(), micros(begun.elapsed()))];
+        let spec_json = Self::spec_of(sandbox, revision, &spare.tenancy);
+        let record = self.function_record(sandbox, revision, &spare.tenancy, spec_json);
+        let run = async {
+            self.run_task(sandbox, record, &spare.mounts, &mut steps)
+                .await?;
+            let address = self.sandbox_address(sandbox).await?;
+            let begun = Instant::now();
+            self.ready(sandbox, revision, address).await?;
+            steps.push(("ready".to_owned(), micros(begun.elapsed())));
+            Ok(address)
+        };
+        match run.await {
+            Ok(address) => Ok(ColdStart {
+                address,
+                tenancy: spare.tenancy,
+                steps,
+            }),
+            Err(err) => {
+                self.destroy(sandbox, Some(&spare.tenancy)).await;
+                Err(err)
+            }
+        }
+    }
+
+    async fn repurpose(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Arc<Revision>,
+        template: &Template,
+    ) -> Result<(String, Vec<Step>), StartError> {
+        let record = &revision.record;
+        let name = record.function.to_string();
+        let begun = Instant::now();
+        self.ensure_prepared(revision, template)
+            .await
+            .map_err(|err| err.into_start(&name))?;
+        let spare = self
+            .take_or_make_spare(revision)
+            .await
+            .map_err(|err| failed(&name, err))?;
+        let mut steps = vec![("snapshot".to_owned(), micros(begun.elapsed()))];
+        let spec_json = Self::spec_of(sandbox, revision, &spare.tenancy);
+        let mut request = proto::RepurposeRequest::new();
+        request.sandbox_id = sandbox.id.clone();
+        request.tenancy = spare.tenancy.clone();
+        request.rootfs = wire_mounts(&spare.mounts);
+        request.template_id = template.id.clone();
+        request.generation = template.generation;
+        request.limits = Some(wire_limits(record.limits)).into();
+        request.hostname = sandbox.id.clone();
+        request.mounts = wire_mounts(&revision.binds);
+        request.read_only_rootfs = record.read_only;
+        request.spec_json = String::from_utf8_lossy(&spec_json).into_owned();
+        let begun = Instant::now();
+        let answer = self.shim(&sandbox.namespace).repurpose(request).await;
+        let called = micros(begun.elapsed());
+        match answer {
+            Ok(taken) => {
+                steps.extend(taken);
+                steps.push(("repurpose_call".to_owned(), called));
+                self.update_record(
+                    sandbox,
+                    self.function_record(sandbox, revision, &spare.tenancy, spec_json),
+                );
+                refill_spares(&self.containerd, revision);
+                Ok((spare.tenancy, steps))
+            }
+            Err(err) => {
+                self.destroy(sandbox, Some(&spare.tenancy)).await;
+                Err(PrepareError::Shim(err).into_start(&name))
+            }
+        }
+    }
+
+    async fn reset(&self, sandbox: &SandboxRef, tenancy: &str) -> Result<Vec<Step>, StartError> {
+        let steps = self
+            .shim(&sandbox.namespace)
+            .reset(&sandbox.id)
+            .await
+            .map_err(|err| failed(&sandbox.id, err))?;
+        self.record_idle(sandbox);
+        // Only now is the old root file system detached.
+        self.remove_snapshot_later(&sandbox.namespace, tenancy);
+        Ok(steps)
+    }
+
+    async fn destroy(&self, sandbox: &SandboxRef, tenancy: Option<&str>) {
+        let destroyed = async {
+            let containerd = self.namespace(&sandbox.namespace)?;
+            self.end_task(&containerd, &sandbox.id).await?;
+            containerd.delete_container(&sandbox.id).await?;
+            if let Some(tenancy) = tenancy {
+                containerd.remove_snapshot(tenancy).await?;
+            }
+            Ok::<(), ContainerdError>(())
+        };
+        if let Err(err) = destroyed.await {
+            tracing::warn!("The sandbox {} was not freed wholly: {err}", sandbox.id);
+        }
+    }
+}
+
+/// Makes a writable snapshot for a tenancy to come, held by the revision's lease.
+///
+/// # Errors
+/// When containerd refuses.
+pub async fn make_spare(
+    containerd: &Containerd,
+    revision: &Revision,
+) -> Result<Spare, ContainerdError> {
+    let record = &revision.record;
+    let parent = match revision.template() {
+        Some(template) => template.layer,
+        None => record.image.chain_id.clone(),
+    };
+    let tenancy = revision.new_tenancy();
+    let mounts = containerd
+        .namespace(&record.function.namespace)?
+        .prepare_snapshot(&record.lease, &tenancy, &parent, owner_labels(revision))
+        .await?;
+    Ok(Spare { tenancy, mounts })
+}
+
+/// Tops up the snapshots made ahead of a revision with a template, off the call's path.
+pub fn refill_spares(containerd: &Containerd, revision: &Arc<Revision>) {
+    if revision.template().is_none() || revision.spares() >= SPARES || revision.retired() {
+        return;
+    }
+    let (containerd, revision) = (containerd.clone(), Arc::clone(revision));
+    tokio::spawn(async move {
+        match make_spare(&containerd, &revision).await {
+            Ok(spare) => revision.add_spare(spare),
+            Err(err) => tracing::warn!("No snapshot was made ahead: {err}"),
+        }
+    });
+}
+
+/// The labels of what belongs to a revision.
+pub fn owner_labels(revision: &Revision) -> HashMap<String, String> {
+    [
+        (OWNER_LABEL.to_owned(), revision.record.id.clone()),
+        (
+            FUNCTION_LABEL.to_owned(),
+            revision.record.function.name.clone(),
+        ),
+    ]
+    .into()
+}
+
+/// The address in a shim's description of a sandbox.
+pub fn read_address(info: &proto::SandboxInfo) -> Option<SocketAddr> {
+    let ip: IpAddr = info.address.parse().ok()?;
+    Some(SocketAddr::new(ip, FUNCTION_PORT))
+}
+
+fn failed(function: &str, reason: impl std::fmt::Display) -> StartError {
+    StartError::Start {
+        function: function.to_owned(),
+        reason: reason.to_string(),
+    }
+}

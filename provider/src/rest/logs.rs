@@ -1,0 +1,9 @@
+//! `/system/logs`: what functions say.
+use std::sync::Arc;
+use axum::extract::State;
+use super::Service;
+use crate::error::ApiError;
+
+pub(super) async fn logs(State(service): State<Arc<Service>>) -> Result<String, ApiError> {
+    Err(ApiError::not_found(format!("There are no logs in {}", service.logs.display())))
+}
