@@ -14,8 +14,10 @@ pub const PAGE: u64 = 4096;
 /// End of the user's half of the address space.
 pub const ADDRESS_END: u64 = 0x7fff_ffff_f000;
 
-/// Processes, threads, mappings, descriptors at most: above these an encoded form is not ours.
-const MOST: usize = 65_536;
+/// At most: above these an encoded form is not ours.
+const MOST_PROCESSES: usize = 256;
+const MOST_THREADS: usize = 4096;
+const MOST_MAPPINGS: usize = 65_536;
 
 /// A frozen process tree.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -371,7 +373,7 @@ impl Manifest {
 
     fn check(&self) -> Result<(), ManifestError> {
         let wrong = |what: String| Err(ManifestError::Invalid { what });
-        if self.processes.is_empty() || self.processes.len() > MOST {
+        if self.processes.is_empty() || self.processes.len() > MOST_PROCESSES {
             return wrong(format!("it has {} processes", self.processes.len()));
         }
         for (index, process) in self.processes.iter().enumerate() {
@@ -381,11 +383,12 @@ impl Manifest {
                 Some(parent) if index > 0 && parent < index => {}
                 _ => return wrong(format!("the parent of process {pid} is not before it")),
             }
-            if process.threads.is_empty() || process.threads.len() > MOST {
-                return wrong(format!(
-                    "process {pid} has {} threads",
-                    process.threads.len()
-                ));
+            let (threads, mappings) = (process.threads.len(), process.mappings.len());
+            if threads == 0 || threads > MOST_THREADS {
+                return wrong(format!("process {pid} has {threads} threads"));
+            }
+            if mappings > MOST_MAPPINGS {
+                return wrong(format!("process {pid} has {mappings} mappings"));
             }
             check_memory(process)?;
             for descriptor in &process.descriptors {

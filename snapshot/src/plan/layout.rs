@@ -3,6 +3,8 @@
 //! The process with the most mappings lies in place. A mapping of another process lies in place
 //! too where nothing else does, and is staged elsewhere otherwise, to be moved by mremap at a start.
 
+use std::collections::BTreeMap;
+
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE};
 
 /// Distance kept from every mapping, so that heaps and stacks may grow.
@@ -54,7 +56,7 @@ impl Placement {
             .map(|mapping| mapping.end - mapping.start + 2 * HUGE)
             .sum();
         let mut stage = hole(&all, staged_most)?;
-        let mut placed: Vec<Placed> = Vec::new();
+        let mut placed: BTreeMap<u64, Placed> = BTreeMap::new();
         let order = std::iter::once(resident)
             .chain((0..manifest.processes.len()).filter(|index| *index != resident));
         for process in order {
@@ -64,9 +66,8 @@ impl Placement {
                     continue;
                 }
                 let length = mapping.end - mapping.start;
-                let free = placed.iter().all(|other| {
-                    mapping.end <= other.at || other.at + other.length <= mapping.start
-                });
+                let before = placed.range(..mapping.end).next_back();
+                let free = before.is_none_or(|(at, other)| at + other.length <= mapping.start);
                 let at = if free {
                     mapping.start
                 } else {
@@ -75,18 +76,20 @@ impl Placement {
                     stage = at + length + PAGE;
                     at
                 };
-                placed.push(Placed {
-                    process,
-                    mapping: index,
+                placed.insert(
                     at,
-                    length,
-                });
+                    Placed {
+                        process,
+                        mapping: index,
+                        at,
+                        length,
+                    },
+                );
             }
         }
-        placed.sort_unstable_by_key(|place| place.at);
         Some(Self {
             resident,
-            placed,
+            placed: placed.into_values().collect(),
             region: region_base,
         })
     }

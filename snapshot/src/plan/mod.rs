@@ -163,3 +163,183 @@ fn header_words(header: &Header) -> Vec<u8> {
     words.extend(marks);
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use trenv_pool::Source;
+
+    use super::*;
+    use crate::manifest::{
+        Credentials, Descriptor, Layout, Mapping, MappingFlags, MappingKind, Object, ObjectKind,
+        PAGE, PageRun, Process, Registers, Thread, VERSION,
+    };
+
+    fn mapping(start: u64, pages: u64, kind: MappingKind) -> Mapping {
+        let flags = MappingFlags::default();
+        Mapping {
+            start,
+            end: start + pages * PAGE,
+            protection: 3,
+            kind,
+            flags,
+        }
+    }
+
+    fn process(pid: i32, parent: Option<usize>, own: Vec<Mapping>) -> Process {
+        let mut mappings = own;
+        mappings.push(mapping(0x7ffd_0000_0000, 2, MappingKind::Vvar));
+        mappings.push(mapping(0x7ffd_0000_2000, 2, MappingKind::Vdso));
+        Process {
+            pid,
+            parent,
+            group: 2,
+            session: 2,
+            exe: "/bin/x".into(),
+            cwd: "/".into(),
+            umask: 0o022,
+            layout: Layout::default(),
+            auxv: vec![0; 16],
+            pages: vec![PageRun {
+                start: mappings[0].start,
+                pages: 1,
+            }],
+            mappings,
+            descriptors: vec![Descriptor {
+                number: 3,
+                object: 0,
+                close_on_exec: true,
+            }],
+            actions: Vec::new(),
+            timers: [[0; 4]; 3],
+            limits: vec![(1, 2)],
+            pending: vec![vec![0; 128]],
+            dumpable: 1,
+            subreaper: 0,
+            oom_score_adj: 0,
+            threads: vec![Thread {
+                tid: pid,
+                name: "x".into(),
+                registers: Registers::default(),
+                xstate: vec![0; 2440],
+                blocked: 0,
+                alternate_stack: (0, 2, 0),
+                robust_list: (0x1000, 24),
+                clear_tid: 0x1000,
+                rseq: None,
+                pending: Vec::new(),
+                nice: 0,
+                scheduling: (0, 0),
+                affinity: None,
+                parent_death_signal: 0,
+                credentials: Credentials::default(),
+                no_new_privileges: true,
+                filters: 1,
+            }],
+        }
+    }
+
+    fn sample() -> (Manifest, Vec<Extent>) {
+        let file = MappingKind::File {
+            path: "/bin/x".into(),
+            offset: 0,
+        };
+        let manifest = Manifest {
+            version: VERSION,
+            fingerprint: "f".into(),
+            monotonic: 0,
+            processes: vec![
+                process(2, None, vec![mapping(0x40_0000, 4, MappingKind::Anonymous)]),
+                process(
+                    3,
+                    Some(0),
+                    vec![
+                        mapping(0x40_0000, 4, MappingKind::Anonymous),
+                        mapping(0x50_0000, 4, file),
+                    ],
+                ),
+            ],
+            objects: vec![Object {
+                flags: 0,
+                kind: ObjectKind::Path {
+                    path: "/dev/null".into(),
+                    position: 0,
+                },
+            }],
+            tmpfs: Vec::new(),
+            filters: vec![vec![6]],
+        };
+        let extents = vec![Extent {
+            first_page: 0,
+            pages: 2,
+            source: Source::Data { offset: 0 },
+        }];
+        (manifest, extents)
+    }
+
+    #[test]
+    fn mappings_in_the_way_of_the_resident_process_are_staged() {
+        let (manifest, _) = sample();
+        let placement = Placement::of(&manifest, REGION_LIMIT).unwrap();
+        assert_eq!(
+            placement.resident, 1,
+            "the process with the most mappings lies in place"
+        );
+        let staged = placement.staged(0).next().unwrap();
+        assert_ne!(staged.at, 0x40_0000);
+        assert_eq!(
+            placement.foreign(0, &manifest),
+            vec![(0x40_0000, 0x50_4000)]
+        );
+        assert_eq!(
+            placement.foreign(1, &manifest),
+            vec![(staged.at, staged.at + 4 * PAGE)]
+        );
+    }
+
+    #[test]
+    fn pages_that_do_not_match_the_manifest_are_an_error() {
+        let (manifest, mut extents) = sample();
+        assert!(Plan::of(&manifest, &extents).is_ok());
+        extents[0].pages = 1;
+        assert!(matches!(
+            Plan::of(&manifest, &extents),
+            Err(PlanError::Pages)
+        ));
+        extents[0].pages = 3;
+        assert!(matches!(
+            Plan::of(&manifest, &extents),
+            Err(PlanError::Pages)
+        ));
+    }
+
+    /// Damaged manifests are refused or planned, and never bring the program down.
+    #[test]
+    fn damaged_manifests_are_survived() {
+        let (manifest, extents) = sample();
+        let good = manifest.encode().unwrap();
+        let mut state = 1u64;
+        let mut random = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 33) as usize
+        };
+        let mut planned = 0;
+        for _ in 0..20_000 {
+            let mut bytes = good.clone();
+            for _ in 0..=random() % 4 {
+                let at = random() % bytes.len();
+                bytes[at] = random() as u8;
+            }
+            if random() % 8 == 0 {
+                bytes.truncate(random() % bytes.len());
+            }
+            if let Ok(manifest) = Manifest::decode(&bytes)
+                && Plan::of(&manifest, &extents).is_ok()
+            {
+                planned += 1;
+            }
+        }
+        assert!(planned > 0);
+    }
+}

@@ -226,7 +226,11 @@ impl Bed {
         let group = Freezer::new()?;
         let (child_in, input) = pipe()?;
         let (output, child_out) = pipe()?;
-        let stdio = [Some(identity(&child_in)?), Some(identity(&child_out)?), None];
+        let stdio = [
+            Some(identity(&child_in)?),
+            Some(identity(&child_out)?),
+            None,
+        ];
         let error = OwnedFd::from(File::options().write(true).open("/dev/null")?);
         let pidfd = rustix::process::pidfd_open(
             rustix::process::Pid::from_raw(init).ok_or("no pid")?,
@@ -255,7 +259,9 @@ impl Bed {
 impl Instance {
     pub fn ask(&mut self, line: &str) -> String {
         // One write: the program takes what a read gives it for a line.
-        self.input.write_all(format!("{line}\n").as_bytes()).unwrap();
+        self.input
+            .write_all(format!("{line}\n").as_bytes())
+            .unwrap();
         let mut answer = String::new();
         self.output.read_line(&mut answer).unwrap();
         answer.trim_end().to_owned()
