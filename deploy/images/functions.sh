@@ -1,5 +1,5 @@
-# The functions: what each image is made of.
-# shellcheck shell=bash
+# The functions: what each image is made of. build.sh sets $root, $out and $work.
+# shellcheck shell=bash disable=SC2154
 
 all_functions=(hello-python hello-node json-python image-node numpy-python go-server plain-python plain-node)
 

@@ -1,5 +1,5 @@
-# Layers and bases.
-# shellcheck shell=bash
+# Layers and bases. build.sh sets $out, $work, $suite and $mirror.
+# shellcheck shell=bash disable=SC2154
 
 # Fixed times make equal inputs equal images.
 export SOURCE_DATE_EPOCH=1704067200
@@ -72,8 +72,10 @@ finish_tree() {
             [ ! -e "$tree/$directory/$part/$file" ] || [ -e "$tree/$directory/$file" ] ||
                 ln -s "$part/$file" "$tree/$directory/$file"
         done
+        local modules=(/usr/lib/python3.11)
+        [ ! -d "$tree/usr/lib/python3" ] || modules+=(/usr/lib/python3)
         run_quietly "compiling Python modules" chroot "$tree" /usr/bin/python3.11 -m compileall \
-            -q --invalidation-mode unchecked-hash /usr/lib/python3.11 $([ ! -d "$tree/usr/lib/python3" ] || echo /usr/lib/python3) ||
+            -q --invalidation-mode unchecked-hash "${modules[@]}" ||
             fail "could not compile the Python modules of the base"
     fi
 }

@@ -1,5 +1,5 @@
 # Messages, and commands that never leave the reader in silence.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154
 
 say() {
     echo "images: $*" >&2

@@ -4,6 +4,7 @@
 //! are keyed by template id and generation (big-endian, so that the newest comes last): records,
 //! manifests and page checksums apart, since a list needs only the first.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -154,6 +155,13 @@ impl Catalogue {
         &self,
         body: impl FnOnce(&View<'_>) -> Result<T, PoolError>,
     ) -> Result<T, PoolError> {
+        self.guarded(|| self.read_unguarded(body))
+    }
+
+    fn read_unguarded<T>(
+        &self,
+        body: impl FnOnce(&View<'_>) -> Result<T, PoolError>,
+    ) -> Result<T, PoolError> {
         let opened = |e: redb::Error| PoolError::catalogue("open", &self.path, e);
         let mut lease = Lease::take(&self.lock, Mode::Shared, self.patience)?;
         let database = match builder().open_read_only(&self.path) {
@@ -184,6 +192,41 @@ impl Catalogue {
     /// read the catalogue. An error of `body` leaves the catalogue as it was; one of `after` comes
     /// too late for that, so it has to be dealt with there.
     pub fn change<T>(
+        &self,
+        body: impl FnOnce(&mut Change<'_>) -> Result<T, PoolError>,
+        after: impl FnOnce(&T),
+    ) -> Result<T, PoolError> {
+        self.guarded(|| self.change_unguarded(body, after))
+    }
+
+    /// Has redb check its own checksums and structure, which reading does not.
+    pub fn check_integrity(&self) -> Result<(), PoolError> {
+        self.guarded(|| {
+            let checked = |e| PoolError::catalogue("check", &self.path, e);
+            let _lease = Lease::take(&self.lock, Mode::Exclusive, self.patience)?;
+            let mut database = builder()
+                .open(&self.path)
+                .map_err(|e| checked(redb::Error::from(e)))?;
+            match database.check_integrity() {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(self.damaged()),
+                Err(e) => Err(checked(e.into())),
+            }
+        })
+    }
+
+    /// redb panics on some damaged files; a damaged file is an error here.
+    fn guarded<T>(&self, body: impl FnOnce() -> Result<T, PoolError>) -> Result<T, PoolError> {
+        catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| Err(self.damaged()))
+    }
+
+    fn damaged(&self) -> PoolError {
+        PoolError::CatalogueDamaged {
+            path: self.path.clone(),
+        }
+    }
+
+    fn change_unguarded<T>(
         &self,
         body: impl FnOnce(&mut Change<'_>) -> Result<T, PoolError>,
         after: impl FnOnce(&T),
@@ -230,6 +273,19 @@ impl View<'_> {
             .open_table(RECORDS)
             .map_err(|e| self.fail(e))?;
         listing(&table, |e| self.fail(e))
+    }
+
+    /// Whether any generation of the template is there, readable or not.
+    pub fn contains(&self, id: &TemplateId) -> Result<bool, PoolError> {
+        let table = self
+            .transaction
+            .open_table(RECORDS)
+            .map_err(|e| self.fail(e))?;
+        let (first, last) = (key(id, 0), key(id, u64::MAX));
+        let mut range = table
+            .range::<&[u8; KEY]>(&first..=&last)
+            .map_err(|e| self.fail(e))?;
+        Ok(range.next().is_some())
     }
 
     /// The record of one generation, or of the newest.

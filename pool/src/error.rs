@@ -42,6 +42,11 @@ pub enum PoolError {
         "The catalogue {path} is missing, so nothing says which pages are whose; put it back or format a new pool"
     )]
     CatalogueMissing { path: PathBuf },
+    #[error(
+        "The catalogue {path} is damaged; copy what `trenv-pool ls` still shows or destroy and format \
+         the pool, and deploy the functions again"
+    )]
+    CatalogueDamaged { path: PathBuf },
     #[error("Failed to {action} the catalogue {path}")]
     Catalogue {
         action: &'static str,

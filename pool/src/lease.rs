@@ -64,7 +64,8 @@ impl Lease {
                 });
             }
             std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
+            // Short, since busy readers leave only short gaps.
+            pause = (pause * 2).min(Duration::from_millis(2));
         }
     }
 }

@@ -315,6 +315,9 @@ impl Pool {
         let listing = self.inner.catalogue.read(|view| view.list())?;
         let (_, conflicts) = self.inner.space_of(&listing);
         let mut found = Verification::default();
+        found
+            .faults
+            .extend(self.inner.catalogue.check_integrity().err());
         for (id, what) in conflicts {
             found.faults.push(PoolError::BadRecord { id, what });
         }
@@ -371,6 +374,10 @@ impl Inner {
     }
 
     fn delete(&self, id: &TemplateId) -> Result<bool, PoolError> {
+        // A change is flushed to disk, which nothing to delete is not worth.
+        if !self.catalogue.read(|view| view.contains(id))? {
+            return Ok(false);
+        }
         let removed = self.catalogue.change(
             |change| {
                 let generations = change.generations(id)?;

@@ -116,3 +116,78 @@ fn push_gap(runs: &mut Vec<Run>, from: u64, to: u64) {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn run(start: u64, pages: u64) -> Run {
+        Run { start, pages }
+    }
+
+    #[test]
+    fn small_requests_fill_small_gaps_and_large_ones_take_the_largest() {
+        let (mut space, _) = FreeSpace::around(vec![run(4, 1), run(10, 5)], 100);
+        assert_eq!(space.take(3), Some(run(0, 3)));
+        assert_eq!(space.take(5), Some(run(5, 5)));
+        assert_eq!(space.take(u64::MAX), Some(run(15, 85)));
+        assert_eq!(space.take(2), Some(run(3, 1)));
+        assert_eq!(space.take(1), None);
+    }
+
+    #[test]
+    fn overlapping_and_outlying_runs_are_named_and_count_as_used() {
+        let used = vec![run(0, 4), run(2, 4), run(8, 1), run(9, 5), run(u64::MAX, 2)];
+        let (space, conflicts) = FreeSpace::around(used, 10);
+        let named: Vec<Run> = conflicts.iter().map(|conflict| conflict.0).collect();
+        assert_eq!(named, [run(2, 4), run(9, 5), run(u64::MAX, 2)]);
+        assert_eq!(space.free_pages(), 2);
+    }
+
+    proptest! {
+        /// Whatever is taken and given back, no page is handed out twice and none is lost.
+        #[test]
+        fn pages_are_neither_shared_nor_lost(
+            steps in prop::collection::vec((any::<bool>(), 1u64..40), 1..200),
+            capacity in 1u64..500,
+        ) {
+            let (mut space, _) = FreeSpace::around(Vec::new(), capacity);
+            let mut held: Vec<Run> = Vec::new();
+            for (take, size) in steps {
+                if take {
+                    match space.take(size) {
+                        Some(taken) => {
+                            prop_assert!(taken.pages >= 1 && taken.pages <= size);
+                            held.push(taken);
+                        }
+                        None => prop_assert_eq!(space.free_pages(), 0),
+                    }
+                } else if !held.is_empty() {
+                    let given = held.swap_remove(size as usize % held.len());
+                    space.put_back(given);
+                }
+                let (expected, conflicts) = FreeSpace::around(held.clone(), capacity);
+                prop_assert!(conflicts.is_empty());
+                prop_assert_eq!(&space, &expected);
+            }
+        }
+
+        /// Free and used pages make up the whole, for any records, sound or not.
+        #[test]
+        fn free_space_is_what_no_record_names(
+            used in prop::collection::vec((0u64..300, 0u64..60), 0..30),
+            capacity in 1u64..250,
+        ) {
+            let runs: Vec<Run> = used.iter().map(|(start, pages)| run(*start, *pages)).collect();
+            let (mut space, _) = FreeSpace::around(runs.clone(), capacity);
+            while let Some(free) = space.take(u64::MAX) {
+                prop_assert!(free.end() <= capacity);
+                for used in runs.iter().filter(|run| run.pages > 0) {
+                    prop_assert!(free.end() <= used.start || used.end() <= free.start);
+                }
+            }
+        }
+    }
+}

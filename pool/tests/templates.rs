@@ -26,7 +26,7 @@ fn a_template_comes_back_as_it_was_stored() {
         drop(pool);
 
         let pool = Pool::open(&path).unwrap();
-        assert_eq!(pool.list().unwrap(), [info.clone()]);
+        assert_eq!(pool.list().unwrap(), std::slice::from_ref(&info));
         let reader = pool.template(&info.id, None).unwrap();
         assert_eq!(reader.manifest(), b"manifest");
         reader.verify().unwrap();
@@ -101,7 +101,7 @@ fn a_key_committed_again_is_a_new_generation_and_readers_keep_the_old_one() {
     let reader = pool.template(&old.id, None).unwrap();
     let new = store(&pool, "key", &[4, 5]);
     assert!(new.generation > old.generation);
-    assert_eq!(pool.list().unwrap(), [new.clone()]);
+    assert_eq!(pool.list().unwrap(), std::slice::from_ref(&new));
     assert_eq!(pool.stat().unwrap().superseded, 1);
 
     store(&pool, "other", &[6; 40]);

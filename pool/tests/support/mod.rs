@@ -1,5 +1,5 @@
 //! Pages and templates for the tests.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use trenv_pool::{PAGE_SIZE, Pool, TemplateInfo, TemplateReader};
 
