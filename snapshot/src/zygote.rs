@@ -107,6 +107,8 @@ impl Zygote {
         let mut loader = Loader::of(&plan, &request)?;
         let child = loader.start(request.binary, &theirs, &request)?;
         drop(theirs);
+        // The zygote has the mount now; ours would only keep it from going away with it.
+        drop(request.rootfs);
         let zygote = Self {
             pid: i32::try_from(child.id()).unwrap_or_default(),
             child: Mutex::new(child),

@@ -1,5 +1,7 @@
 //! Restores programs built during the test, in sandboxes made after the dump. Needs root.
 
+#![allow(clippy::unwrap_used)]
+
 mod harness;
 
 use harness::{Bed, TestResult};
@@ -82,6 +84,91 @@ fn a_copy_is_the_same_program() -> TestResult {
         let after = ask(&mut instance, "count");
         assert_eq!((after[0].as_str(), &after[1]), ("1", &before[1]));
         ask(&mut instance, "write");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_restored_program_is_snapshotted_again() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    ask(&mut first, "count");
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let mut second = bed.start(&mut zygote.agent()?)?;
+    let written = ask(&mut second, "write");
+    let zygote = bed.zygote(&bed.dump(second)?)?;
+    let mut third = bed.start(&mut zygote.agent()?)?;
+    let after = ask(&mut third, "count");
+    assert_eq!((after[0].as_str(), &after[1]), ("2", &written[1]));
+    Ok(())
+}
+
+#[test]
+fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult {
+    let bed = Bed::new()?;
+    for (state, reason) in [
+        ("tcp", "an established TCP connection to 127.0.0.1:"),
+        ("mlock", "is locked in memory (mlock)"),
+        ("shared", "is shared memory"),
+        ("deleted", "which has no path"),
+        ("zombie", "is a zombie"),
+        ("timer", "has POSIX timers"),
+        ("inotify", "an inotify that watches something"),
+        ("namespace", "made a uts namespace of its own"),
+        ("orphan", "is not a descendant of its root process"),
+    ] {
+        let program = bed.compile("refused")?;
+        let mut instance = bed.run(&[&program, state])?;
+        assert_eq!(instance.ask("state"), state);
+        let err = bed
+            .try_dump(&instance)
+            .err()
+            .ok_or(format!("{state} was not refused"))?;
+        assert!(err.to_string().contains(reason), "{state}: {err}");
+        assert_eq!(instance.ask("state"), state, "it goes on");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_start_that_fails_says_at_which_step() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    ask(&mut first, "count");
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let mut agent = zygote.agent()?;
+    let taken = bed.start(&mut agent)?;
+    // The same sandbox once more: the root's pid is taken.
+    let err = bed
+        .start_beside(&mut agent, &taken)
+        .err()
+        .ok_or("two trees in one sandbox")?;
+    assert!(
+        err.to_string().contains("cloning the tree's root process"),
+        "{err}"
+    );
+    // The agent still serves.
+    let mut next = bed.start(&mut agent)?;
+    assert_eq!(ask(&mut next, "count")[0], "1");
+    Ok(())
+}
+
+#[test]
+fn a_hundred_starts_in_a_row() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    let before = ask(&mut first, "count");
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let mut agent = zygote.agent()?;
+    for _ in 0..100 {
+        let mut instance = bed.start(&mut agent)?;
+        assert_eq!(
+            ask(&mut instance, "count")[..2],
+            ["1".to_owned(), before[1].clone()]
+        );
     }
     Ok(())
 }

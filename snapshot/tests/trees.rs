@@ -1,5 +1,7 @@
 //! Restores the trees that functions form: watchdog and Python, watchdog and Node, Go. Needs root.
 
+#![allow(clippy::unwrap_used)]
+
 mod harness;
 
 use harness::{Bed, TestResult};

@@ -71,6 +71,9 @@ pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<En
         }
         at += 1;
     }
+    for entry in &order {
+        check_children(entry, &order)?;
+    }
     if let Some(pid) = parents.keys().next() {
         let name = proc_text(&format!("/proc/{pid}/comm")).unwrap_or_default();
         return Err(DumpError::Refused(format!(
@@ -80,6 +83,35 @@ pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<En
         )));
     }
     Ok(order)
+}
+
+/// Every child must be one of the tree's: a dead one is in no cgroup any more, yet its parent may
+/// still wait for it.
+fn check_children(parent: &Entry, tree: &[Entry]) -> Result<(), DumpError> {
+    for tid in threads(parent.host_pid)? {
+        let list = proc_text(&format!("/proc/{}/task/{tid}/children", parent.host_pid))?;
+        for child in list
+            .split_whitespace()
+            .filter_map(|child| child.parse::<i32>().ok())
+        {
+            if tree.iter().any(|entry| entry.host_pid == child) {
+                continue;
+            }
+            let status = Status::read(child, child)?;
+            let what = if status.text("State")?.starts_with('Z') {
+                "is a zombie"
+            } else {
+                "left the function's cgroup"
+            };
+            return Err(DumpError::Refused(format!(
+                "process {} ({}), a child of process {}, {what}",
+                status.inner_pid()?,
+                status.text("Name")?,
+                parent.pid
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Host pids of the manifest's processes, in its order.
@@ -106,11 +138,6 @@ pub fn capture(
 ) -> Result<Process, DumpError> {
     let (host, pid) = (entry.host_pid, entry.pid);
     let status = Status::read(host, host)?;
-    if status.text("State")?.starts_with('Z') {
-        return Err(DumpError::Refused(format!(
-            "process {pid} is a zombie that nobody waits for"
-        )));
-    }
     let stat = Stat::read(host)?;
     let vmas = mappings::read(host, pid)?;
     let Some(vdso) = vmas.iter().find(|vma| vma.kind == MappingKind::Vdso) else {

@@ -1,5 +1,5 @@
 //! A small sandbox of the tests' own: namespaces by unshare(1), a freezer cgroup, streams.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use trenv_pool::{Backend, Pool, TemplateId};
 use trenv_snapshot::TaskGroup;
-use trenv_snapshot::dump::{DumpRequest, dump};
+use trenv_snapshot::dump::{DumpRequest, Dumped, dump};
 use trenv_snapshot::zygote::{Agent, StartRequest, Started, Zygote, ZygoteRequest, start_copy};
 
 pub type TestResult = Result<(), Box<dyn std::error::Error>>;
@@ -152,18 +152,30 @@ impl Bed {
     /// Dumps an instance, which ends; its sandbox goes too.
     pub fn dump(&self, instance: Instance) -> Made<TemplateId> {
         std::thread::sleep(Duration::from_millis(50));
+        let dumped = self.try_dump(&instance)?;
+        eprintln!("{dumped:?}");
+        drop(instance);
+        Ok(dumped.template.id)
+    }
+
+    /// Dumps an instance; where it is refused, the instance goes on.
+    pub fn try_dump(&self, instance: &Instance) -> Made<Dumped> {
+        for pid in children(instance.root) {
+            instance.group.add(pid)?;
+        }
+        for pid in children(instance.init) {
+            instance.group.add(pid)?;
+        }
         let request = DumpRequest {
             group: &instance.group,
             init_pid: instance.init,
             root_pid: instance.root,
             stdio: instance.stdio,
         };
-        let dumped = dump(
+        Ok(dump(
             &request,
             self.pool.begin(&format!("test {}", instance.root))?,
-        )?;
-        eprintln!("{dumped:?}");
-        Ok(dumped.template.id)
+        )?)
     }
 
     pub fn zygote(&self, template: &TemplateId) -> Made<Zygote> {
@@ -207,6 +219,11 @@ impl Bed {
                 Ok(start_copy(zygote, request)?)
             })
         })
+    }
+
+    /// Clones the tree into the sandbox of another instance.
+    pub fn start_beside(&self, agent: &mut Agent, other: &Instance) -> Made<Instance> {
+        self.start_in(agent, Command::new("true").spawn()?, other.init)
     }
 
     fn start_in(&self, agent: &mut Agent, sandbox: Child, init: i32) -> Made<Instance> {

@@ -1,0 +1,60 @@
+// Brings itself into the state that its argument names, then answers each line with that name.
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/inotify.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static int tcp(void) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    socklen_t length = sizeof address;
+    int listener = socket(AF_INET, SOCK_STREAM, 0), client = socket(AF_INET, SOCK_STREAM, 0);
+    if (bind(listener, (void *)&address, length) || listen(listener, 1)) return -1;
+    getsockname(listener, (void *)&address, &length);
+    if (connect(client, (void *)&address, length)) return -1;
+    return accept(listener, 0, 0);
+}
+
+int main(int count, char **arguments) {
+    const char *state = count > 1 ? arguments[1] : "";
+    char *page = mmap(0, 4096, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int failed = 0;
+    if (!strcmp(state, "tcp")) failed = tcp() < 0;
+    if (!strcmp(state, "mlock")) failed = mlock(page, 4096);
+    if (!strcmp(state, "shared")) {
+        page = mmap(0, 4096, 3, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        page[0] = 1;
+    }
+    if (!strcmp(state, "deleted")) {
+        char name[] = "/tmp/trenv-test-XXXXXX";
+        failed = mkostemp(name, 0) < 0 || unlink(name);
+    }
+    if (!strcmp(state, "zombie") && fork() == 0) _exit(0);
+    if (!strcmp(state, "timer")) {
+        timer_t timer;
+        struct sigevent none = {.sigev_notify = SIGEV_NONE};
+        failed = timer_create(CLOCK_MONOTONIC, &none, &timer);
+    }
+    if (!strcmp(state, "inotify")) failed = inotify_add_watch(inotify_init(), "/tmp", IN_CREATE) < 0;
+    if (!strcmp(state, "namespace")) failed = unshare(CLONE_NEWUTS);
+    if (!strcmp(state, "orphan") && fork() == 0) {
+        if (fork() == 0) {
+            close(0);
+            pause();
+        }
+        _exit(0);
+    }
+    if (!strcmp(state, "orphan")) wait(0);
+    char line[64];
+    while (read(0, line, sizeof line) > 0) dprintf(1, "%s\n", failed ? "failed" : state);
+    return 0;
+}
