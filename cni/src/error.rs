@@ -1,26 +1,28 @@
 //! What can go wrong with the network of sandboxes.
 
-use std::path::PathBuf;
+use std::{io, path::PathBuf};
 
 /// Why the network could not be made or taken back.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     #[error(
-        "The subnet {subnet:?} is not an IPv4 network of at most 30 bits; correct [network] subnet"
+        "The subnet {subnet:?} is not an IPv4 network of at most 30 bits, such as 10.62.0.0/16; \
+         correct [network] subnet"
     )]
     Subnet { subnet: String },
     #[error(
-        "The CNI plugin {name} is not in {dir}; install containernetworking-plugins or correct [network] plugin_dir"
+        "The CNI plugin {name} is not in {dir}; install containernetworking-plugins or correct \
+         [network] plugin_dir"
     )]
-    PluginMissing { name: String, dir: PathBuf },
+    PluginMissing { name: &'static str, dir: PathBuf },
     #[error("Failed to run the CNI plugin {name}; check that it can be executed")]
     PluginRun {
-        name: String,
-        source: std::io::Error,
+        name: &'static str,
+        source: io::Error,
     },
-    #[error("The CNI plugin {name} refused {command} for {id}: {reason}")]
+    #[error("The CNI plugin {name} failed at {command} for {id}: {reason}")]
     Plugin {
-        name: String,
+        name: &'static str,
         command: &'static str,
         id: String,
         reason: String,
@@ -31,22 +33,25 @@ pub enum NetworkError {
     File {
         doing: &'static str,
         path: PathBuf,
-        source: std::io::Error,
+        source: io::Error,
     },
+    #[error("{id:?} cannot name a network namespace; use letters, digits, '.', '_' and '-'")]
+    Name { id: String },
+    #[error("The network namespace {id} exists already; choose another name")]
+    Taken { id: String },
     #[error("Failed to make a network namespace for {id}")]
-    Namespace { id: String, source: std::io::Error },
-    #[error("The network record {path} is not valid; remove it after taking back what it names")]
-    Record {
-        path: PathBuf,
-        source: serde_json::Error,
-    },
+    Namespace { id: String, source: io::Error },
+    #[error("{left} network namespaces are left; destroy or sweep them first")]
+    InUse { left: usize },
+    #[error("Failed to remove the bridge {bridge}")]
+    Bridge { bridge: String, source: io::Error },
 }
 
 impl NetworkError {
     pub(crate) fn file(
         doing: &'static str,
         path: impl Into<PathBuf>,
-    ) -> impl FnOnce(std::io::Error) -> Self {
+    ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::File {
             doing,

@@ -2,8 +2,8 @@
 //!
 //! [`Network::open`] makes what all sandboxes share: the bridge, forwarding, and one nft table that
 //! masquerades what leaves the sandboxes' subnet. [`NetnsPool`] makes namespaces ahead: each is a
-//! bind mount under `run_dir/netns`, filled by the CNI plugins `loopback` and `bridge` with
-//! `host-local` addresses. No plugin runs between [`NetnsPool::take`] and the sandbox's start.
+//! bind mount under `run_dir/netns` with its loopback up, connected by the CNI plugin `bridge` with
+//! a `host-local` address. No plugin runs between [`NetnsPool::take`] and the sandbox's start.
 //!
 //! Every namespace has a record in `state_dir/network`, on disk before the namespace exists and
 //! locked for as long as its owner lives. [`Network::sweep`] takes back whatever has a record that

@@ -1,5 +1,7 @@
 //! Namespaces made ahead.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use crate::{Netns, Network, NetworkError};
 
 /// Ready namespaces. All methods may be called from any thread.
@@ -7,17 +9,36 @@ use crate::{Netns, Network, NetworkError};
 pub struct NetnsPool {
     network: Network,
     spare: usize,
+    ready: Mutex<Vec<Netns>>,
+    /// Held while refilling, so that two refills do not make twice as many.
+    refilling: Mutex<()>,
 }
 
 impl NetnsPool {
+    /// An empty pool that [`NetnsPool::refill`] fills up to `spare`.
     #[must_use]
     pub fn new(network: Network, spare: usize) -> Self {
-        Self { network, spare }
+        Self {
+            network,
+            spare,
+            ready: Mutex::default(),
+            refilling: Mutex::default(),
+        }
     }
 
     #[must_use]
     pub fn network(&self) -> &Network {
         &self.network
+    }
+
+    /// How many are ready.
+    #[must_use]
+    pub fn ready(&self) -> usize {
+        self.lock().len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Netns>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A ready namespace, or one made now when none is. Call [`NetnsPool::refill`] afterwards, off
@@ -26,28 +47,42 @@ impl NetnsPool {
     /// # Errors
     /// When one has to be made and cannot.
     pub fn take(&self) -> Result<Netns, NetworkError> {
-        self.network.create("x")
+        let ready = self.lock().pop();
+        ready.map_or_else(|| self.network.create_unnamed(), Ok)
     }
 
     /// Keeps an unused namespace for the next taker. One that a function has run in is destroyed
     /// instead ([`Netns::destroy`]).
     pub fn give_back(&self, netns: Netns) {
-        drop(netns);
+        self.lock().push(netns);
     }
 
-    /// Makes namespaces until the wanted number is ready; blocks meanwhile.
+    /// Makes namespaces until the wanted number is ready; blocks meanwhile. Answers how many were
+    /// made.
     ///
     /// # Errors
     /// When one cannot be made.
     pub fn refill(&self) -> Result<usize, NetworkError> {
-        Ok(self.spare)
+        let _refilling = self
+            .refilling
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut made = 0;
+        while self.ready() < self.spare {
+            let netns = self.network.create_unnamed()?;
+            self.lock().push(netns);
+            made += 1;
+        }
+        Ok(made)
     }
 
     /// Destroys the ready namespaces.
     ///
     /// # Errors
-    /// When one cannot be destroyed.
+    /// When one cannot be destroyed; the others are still tried.
     pub fn drain(&self) -> Result<(), NetworkError> {
-        Ok(())
+        let ready = std::mem::take(&mut *self.lock());
+        let errors = ready.iter().filter_map(|netns| netns.destroy().err());
+        errors.into_iter().next_back().map_or(Ok(()), Err)
     }
 }
