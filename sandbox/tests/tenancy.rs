@@ -1,5 +1,7 @@
 //! The way of a tenancy, in real namespaces.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests fail by panicking")]
+
 mod support;
 
 use std::{fs, path::Path, time::Duration};
