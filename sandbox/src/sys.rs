@@ -134,8 +134,8 @@ fn send_flags<T: Serialize>(
 pub fn receive<T: DeserializeOwned>(
     socket: BorrowedFd<'_>,
 ) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-    // SAFETY: MSG_PEEK with no buffer only asks for the length.
     let length = loop {
+        // SAFETY: MSG_PEEK with no buffer only asks for the length.
         let length = unsafe {
             libc::recv(
                 socket.as_raw_fd(),
