@@ -90,15 +90,17 @@ pub(crate) fn holders(path: &Path) -> String {
     }
 }
 
-/// `/proc/locks` has lines `N: FLOCK ADVISORY READ PID MAJOR:MINOR:INODE START END`.
+/// `/proc/locks` has lines `N: FLOCK ADVISORY READ PID MAJOR:MINOR:INODE START END`, with the
+/// device's numbers in hexadecimal.
 fn holding_pids(path: &Path) -> Option<Vec<i32>> {
-    let inode = std::fs::metadata(path).ok()?.ino();
-    let ending = format!(":{inode}");
+    let file = std::fs::metadata(path).ok()?;
+    let (major, minor) = (rustix::fs::major(file.dev()), rustix::fs::minor(file.dev()));
+    let place = format!("{major:02x}:{minor:02x}:{}", file.ino());
     let locks = std::fs::read_to_string("/proc/locks").ok()?;
     let mut pids: Vec<i32> = locks
         .lines()
         .map(|line| line.split_whitespace().collect::<Vec<_>>())
-        .filter(|words| words.len() == 8 && words[1] == "FLOCK" && words[5].ends_with(&ending))
+        .filter(|words| words.len() == 8 && words[1] == "FLOCK" && words[5] == place)
         .filter_map(|words| words[4].parse().ok())
         .collect();
     pids.sort_unstable();
