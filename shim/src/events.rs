@@ -1,0 +1,278 @@
+//! Events to containerd: one queue, sent in order, retried until containerd is back.
+//!
+//! The queue is a shim's only one, so the events of a container never overtake each other. Sending
+//! goes by ttrpc to the address that containerd gave in `TTRPC_ADDRESS`; without one, by
+//! `containerd publish`. An event leaves the queue when containerd has taken it, so a reply lost on
+//! the way may deliver it twice, which containerd's subscribers accept.
+
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::events::task as message;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim::events::ForwardRequest;
+use containerd_shim_protos::shim_async::{Client, EventsClient};
+use containerd_shim_protos::topics;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::{Notify, mpsc};
+use ttrpc::context;
+
+use crate::error::{Result, ShimError};
+use crate::flags::Flags;
+
+/// More events than this waiting for containerd means that it will not come back for them.
+const QUEUE_MAX: usize = 65_536;
+const SEND_LIMIT: Duration = Duration::from_secs(5);
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(2);
+
+/// The queue's end that the rest of the shim holds.
+#[derive(Debug, Clone)]
+pub struct Publisher {
+    queue: mpsc::UnboundedSender<Envelope>,
+    waiting: Arc<AtomicUsize>,
+    empty: Arc<Notify>,
+    namespace: Arc<str>,
+}
+
+/// The event types that the shim sends, each with its topic.
+pub trait TaskEvent: Message {
+    const TOPIC: &'static str;
+    const TYPE: &'static str;
+}
+
+macro_rules! task_events {
+    ($($message:ident $topic:ident,)*) => {
+        $(impl TaskEvent for message::$message {
+            const TOPIC: &'static str = topics::$topic;
+            const TYPE: &'static str = concat!("containerd.events.", stringify!($message));
+        })*
+    };
+}
+
+task_events! {
+    TaskCreate TASK_CREATE_EVENT_TOPIC,
+    TaskStart TASK_START_EVENT_TOPIC,
+    TaskExit TASK_EXIT_EVENT_TOPIC,
+    TaskDelete TASK_DELETE_EVENT_TOPIC,
+    TaskOOM TASK_OOM_EVENT_TOPIC,
+    TaskExecAdded TASK_EXEC_ADDED_EVENT_TOPIC,
+    TaskExecStarted TASK_EXEC_STARTED_EVENT_TOPIC,
+    TaskPaused TASK_PAUSED_EVENT_TOPIC,
+    TaskResumed TASK_RESUMED_EVENT_TOPIC,
+}
+
+/// A point in time in protobuf's form.
+pub fn timestamp(at: SystemTime) -> MessageField<Timestamp> {
+    MessageField::some(Timestamp::from(at))
+}
+
+impl Publisher {
+    /// Starts the sender of this shim.
+    pub fn start(flags: &Flags) -> Self {
+        let (queue, receiver) = mpsc::unbounded_channel();
+        let publisher = Self {
+            queue,
+            waiting: Arc::default(),
+            empty: Arc::default(),
+            namespace: flags.namespace.as_str().into(),
+        };
+        let sender = Sender {
+            target: match std::env::var("TTRPC_ADDRESS") {
+                Ok(address) if !address.is_empty() => Target::Ttrpc {
+                    address,
+                    client: None,
+                },
+                _ => Target::Binary {
+                    binary: flags.publish_binary.clone(),
+                    address: flags.address.clone(),
+                },
+            },
+            waiting: Arc::clone(&publisher.waiting),
+            empty: Arc::clone(&publisher.empty),
+        };
+        tokio::spawn(sender.run(receiver));
+        publisher
+    }
+
+    /// Queues an event. Never waits.
+    pub fn publish<E: TaskEvent>(&self, event: &E) {
+        if self.waiting.load(Ordering::Relaxed) >= QUEUE_MAX {
+            tracing::error!(
+                "Dropped an event for {}: {QUEUE_MAX} events wait for containerd",
+                E::TOPIC
+            );
+            return;
+        }
+        let value = match event.write_to_bytes() {
+            Ok(value) => value,
+            Err(err) => {
+                tracing::error!("Failed to encode an event for {}: {err}", E::TOPIC);
+                return;
+            }
+        };
+        let envelope = Envelope {
+            timestamp: timestamp(SystemTime::now()),
+            namespace: self.namespace.to_string(),
+            topic: E::TOPIC.into(),
+            event: MessageField::some(Any {
+                type_url: E::TYPE.into(),
+                value,
+                ..Any::default()
+            }),
+            ..Envelope::default()
+        };
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        // The receiver lives as long as the process.
+        let _ = self.queue.send(envelope);
+    }
+
+    /// Waits until containerd has everything, at most for `limit`.
+    pub async fn flush(&self, limit: Duration) {
+        let done = async {
+            loop {
+                let empty = self.empty.notified();
+                if self.waiting.load(Ordering::Relaxed) == 0 {
+                    return;
+                }
+                empty.await;
+            }
+        };
+        if tokio::time::timeout(limit, done).await.is_err() {
+            let lost = self.waiting.load(Ordering::Relaxed);
+            tracing::warn!("{lost} events were not taken by containerd before the shim ended");
+        }
+    }
+}
+
+struct Sender {
+    target: Target,
+    waiting: Arc<AtomicUsize>,
+    empty: Arc<Notify>,
+}
+
+enum Target {
+    Ttrpc {
+        address: String,
+        client: Option<EventsClient>,
+    },
+    Binary {
+        binary: String,
+        address: String,
+    },
+}
+
+impl Sender {
+    async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Envelope>) {
+        while let Some(envelope) = queue.recv().await {
+            let mut pause = RETRY_FIRST;
+            let mut told = false;
+            while let Err(err) = self.target.send(&envelope).await {
+                if !told {
+                    told = true;
+                    tracing::warn!(
+                        "An event for {} waits until containerd takes it: {}",
+                        envelope.topic,
+                        err.chain()
+                    );
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_MAX);
+            }
+            if self.waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
+                self.empty.notify_waiters();
+            }
+        }
+    }
+}
+
+impl Target {
+    async fn send(&mut self, envelope: &Envelope) -> Result<()> {
+        match self {
+            Self::Ttrpc { address, client } => {
+                let connected = match client.take() {
+                    Some(client) => client,
+                    None => connect(address).await?,
+                };
+                let request = ForwardRequest {
+                    envelope: MessageField::some(envelope.clone()),
+                    ..ForwardRequest::default()
+                };
+                connected
+                    .forward(context::with_duration(SEND_LIMIT), &request)
+                    .await
+                    .map_err(ShimError::engine("forward an event to containerd"))?;
+                // Kept only after a success: a broken connection never heals.
+                *client = Some(connected);
+                Ok(())
+            }
+            Self::Binary { binary, address } => publish_by_binary(binary, address, envelope).await,
+        }
+    }
+}
+
+async fn connect(address: &str) -> Result<EventsClient> {
+    let url = if address.starts_with("unix://") {
+        address.to_owned()
+    } else {
+        format!("unix://{address}")
+    };
+    let client = tokio::time::timeout(SEND_LIMIT, Client::connect(&url))
+        .await
+        .map_err(|_| ShimError::Timeout {
+            what: format!("Connecting to {address}"),
+            limit: SEND_LIMIT,
+        })?;
+    Ok(EventsClient::new(
+        client.map_err(ShimError::engine("connect to containerd"))?,
+    ))
+}
+
+async fn publish_by_binary(binary: &str, address: &str, envelope: &Envelope) -> Result<()> {
+    let action = || ShimError::io(format!("publish an event with {binary}"));
+    let body = envelope
+        .event
+        .get_or_default()
+        .write_to_bytes()
+        .map_err(ShimError::engine("encode an event"))?;
+    let mut child = tokio::process::Command::new(binary)
+        .args(["--address", address, "publish"])
+        .args([
+            "--topic",
+            &envelope.topic,
+            "--namespace",
+            &envelope.namespace,
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(action())?;
+    let sent = async {
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(&body).await?;
+        }
+        child.wait().await
+    };
+    let status = tokio::time::timeout(SEND_LIMIT, sent)
+        .await
+        .map_err(|_| ShimError::Timeout {
+            what: format!("{binary} publish"),
+            limit: SEND_LIMIT,
+        })?
+        .map_err(action())?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(ShimError::Fault(format!(
+            "{binary} publish ended with {status}"
+        )))
+    }
+}

@@ -1,0 +1,1 @@
+//! Durable notes of what a sandbox is made of.

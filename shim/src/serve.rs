@@ -1,0 +1,222 @@
+//! The daemon: both services on the inherited socket, until nothing is left to serve.
+
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::shim_async::create_task;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+use trenv_config::Config;
+use ttrpc::asynchronous::Server;
+
+use crate::error::Result;
+use crate::events::Publisher;
+use crate::flags::Flags;
+use crate::group::{Endpoint, Group};
+use crate::runc::RuncContainer;
+use crate::sandbox::Sandboxes;
+use crate::start::{LISTENER_FD, READY_FD};
+use crate::stdio::{Owner, Uris};
+use crate::task::{Container, TaskService, Tasks};
+use crate::{logging, reap, sandbox, start};
+
+/// After this long a promised container is not waited for any more.
+const PROMISE_LIMIT: Duration = Duration::from_secs(30);
+/// A shim that nobody ever gave a task ends by itself.
+const UNUSED_LIMIT: Duration = Duration::from_secs(60);
+const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+
+/// The state of one shim process.
+pub struct Shim {
+    pub config: Arc<Config>,
+    pub namespace: String,
+    pub publisher: Publisher,
+    pub tasks: Tasks,
+    pub sandboxes: Arc<Sandboxes>,
+    endpoint: Endpoint,
+    shutdown: Notify,
+}
+
+/// Runs the daemon until it has nothing more to serve.
+pub fn run(flags: &Flags) -> anyhow::Result<()> {
+    let config = Config::load()?;
+    // The bundle that this shim was started for will go before the shim does.
+    std::env::set_current_dir("/").context("Failed to change to /")?;
+    logging::install(&config, &flags.namespace, flags.debug)
+        .context("Failed to open the shim's log")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        // A child that asked to die with its parent dies with the *thread* that made it, so
+        // threads that make zygotes must never retire.
+        .thread_keep_alive(Duration::from_secs(u64::from(u32::MAX)))
+        .enable_all()
+        .build()
+        .context("Failed to start the async runtime")?;
+    let done = runtime.block_on(serve(flags, config));
+    if let Err(err) = &done {
+        tracing::error!("The shim ends: {err:#}");
+    }
+    // Blocking work that hangs must not keep an ended shim.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    done
+}
+
+async fn serve(flags: &Flags, config: Config) -> anyhow::Result<()> {
+    reap::become_subreaper()?;
+    let config = Arc::new(config);
+    let publisher = Publisher::start(flags);
+    let sandboxes = Sandboxes::new(Arc::clone(&config), &flags.namespace, publisher.clone());
+    let shim = Arc::new(Shim {
+        config,
+        namespace: flags.namespace.clone(),
+        publisher,
+        tasks: Tasks::default(),
+        sandboxes,
+        endpoint: Endpoint::from_address(&flags.socket),
+        shutdown: Notify::new(),
+    });
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    // A closed log fifo or client must be an error to the writer, never a signal to the shim.
+    let _ = signal(SignalKind::pipe())?;
+    tokio::spawn(reap::sweep_orphans());
+
+    let mut server = server(&shim)?;
+    server.start().await.context("Failed to serve")?;
+    say_ready().context("Failed to tell that the shim serves")?;
+    tracing::info!(
+        "Serving the namespace {} on {}",
+        flags.namespace,
+        flags.socket
+    );
+
+    let mut unused = tokio::time::interval(UNUSED_LIMIT);
+    unused.tick().await;
+    loop {
+        let terminated = tokio::select! {
+            () = shim.shutdown.notified() => false,
+            _ = unused.tick() => false,
+            _ = terminate.recv() => true,
+            _ = interrupt.recv() => true,
+        };
+        if terminated && !shim.tasks.is_empty() {
+            // As containerd's own shim: containers outlive a stray signal.
+            tracing::warn!("Ignored a signal to end: there are tasks");
+            continue;
+        }
+        if shim.leave()? {
+            break;
+        }
+    }
+    server.stop_listen().await;
+    shim.sandboxes.free().await;
+    shim.publisher.flush(FLUSH_LIMIT).await;
+    tracing::info!("Ended: nothing left to serve");
+    Ok(())
+}
+
+fn server(shim: &Arc<Shim>) -> anyhow::Result<Server> {
+    let tasks = create_task(Arc::new(TaskService::new(Arc::clone(shim))));
+    let own = sandbox::service(Arc::clone(shim));
+    // SAFETY: `start` gives the listening socket as this descriptor, and nothing else uses it.
+    let listener = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
+    // Programs that this process runs must not inherit the socket.
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::CLOEXEC)
+        .context("The descriptor 3 must be the listening socket; containerd runs `start` first")?;
+    // SAFETY: the descriptor is a listening unix socket, and its ownership is given away.
+    let server = unsafe { Server::new().add_unix_listener(listener.into_raw_fd()) }
+        .context("Failed to listen on the inherited socket")?;
+    Ok(server.register_service(tasks).register_service(own))
+}
+
+fn say_ready() -> std::io::Result<()> {
+    // SAFETY: `start` gives the pipe as this descriptor, and nothing else uses it.
+    let ready = unsafe { OwnedFd::from_raw_fd(READY_FD) };
+    rustix::io::write(&ready, b"1")?;
+    Ok(())
+}
+
+impl Shim {
+    /// Makes a container of the kind that its annotations ask for.
+    pub async fn create_container(
+        self: &Arc<Self>,
+        request: &CreateTaskRequest,
+    ) -> Result<Arc<dyn Container>> {
+        let bundle = Path::new(&request.bundle);
+        logging::attach(&request.id, bundle);
+        let made: Result<Arc<dyn Container>> = match Group::of_bundle(bundle, &request.id) {
+            Ok(Group::Sandboxes) => self.sandboxes.create(request).await,
+            Ok(Group::Runc(_)) => match RuncContainer::create(self, request).await {
+                Ok(container) => Ok(container),
+                Err(err) => Err(err),
+            },
+            Err(err) => Err(err),
+        };
+        if made.is_err() {
+            logging::detach(&request.id);
+        }
+        made
+    }
+
+    /// Whom a container's streams belong to.
+    pub fn owner(&self, id: &str) -> Owner {
+        Owner {
+            namespace: self.namespace.clone(),
+            container: id.to_owned(),
+        }
+    }
+
+    /// Asks the daemon to end if it can.
+    pub fn request_shutdown(&self) {
+        self.shutdown.notify_one();
+    }
+
+    /// Notes that a container which `start` promised has come.
+    pub fn promise_kept(&self, id: &str) {
+        let _ = std::fs::remove_file(self.endpoint.promise(id));
+    }
+
+    /// Takes the socket away if nothing needs it; after `true` no new task can come.
+    fn leave(&self) -> anyhow::Result<bool> {
+        if !self.tasks.is_empty() {
+            return Ok(false);
+        }
+        let _lock = start::lock(&self.endpoint)?;
+        if !self.tasks.is_empty() || self.is_promised() {
+            return Ok(false);
+        }
+        let _ = std::fs::remove_file(&self.endpoint.socket);
+        let _ = std::fs::remove_dir_all(self.endpoint.promises());
+        let file = self.config.shim_address_file(&self.namespace);
+        if std::fs::read_to_string(&file).is_ok_and(|text| text == self.endpoint.address()) {
+            let _ = std::fs::remove_file(&file);
+        }
+        // The lock file stays: removing it would let two processes hold "the" lock.
+        Ok(true)
+    }
+
+    fn is_promised(&self) -> bool {
+        let Ok(entries) = std::fs::read_dir(self.endpoint.promises()) else {
+            return false;
+        };
+        let now = SystemTime::now();
+        entries
+            .flatten()
+            .filter_map(|entry| entry.metadata().ok()?.modified().ok())
+            .any(|made| now.duration_since(made).unwrap_or_default() < PROMISE_LIMIT)
+    }
+}
+
+/// The streams that a create request asks for.
+pub fn uris(request: &CreateTaskRequest) -> Uris {
+    Uris {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    }
+}

@@ -1,0 +1,140 @@
+//! The tasks of this shim: one table, and what every container can do whatever runs it.
+
+mod process;
+mod service;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+
+pub use process::{Phase, Process};
+pub use service::TaskService;
+
+use crate::error::{Result, ShimError};
+use crate::reap::Exit;
+use crate::stdio::Uris;
+
+/// A container as the task service sees it. `exec_id` is empty for the container's first process.
+///
+/// The service calls `start` at most once at a time for a process and publishes the events. Every
+/// method returns within a bounded time.
+#[async_trait]
+pub trait Container: Send + Sync {
+    /// The directory that containerd made for the container.
+    fn bundle(&self) -> &Path;
+
+    /// The process behind an id.
+    fn process(&self, exec_id: &str) -> Result<Arc<Process>>;
+
+    /// Whether the container's processes are frozen.
+    fn paused(&self) -> bool;
+
+    /// Starts a created process and returns its pid.
+    async fn start(&self, exec_id: &str) -> Result<u32>;
+
+    /// Signals a process, or all processes of the container.
+    async fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<()>;
+
+    /// Notes a further process; `start` runs it. `spec` is its OCI process as JSON.
+    async fn exec(&self, exec_id: &str, uris: Uris, spec: Vec<u8>) -> Result<()>;
+
+    /// All processes.
+    async fn pids(&self) -> Result<Vec<u32>>;
+
+    async fn pause(&self) -> Result<()>;
+
+    async fn resume(&self) -> Result<()>;
+
+    /// Changes limits; `resources` is OCI's `LinuxResources` as JSON.
+    async fn update(&self, resources: Vec<u8>) -> Result<()>;
+
+    /// Figures in containerd's metrics types.
+    async fn stats(&self) -> Result<Any>;
+
+    /// Frees an ended process, or the container with all that belongs to it. May be repeated after
+    /// a failure.
+    async fn delete(&self, exec_id: &str) -> Result<(u32, Exit)>;
+}
+
+/// The table of containers.
+#[derive(Default)]
+pub struct Tasks {
+    slots: Mutex<HashMap<String, Slot>>,
+}
+
+enum Slot {
+    Creating,
+    Created(Arc<dyn Container>),
+}
+
+impl Tasks {
+    /// Takes an id for a container about to be created; it is given back when the value is dropped.
+    pub fn reserve(&self, id: &str) -> Result<Reservation<'_>> {
+        let mut slots = self.lock();
+        if slots.contains_key(id) {
+            return Err(ShimError::AlreadyExists {
+                kind: "task",
+                id: id.into(),
+            });
+        }
+        slots.insert(id.to_owned(), Slot::Creating);
+        Ok(Reservation {
+            tasks: self,
+            id: id.to_owned(),
+            kept: false,
+        })
+    }
+
+    /// The container of an id.
+    pub fn get(&self, id: &str) -> Result<Arc<dyn Container>> {
+        match self.lock().get(id) {
+            Some(Slot::Created(container)) => Ok(Arc::clone(container)),
+            _ => Err(ShimError::NotFound {
+                kind: "task",
+                id: id.into(),
+            }),
+        }
+    }
+
+    /// Forgets a container.
+    pub fn remove(&self, id: &str) {
+        self.lock().remove(id);
+    }
+
+    /// Whether there is no container, not even one being created.
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An id taken for a container that is being created.
+pub struct Reservation<'a> {
+    tasks: &'a Tasks,
+    id: String,
+    kept: bool,
+}
+
+impl Reservation<'_> {
+    /// Puts the created container into the table.
+    pub fn keep(mut self, container: Arc<dyn Container>) {
+        self.kept = true;
+        self.tasks
+            .lock()
+            .insert(self.id.clone(), Slot::Created(container));
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.tasks.remove(&self.id);
+        }
+    }
+}

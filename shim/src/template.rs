@@ -1,0 +1,1 @@
+//! The snapshot engine's side of the shim.
