@@ -8,7 +8,7 @@ use std::{
 mod mounts;
 mod overlay_mount;
 
-pub use mounts::{bind, overlay_from_mounts, tmpfs};
+pub use mounts::{bind, overlay_from_mounts, sync_upper, tmpfs};
 
 /// A mount as containerd describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]

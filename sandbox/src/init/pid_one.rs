@@ -43,10 +43,29 @@ pub struct State {
     pub hostname: String,
     /// A procfs of this pid namespace that no tenancy sees.
     pub proc: OwnedFd,
-    /// The parts of the next root; `None` while a tenancy has them.
-    pub parts: Option<parts::Parts>,
+    pub parts: Stock,
     /// Addresses and routes as the sandbox got them.
     pub network: network::Baseline,
+}
+
+/// The parts of the next root.
+#[derive(Debug)]
+pub enum Stock {
+    Ready(parts::Parts),
+    /// A tenancy has them.
+    Used,
+    /// The last tenancy is over; they are made when pid 1 has nothing else to do.
+    Due,
+}
+
+impl State {
+    /// Makes the parts if they are due.
+    pub fn restock(&mut self) -> Result<(), Failure> {
+        if matches!(self.parts, Stock::Due) {
+            self.parts = Stock::Ready(parts::make()?);
+        }
+        Ok(())
+    }
 }
 
 pub fn run(control: &OwnedFd, exits: &OwnedFd, hostname: &str) -> ExitCode {
@@ -95,7 +114,7 @@ impl State {
         root::leave()?;
         Ok(Self {
             hostname: hostname.to_owned(),
-            parts: Some(parts::make()?),
+            parts: Stock::Ready(parts::make()?),
             network: network::Baseline::read()?,
             proc,
         })
@@ -210,5 +229,9 @@ fn serve(control: &OwnedFd, state: &mut State, reports: &mut VecDeque<ExitReport
         Ok(steps) => Reply::Done(steps),
         Err(failure) => Reply::Failed(failure.0),
     };
-    sys::send(control.as_fd(), &reply, &[]).is_ok()
+    let heard = sys::send(control.as_fd(), &reply, &[]).is_ok();
+    // After the answer, so that nobody waits for it. If it fails the next request tries again and
+    // reports it.
+    let _ = state.restock();
+    heard
 }

@@ -12,8 +12,7 @@ use trenv_sandbox::protocol::{ExitReport, StepName};
 use crate::{
     failure::{Doing, Failure, check},
     launch::set_hostname,
-    parts,
-    pid_one::{State, Steps, reap, timed},
+    pid_one::{State, Steps, Stock, reap, timed},
     root,
 };
 
@@ -26,7 +25,7 @@ pub fn purge(state: &mut State, reports: &mut VecDeque<ExitReport>) -> Result<St
         end_processes(&state.proc, reports)
     })?;
     // The parts of an idle sandbox, if it was one, go with the root that they are mounted in.
-    state.parts = None;
+    state.parts = Stock::Used;
     timed(&mut steps, StepName::PurgeRoot, root::leave)?;
     timed(&mut steps, StepName::PurgeIpc, || {
         // SAFETY: unshare takes flags only.
@@ -37,7 +36,7 @@ pub fn purge(state: &mut State, reports: &mut VecDeque<ExitReport>) -> Result<St
     timed(&mut steps, StepName::PurgeNetwork, || {
         state.network.purge(&state.proc)
     })?;
-    state.parts = Some(timed(&mut steps, StepName::MakeParts, parts::make)?);
+    state.parts = Stock::Due;
     Ok(steps)
 }
 

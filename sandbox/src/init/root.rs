@@ -15,7 +15,7 @@ use crate::{
     failure::{Doing, Failure},
     launch::set_hostname,
     parts::{self, Parts},
-    pid_one::{State, Steps, timed},
+    pid_one::{State, Steps, Stock, timed},
 };
 
 /// Makes the tenancy's mount the root, with the parts and the given mounts in it. After a failure
@@ -37,17 +37,21 @@ pub fn enter(
             mounts.len()
         )));
     }
-    let Some(parts) = state.parts.take() else {
-        return Err(Failure("a tenancy is in it already; purge it first".into()));
+    state.restock()?;
+    let parts = match std::mem::replace(&mut state.parts, Stock::Used) {
+        Stock::Ready(parts) => parts,
+        Stock::Used | Stock::Due => {
+            return Err(Failure("a tenancy is in it already; purge it first".into()));
+        }
     };
     let mut steps = Steps::new();
     let entered = swap(&root, &mounts, request, &parts, &mut steps);
     drop((root, mounts, parts));
     if let Err(failure) = entered {
         // Parts may lie in the new root by now: start again from an empty one.
-        return match leave().and_then(|()| parts::make()) {
-            Ok(parts) => {
-                state.parts = Some(parts);
+        return match leave() {
+            Ok(()) => {
+                state.parts = Stock::Due;
                 Err(failure)
             }
             Err(second) => Err(Failure(format!(

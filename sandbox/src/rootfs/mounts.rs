@@ -35,6 +35,11 @@ fn failed(
 /// Builds the root that containerd describes: one overlay, or one bind mount (the view of an image
 /// of one layer).
 ///
+/// An overlay with an upper directory is made `volatile`: unmounting an ordinary one writes the
+/// whole file system below it through to the disk, which takes as long as the disk wants. What is
+/// to survive a crash of the machine, such as an upper directory that becomes a layer, needs
+/// [`sync_upper`].
+///
 /// # Errors
 /// When the mounts are of another kind, an option is unknown, or the kernel refuses.
 pub fn overlay_from_mounts(mounts: &[Mount]) -> Result<OwnedFd, RootfsError> {
@@ -146,6 +151,44 @@ fn overlay(options: &[String]) -> Result<OwnedFd, RootfsError> {
         Some(mount) => Ok(mount),
         None => overlay_joined(&options, &name),
     }
+}
+
+/// The kernel marks the work directory of a volatile overlay, to warn of a crash that cut it off,
+/// and refuses a marked one. An overlay of ours that has ended well leaves the mark as well.
+fn make_volatile(options: &mut OverlayOptions<'_>, work: &str) -> Result<(), RootfsError> {
+    let mark = Path::new(work).join("work/incompat/volatile");
+    match std::fs::remove_dir_all(&mark) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(source) => {
+            return Err(RootfsError::Mount {
+                doing: "remove the mark",
+                what: mark.display().to_string(),
+                source,
+            });
+        }
+    }
+    if !options.others.contains(&("volatile", None)) {
+        options.others.push(("volatile", None));
+    }
+    Ok(())
+}
+
+/// Writes the file system that holds an overlay's upper directory through to the disk. Without an
+/// upper directory there is nothing to write.
+///
+/// # Errors
+/// When the directory cannot be opened or the disk refuses.
+pub fn sync_upper(mounts: &[Mount]) -> Result<(), RootfsError> {
+    for mount in mounts.iter().filter(|mount| mount.kind == "overlay") {
+        if let Some(upper) = parse(&mount.options)?.upper {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            rustix::fs::open(upper, flags, Mode::empty())
+                .and_then(|dir| rustix::fs::syncfs(&dir))
+                .map_err(failed("write through", upper))?;
+        }
+    }
+    Ok(())
 }
 
 /// Each lower directory by its own fsconfig; `None` where the kernel does not know that (before
