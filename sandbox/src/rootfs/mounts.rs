@@ -141,7 +141,10 @@ fn parse(options: &[String]) -> Result<OverlayOptions<'_>, RootfsError> {
 }
 
 fn overlay(options: &[String]) -> Result<OwnedFd, RootfsError> {
-    let options = parse(options)?;
+    let mut options = parse(options)?;
+    if let Some(work) = options.work {
+        make_volatile(&mut options, work)?;
+    }
     let name = options
         .upper
         .or(options.lower.first().copied())
