@@ -127,9 +127,12 @@ impl Containerd {
     /// Removes a namespace; it must be empty.
     pub async fn remove_namespace(&self, name: &str) -> Result<()> {
         services::namespaces_client::NamespacesClient::new(self.channel.clone())
-            .delete(services::DeleteNamespaceRequest {
-                name: name.to_owned(),
-            })
+            .delete(about(
+                name,
+                services::DeleteNamespaceRequest {
+                    name: name.to_owned(),
+                },
+            ))
             .await
             .map_err(refused(format!("remove the namespace {name}")))?;
         Ok(())
@@ -143,20 +146,26 @@ impl Containerd {
             labels: [(FUNCTION_NAMESPACE_LABEL.to_owned(), "true".to_owned())].into(),
         };
         let created = client
-            .create(services::CreateNamespaceRequest {
-                namespace: Some(namespace.clone()),
-            })
+            .create(about(
+                name,
+                services::CreateNamespaceRequest {
+                    namespace: Some(namespace.clone()),
+                },
+            ))
             .await;
         match created {
             Ok(_) => Ok(()),
             Err(status) if status.code() == Code::AlreadyExists => {
                 client
-                    .update(services::UpdateNamespaceRequest {
-                        namespace: Some(namespace),
-                        update_mask: Some(prost_types::FieldMask {
-                            paths: vec![format!("labels.{FUNCTION_NAMESPACE_LABEL}")],
-                        }),
-                    })
+                    .update(about(
+                        name,
+                        services::UpdateNamespaceRequest {
+                            namespace: Some(namespace),
+                            update_mask: Some(prost_types::FieldMask {
+                                paths: vec![format!("labels.{FUNCTION_NAMESPACE_LABEL}")],
+                            }),
+                        },
+                    ))
                     .await
                     .map_err(refused(format!("mark the namespace {name}")))?;
                 Ok(())
@@ -200,6 +209,15 @@ impl Namespaced {
         }
         request
     }
+}
+
+/// A request about a namespace; containerd publishes what becomes of it in the namespace itself.
+fn about<T>(name: &str, body: T) -> Request<T> {
+    let mut request = Request::new(body);
+    if let Ok(header) = name.parse() {
+        request.metadata_mut().insert("containerd-namespace", header);
+    }
+    request
 }
 
 fn refused(action: impl Into<String>) -> impl FnOnce(Status) -> ContainerdError {

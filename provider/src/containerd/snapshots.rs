@@ -161,11 +161,6 @@ impl Namespaced {
         }
         Ok(found)
     }
-
-    /// The snapshotter's name.
-    pub fn snapshotter(&self) -> &str {
-        &self.snapshotter
-    }
 }
 
 fn kind_of(kind: i32) -> SnapshotKind {

@@ -167,10 +167,7 @@ fn status(service: &Service, function: &Function) -> Value {
         "invocationCount": function.calls.load(Ordering::Relaxed),
         "createdAt": rfc3339(function.created_at),
         "usage": { "cpu": 0, "totalMemoryBytes": 0 },
-        "status": match &view.state {
-            RevisionState::Cold(_) => "ready",
-            state => state.word(),
-        },
+        "status": view.state.word(),
         "startMethod": if matches!(view.state, RevisionState::Cold(_)) { "cold" } else { "template" },
         "imageDigest": view.current.record.image.digest,
         "instances": instances.iter().map(|i| json!({
