@@ -254,6 +254,9 @@ pub fn read_chunk(reader: &mut impl BufRead) -> std::io::Result<Option<Vec<u8>>>
     Ok((size > 0).then_some(data))
 }
 
+/// Gets request line, headers and body, and writes the whole answer.
+pub type Respond = fn(&str, &[(String, String)], &[u8], &mut TcpStream);
+
 /// A function's own HTTP server, in this process.
 #[derive(Clone)]
 pub struct Function {
@@ -264,15 +267,11 @@ pub struct Function {
 }
 
 impl Function {
-    pub fn start(answer: fn(&str, &[(String, String)], &[u8], &mut TcpStream)) -> Self {
+    pub fn start(answer: Respond) -> Self {
         Self::start_at(0, answer)
     }
 
-    /// `answer` gets request line, headers and body, and writes the whole answer.
-    pub fn start_at(
-        port: u16,
-        answer: fn(&str, &[(String, String)], &[u8], &mut TcpStream),
-    ) -> Self {
+    pub fn start_at(port: u16, answer: Respond) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
         let function = Self {
             url: format!("http://{}", listener.local_addr().unwrap()),
@@ -296,10 +295,7 @@ impl Function {
     }
 }
 
-fn serve(
-    mut stream: TcpStream,
-    answer: fn(&str, &[(String, String)], &[u8], &mut TcpStream),
-) -> std::io::Result<()> {
+fn serve(mut stream: TcpStream, answer: Respond) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     loop {
         let (first, headers) = read_head(&mut reader)?;
