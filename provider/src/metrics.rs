@@ -188,8 +188,14 @@ mod tests {
         let metrics = Metrics::new();
         metrics.call_started("hello.ns");
         metrics.call("hello.ns", 200, Duration::from_millis(3));
-        metrics.start(StartKind::Repurposed, Duration::from_millis(2), &[("restore".into(), 900)]);
-        let text = metrics.render(&[("hello.ns".into(), 2)], (1, 2, 3)).unwrap();
+        metrics.start(
+            StartKind::Repurposed,
+            Duration::from_millis(2),
+            &[("restore".into(), 900)],
+        );
+        let text = metrics
+            .render(&[("hello.ns".into(), 2)], (1, 2, 3))
+            .unwrap();
         for line in [
             r#"gateway_function_invocation_total{function_name="hello.ns",code="200"} 1"#,
             r#"gateway_function_invocation_started_total{function_name="hello.ns"} 1"#,

@@ -76,7 +76,11 @@ impl Proxy {
         let mut request = outgoing(request, path_and_query)?;
         let mut tries = 0;
         loop {
-            let guard = self.scheduler.acquire(revision).await.map_err(start_error)?;
+            let guard = self
+                .scheduler
+                .acquire(revision)
+                .await
+                .map_err(start_error)?;
             let started = started_headers(&guard);
             match self.forward(guard, request, begun).await {
                 Ok(mut response) => {
@@ -236,7 +240,9 @@ fn outgoing(request: Request<Body>, path_and_query: &str) -> Result<Request<Body
     head.uri = Uri::builder()
         .path_and_query(path_and_query)
         .build()
-        .map_err(|err| ApiError::bad_request(format!("The path of the call is not valid: {err}")))?;
+        .map_err(|err| {
+            ApiError::bad_request(format!("The path of the call is not valid: {err}"))
+        })?;
     head.version = Version::HTTP_11;
     remove_hop_by_hop(&mut head.headers);
     if let Some(host) = head.headers.get(HOST).cloned() {
@@ -244,7 +250,8 @@ fn outgoing(request: Request<Body>, path_and_query: &str) -> Result<Request<Body
             .entry(HeaderName::from_static("x-forwarded-host"))
             .or_insert(host);
     } else {
-        head.headers.insert(HOST, HeaderValue::from_static("function"));
+        head.headers
+            .insert(HOST, HeaderValue::from_static("function"));
     }
     Ok(Request::from_parts(head, body))
 }

@@ -33,23 +33,25 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
     };
     let state = config.state_dir.join("provider");
     let store = Store::open(&state)?;
-    let listener = TcpListener::bind(&provider.listen)
-        .await
-        .with_context(|| {
-            format!("Failed to listen on {}; change provider.listen", provider.listen)
-        })?;
-    let containerd = Containerd::connect(
-        &config.containerd.address,
-        &config.containerd.snapshotter,
-    )
-    .await?;
+    let listener = TcpListener::bind(&provider.listen).await.with_context(|| {
+        format!(
+            "Failed to listen on {}; change provider.listen",
+            provider.listen
+        )
+    })?;
+    let containerd =
+        Containerd::connect(&config.containerd.address, &config.containerd.snapshotter).await?;
     containerd.mark_namespace(&provider.namespace).await?;
     let files = write_shared_files(&config.run_dir.join("provider"))?;
     let metrics = Arc::new(Metrics::new());
     let secrets = Arc::new(Secrets::new(state.join("secrets")));
     let call_timeout = Duration::from_secs(provider.call_timeout_s);
     let ready_timeout = Duration::from_secs(provider.ready_timeout_s);
-    let host = Arc::new(Host::new(containerd.clone(), &config.run_dir, ready_timeout));
+    let host = Arc::new(Host::new(
+        containerd.clone(),
+        &config.run_dir,
+        ready_timeout,
+    ));
     let (template_gone, mut gone) = tokio::sync::mpsc::unbounded_channel();
     let scheduler = Scheduler::new(
         Arc::clone(&host) as _,
@@ -176,9 +178,8 @@ fn write_shared_files(directory: &Path) -> anyhow::Result<SharedFiles> {
             resolver(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()),
         )
     };
-    write().with_context(|| {
-        format!("Failed to write in {}; check run_dir", directory.display())
-    })?;
+    write()
+        .with_context(|| format!("Failed to write in {}; check run_dir", directory.display()))?;
     Ok(files)
 }
 

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use tokio::sync::Mutex;
 use trenv_sandbox_proto as proto;
-use ttrpc::context::Context;
 use ttrpc::r#async::Client;
+use ttrpc::context::Context;
 
 use crate::containerd::Mount;
 use crate::functions::Limits;
@@ -22,7 +22,9 @@ const SLOW: Duration = Duration::from_secs(120);
 /// Why the shim did not do what was asked.
 #[derive(Debug, thiserror::Error, Clone)]
 pub enum ShimError {
-    #[error("No shim runs for the namespace {namespace} ({reason}); it starts with the next sandbox")]
+    #[error(
+        "No shim runs for the namespace {namespace} ({reason}); it starts with the next sandbox"
+    )]
     Unreachable { namespace: String, reason: String },
     #[error("{message}")]
     Refused { code: ttrpc::Code, message: String },

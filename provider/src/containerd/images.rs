@@ -15,11 +15,15 @@ const MAX_DOCUMENT: usize = 4 << 20;
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    #[error("There is no image {name} in the containerd namespace {namespace}; import it with `ctr -n {namespace} images import FILE` or pull it with `ctr -n {namespace} images pull {name}`")]
+    #[error(
+        "There is no image {name} in the containerd namespace {namespace}; import it with `ctr -n {namespace} images import FILE` or pull it with `ctr -n {namespace} images pull {name}`"
+    )]
     Unknown { name: String, namespace: String },
     #[error("The image {name} has no variant for linux/amd64; use an image built for this machine")]
     Platform { name: String },
-    #[error("The document {digest} of the image {name} is not valid: {reason}; import the image again")]
+    #[error(
+        "The document {digest} of the image {name} is not valid: {reason}; import the image again"
+    )]
     Document {
         name: String,
         digest: String,
@@ -112,7 +116,10 @@ pub(super) struct ReadImage {
 
 impl Namespaced {
     /// Finds the image `name`, also by the short forms that people write, and reads it.
-    pub async fn resolve_image(&self, name: &str) -> std::result::Result<ResolvedImage, ImageError> {
+    pub async fn resolve_image(
+        &self,
+        name: &str,
+    ) -> std::result::Result<ResolvedImage, ImageError> {
         Ok(self.read_image(name).await?.resolved)
     }
 
@@ -255,8 +262,8 @@ fn full_names(name: &str) -> Vec<String> {
     };
     let mut names = vec![name.to_owned(), tagged.clone()];
     let first = tagged.split('/').next().unwrap_or("");
-    let has_host =
-        tagged.contains('/') && (first.contains('.') || first.contains(':') || first == "localhost");
+    let has_host = tagged.contains('/')
+        && (first.contains('.') || first.contains(':') || first == "localhost");
     if !has_host {
         if !tagged.contains('/') {
             names.push(format!("docker.io/library/{tagged}"));
@@ -308,9 +315,15 @@ mod tests {
             full_names("hello"),
             ["hello", "hello:latest", "docker.io/library/hello:latest"]
         );
-        assert_eq!(full_names("trenv/hello:1"), ["trenv/hello:1", "docker.io/trenv/hello:1"]);
+        assert_eq!(
+            full_names("trenv/hello:1"),
+            ["trenv/hello:1", "docker.io/trenv/hello:1"]
+        );
         assert_eq!(full_names("localhost/hello:1"), ["localhost/hello:1"]);
-        assert_eq!(full_names("reg.local:5000/a"), ["reg.local:5000/a", "reg.local:5000/a:latest"]);
+        assert_eq!(
+            full_names("reg.local:5000/a"),
+            ["reg.local:5000/a", "reg.local:5000/a:latest"]
+        );
     }
 
     #[test]

@@ -63,7 +63,12 @@ impl Namespaced {
             .list(request)
             .await
             .map_err(refused("list leases"))?;
-        Ok(answer.into_inner().leases.into_iter().map(|l| l.id).collect())
+        Ok(answer
+            .into_inner()
+            .leases
+            .into_iter()
+            .map(|l| l.id)
+            .collect())
     }
 
     async fn lease_resource(&self, id: &str, resource: &str, kind: String) -> Result<()> {

@@ -25,18 +25,19 @@ pub use snapshots::{Mount, SnapshotKind};
 /// Why containerd did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerdError {
-    #[error("Failed to connect to containerd at {address}; check that it runs and the setting containerd.address")]
+    #[error(
+        "Failed to connect to containerd at {address}; check that it runs and the setting containerd.address"
+    )]
     Connect {
         address: String,
         #[source]
         source: tonic::transport::Error,
     },
     #[error("containerd refused to {action}: {}", .status.message())]
-    Refused {
-        action: String,
-        status: Box<Status>,
-    },
-    #[error("The containerd namespace {name:?} is not a valid name; use letters, digits, '-', '_' and '.'")]
+    Refused { action: String, status: Box<Status> },
+    #[error(
+        "The containerd namespace {name:?} is not a valid name; use letters, digits, '-', '_' and '.'"
+    )]
     Namespace { name: String },
 }
 
@@ -75,12 +76,12 @@ impl Containerd {
     /// # Errors
     /// When nobody listens there.
     pub async fn connect(address: &Path, snapshotter: &str) -> Result<Self> {
-        let channel = containerd_client::connect(address).await.map_err(|source| {
-            ContainerdError::Connect {
+        let channel = containerd_client::connect(address)
+            .await
+            .map_err(|source| ContainerdError::Connect {
                 address: address.display().to_string(),
                 source,
-            }
-        })?;
+            })?;
         Ok(Self {
             channel,
             snapshotter: snapshotter.to_owned(),
@@ -215,7 +216,9 @@ impl Namespaced {
 fn about<T>(name: &str, body: T) -> Request<T> {
     let mut request = Request::new(body);
     if let Ok(header) = name.parse() {
-        request.metadata_mut().insert("containerd-namespace", header);
+        request
+            .metadata_mut()
+            .insert("containerd-namespace", header);
     }
     request
 }

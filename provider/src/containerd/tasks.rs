@@ -96,7 +96,13 @@ impl Namespaced {
             .tasks
             .into_iter()
             .filter(|t| t.status != stopped)
-            .map(|t| if t.container_id.is_empty() { t.id } else { t.container_id })
+            .map(|t| {
+                if t.container_id.is_empty() {
+                    t.id
+                } else {
+                    t.container_id
+                }
+            })
             .collect())
     }
 }

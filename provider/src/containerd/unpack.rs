@@ -65,7 +65,10 @@ impl Namespaced {
                 .await
                 .map_err(refused(format!("unpack the layer {}", layer.digest)));
             let committed = match applied {
-                Ok(_) => self.commit_snapshot(lease, &target, &key, HashMap::new()).await,
+                Ok(_) => {
+                    self.commit_snapshot(lease, &target, &key, HashMap::new())
+                        .await
+                }
                 Err(err) => Err(err),
             };
             match committed {

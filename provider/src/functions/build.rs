@@ -11,9 +11,7 @@ use trenv_sandbox_proto as proto;
 use super::{Function, Functions, Revision, RevisionState, Template, template_key};
 use crate::containerd::ContainerdError;
 use crate::error::chain;
-use crate::instances::{
-    ColdStart, SandboxRef, StartError, StartKind, owner_labels, refill_spares,
-};
+use crate::instances::{ColdStart, SandboxRef, StartError, StartKind, owner_labels, refill_spares};
 use crate::shim_client::{ShimClient, ShimError};
 
 /// A function may need a moment to close the readiness check's connection on its side.
@@ -23,7 +21,11 @@ const FREE_PAUSE: Duration = Duration::from_millis(100);
 
 impl Functions {
     /// Builds `revision` in the background and puts it into service.
-    pub(super) fn spawn_build(self: &Arc<Self>, function: &Arc<Function>, revision: &Arc<Revision>) {
+    pub(super) fn spawn_build(
+        self: &Arc<Self>,
+        function: &Arc<Function>,
+        revision: &Arc<Revision>,
+    ) {
         let (this, function, revision) =
             (Arc::clone(self), Arc::clone(function), Arc::clone(revision));
         tokio::spawn(async move {
@@ -43,7 +45,10 @@ impl Functions {
         if revision.retired() {
             return;
         }
-        tracing::warn!("The template of {} is gone; it is made anew", revision.function());
+        tracing::warn!(
+            "The template of {} is gone; it is made anew",
+            revision.function()
+        );
         revision.set_state(RevisionState::Building);
         while revision.take_spare().is_some() {}
         let (this, revision) = (Arc::clone(self), Arc::clone(revision));
@@ -219,7 +224,9 @@ impl Functions {
             containerd
                 .commit_snapshot(lease, &layer, &cold.tenancy, labels.clone())
                 .await?;
-            containerd.view_snapshot(lease, &view, &layer, labels).await?;
+            containerd
+                .view_snapshot(lease, &view, &layer, labels)
+                .await?;
             Ok::<(), ContainerdError>(())
         };
         let template = Template {
@@ -261,7 +268,12 @@ impl Functions {
             this.scheduler.kill_instances(&revision).await;
             let namespace = &revision.function().namespace;
             if let Some(template) = revision.template() {
-                if let Err(err) = this.host.shim(namespace).delete_template(&template.id).await {
+                if let Err(err) = this
+                    .host
+                    .shim(namespace)
+                    .delete_template(&template.id)
+                    .await
+                {
                     tracing::warn!("The template {} stays in the pool: {err}", template.id);
                 }
                 if let Ok(containerd) = this.host.namespace(namespace) {
@@ -285,7 +297,10 @@ impl Functions {
             Err(err) => Err(err),
         };
         if let Err(err) = dropped {
-            tracing::warn!("The lease {} stays until the provider starts again: {err}", record.lease);
+            tracing::warn!(
+                "The lease {} stays until the provider starts again: {err}",
+                record.lease
+            );
         }
     }
 }

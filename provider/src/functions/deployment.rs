@@ -95,10 +95,13 @@ impl Deployment {
                 return Ok(0);
             }
             parse(text).ok_or_else(|| {
-                format!("The {what} limit {text:?} cannot be read; write it like {}", match what {
-                    "memory" => "\"128Mi\"",
-                    _ => "\"500m\" or \"0.5\"",
-                })
+                format!(
+                    "The {what} limit {text:?} cannot be read; write it like {}",
+                    match what {
+                        "memory" => "\"128Mi\"",
+                        _ => "\"500m\" or \"0.5\"",
+                    }
+                )
             })
         };
         Ok(Limits {

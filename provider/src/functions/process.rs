@@ -32,7 +32,9 @@ pub struct Process {
 pub enum ProcessError {
     #[error("The image {0} has neither an entrypoint nor a command; build it with one")]
     NoCommand(String),
-    #[error("The image's user {user:?} is not in its {database}; build the image with a numeric user or with an entry for it")]
+    #[error(
+        "The image's user {user:?} is not in its {database}; build the image with a numeric user or with an entry for it"
+    )]
     UnknownUser {
         user: String,
         database: &'static str,
@@ -155,9 +157,10 @@ impl Users {
             if group.is_some() && fields.first().copied() == group {
                 named = Some(gid);
             }
-            let member = fields
-                .get(3)
-                .is_some_and(|m| m.split(',').any(|one| !account.is_empty() && one == account));
+            let member = fields.get(3).is_some_and(|m| {
+                m.split(',')
+                    .any(|one| !account.is_empty() && one == account)
+            });
             if member {
                 additional.push(gid);
             }
@@ -267,7 +270,10 @@ mod tests {
         };
         let process = Process::build(&deployment, &image, &[]).unwrap();
         assert_eq!(process.args, ["/fwatchdog", "-v"]);
-        assert_eq!(process.env, ["PATH=/bin", "MODE=b", "fprocess=python3 index.py"]);
+        assert_eq!(
+            process.env,
+            ["PATH=/bin", "MODE=b", "fprocess=python3 index.py"]
+        );
         assert_eq!(process.cwd, "/");
     }
 

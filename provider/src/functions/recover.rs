@@ -36,10 +36,18 @@ pub async fn recover(functions: &Arc<Functions>, namespaces: &[String]) -> Resul
         }
     }
     let mut all: HashSet<String> = namespaces.iter().cloned().collect();
-    all.extend(functions.list(None).into_iter().map(|f| f.name.namespace.clone()));
+    all.extend(
+        functions
+            .list(None)
+            .into_iter()
+            .map(|f| f.name.namespace.clone()),
+    );
     for namespace in all {
         if let Err(err) = functions.tidy(&namespace).await {
-            tracing::warn!("The namespace {namespace} was not put in order: {}", chain(&err));
+            tracing::warn!(
+                "The namespace {namespace} was not put in order: {}",
+                chain(&err)
+            );
         }
         functions.scheduler.serve_namespace(&namespace);
     }

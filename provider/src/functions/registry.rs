@@ -26,7 +26,9 @@ pub enum FunctionError {
     Invalid(String),
     #[error("There is no function {0}; deploy it first")]
     Unknown(FunctionName),
-    #[error("The function {function} asks for the secret {secret}, which does not exist; create it with POST /system/secrets")]
+    #[error(
+        "The function {function} asks for the secret {secret}, which does not exist; create it with POST /system/secrets"
+    )]
     NoSecret {
         function: FunctionName,
         secret: String,
@@ -380,7 +382,9 @@ impl Functions {
             containerd.lease_content(&lease, &image.target).await?;
             containerd.lease_content(&lease, &image.digest).await?;
             containerd.unpack_image(&lease, &image.name).await?;
-            let mounts = self.look_at_image(&containerd, &lease, &image.chain_id, &id).await?;
+            let mounts = self
+                .look_at_image(&containerd, &lease, &image.chain_id, &id)
+                .await?;
             Process::build(deployment, &image.config, &mounts)
                 .map_err(|err| FunctionError::Invalid(err.to_string()))
         };
@@ -414,7 +418,11 @@ impl Functions {
         state: RevisionState,
     ) -> Revision {
         let directory = self.secrets.directory(&record.function.namespace);
-        let names: Vec<String> = record.secrets.iter().map(|(name, _)| name.clone()).collect();
+        let names: Vec<String> = record
+            .secrets
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect();
         let binds = spec::binds(&self.files, &directory, &names);
         Revision::new(record, binds, concurrency, state)
     }

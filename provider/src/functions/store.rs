@@ -14,7 +14,9 @@ const FUNCTIONS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("functi
 /// Why the state cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    #[error("Another provider uses the state in {path}; stop it, or give this one another state_dir")]
+    #[error(
+        "Another provider uses the state in {path}; stop it, or give this one another state_dir"
+    )]
     InUse { path: String },
     #[error("Failed to open the state in {path}; check the directory's owner and free space")]
     Open {
@@ -218,6 +220,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let _first = Store::open(dir.path()).unwrap();
         let second = Store::open(dir.path());
-        assert!(matches!(second, Err(StoreError::InUse { .. })), "{second:?}");
+        assert!(
+            matches!(second, Err(StoreError::InUse { .. })),
+            "{second:?}"
+        );
     }
 }

@@ -174,12 +174,18 @@ impl Host {
         let sandboxes = listed.map_err(|err| failed(&sandbox.id, err))?;
         let info = sandboxes.into_iter().find(|s| s.id == sandbox.id);
         let info = info.ok_or_else(|| {
-            failed(&sandbox.id, "the shim does not know the sandbox that it has just made")
+            failed(
+                &sandbox.id,
+                "the shim does not know the sandbox that it has just made",
+            )
         })?;
         read_address(&info).ok_or_else(|| {
             failed(
                 &sandbox.id,
-                format!("the shim gave it the address {:?}, which is none", info.address),
+                format!(
+                    "the shim gave it the address {:?}, which is none",
+                    info.address
+                ),
             )
         })
     }

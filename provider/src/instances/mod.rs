@@ -15,6 +15,9 @@ mod scheduler;
 mod table;
 mod upkeep;
 
+#[cfg(test)]
+mod tests;
+
 pub use guard::Guard;
 pub use host::{Host, OWNER_LABEL, owner_labels, read_address, refill_spares};
 pub use ops::{ColdStart, SandboxOps, SandboxRef, StartError};

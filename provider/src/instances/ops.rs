@@ -30,7 +30,9 @@ pub enum StartError {
     Failed { function: String, reason: String },
     #[error("The function {function} is still being built after {seconds} s; call it again")]
     Building { function: String, seconds: u64 },
-    #[error("All {limit} sandboxes are busy since {seconds} s; raise provider.max_sandboxes or call again")]
+    #[error(
+        "All {limit} sandboxes are busy since {seconds} s; raise provider.max_sandboxes or call again"
+    )]
     Busy { limit: usize, seconds: u64 },
     #[error("The function {function} did not start: {reason}")]
     Start { function: String, reason: String },

@@ -71,8 +71,9 @@ async fn probe(address: SocketAddr, path: Option<&str>) -> Probe {
         return Probe::Refused;
     };
     let ask = async {
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.ok()?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .ok()?;
         let request = Request::get(path.unwrap_or(HEALTH_PATH))
             .header("host", address.to_string())
             .header("connection", "close")

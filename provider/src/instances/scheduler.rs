@@ -91,7 +91,10 @@ impl Scheduler {
                     });
                 }
                 RevisionState::Building => {
-                    if tokio::time::timeout_at(deadline, state.changed()).await.is_err() {
+                    if tokio::time::timeout_at(deadline, state.changed())
+                        .await
+                        .is_err()
+                    {
                         return Err(StartError::Building {
                             function: revision.function().to_string(),
                             seconds: self.options.patience.as_secs(),
@@ -378,7 +381,10 @@ impl Scheduler {
     pub fn shim_gone(self: &Arc<Self>, namespace: &str) {
         let ids: Vec<String> = {
             let table = self.table();
-            let of_namespace = table.entries.iter().filter(|(_, e)| e.namespace == namespace);
+            let of_namespace = table
+                .entries
+                .iter()
+                .filter(|(_, e)| e.namespace == namespace);
             of_namespace.map(|(id, _)| id.clone()).collect()
         };
         for id in ids {

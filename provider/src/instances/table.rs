@@ -35,7 +35,9 @@ pub(super) struct Instance {
 #[derive(Debug)]
 pub(super) enum State {
     /// Empty and clean.
-    Idle { since: Instant },
+    Idle {
+        since: Instant,
+    },
     /// Being made, restored, reset, dumped or destroyed: counted, of no use to anybody else.
     Busy,
     Serving(Instance),

@@ -114,7 +114,9 @@ impl Scheduler {
         let mut table = self.table();
         let mut have = std::collections::HashMap::<FunctionName, u32>::new();
         for (_, _, instance) in table.serving() {
-            *have.entry(instance.revision.function().clone()).or_default() += 1;
+            *have
+                .entry(instance.revision.function().clone())
+                .or_default() += 1;
         }
         let expired: Vec<String> = table
             .serving()
@@ -142,8 +144,11 @@ impl Scheduler {
         let surplus: Vec<(SandboxRef, Option<String>)> = {
             let mut table = self.table();
             let mut found = Vec::new();
-            let namespaces: std::collections::HashSet<String> =
-                table.entries.values().map(|e| e.namespace.clone()).collect();
+            let namespaces: std::collections::HashSet<String> = table
+                .entries
+                .values()
+                .map(|e| e.namespace.clone())
+                .collect();
             for namespace in namespaces {
                 let mut idle: Vec<(Instant, String)> = table
                     .idle()

@@ -35,7 +35,10 @@ pub(super) async fn call(State(service): State<Arc<Service>>, mut request: Reque
     if function.count_call() {
         service.functions.woken(&function);
     }
-    let answer = service.proxy.call(&function.current(), request, &target).await;
+    let answer = service
+        .proxy
+        .call(&function.current(), request, &target)
+        .await;
     let status = status_of(&answer).as_u16();
     service.metrics.call(&label, status, begun.elapsed());
     let mut response = answer.into_response();
@@ -81,8 +84,7 @@ fn identify(request: &mut Request) -> (HeaderValue, HeaderValue) {
     let nanos = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |d| d.as_nanos());
-    let started = HeaderValue::try_from(nanos.to_string())
-        .unwrap_or(HeaderValue::from_static("0"));
+    let started = HeaderValue::try_from(nanos.to_string()).unwrap_or(HeaderValue::from_static("0"));
     headers.insert(START_TIME, started.clone());
     (id, started)
 }

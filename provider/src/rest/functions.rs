@@ -53,8 +53,7 @@ pub(super) async fn describe(
 ) -> Result<Json<Value>, ApiError> {
     let name = service.function_name(&name, &query.namespace).await?;
     let function = service.functions.get(&name);
-    let function =
-        function.ok_or_else(|| function_error(&FunctionError::Unknown(name.clone())))?;
+    let function = function.ok_or_else(|| function_error(&FunctionError::Unknown(name.clone())))?;
     Ok(Json(status(&service, &function)))
 }
 
@@ -93,7 +92,9 @@ pub(super) async fn remove(
         "" => &query.namespace,
         named => named,
     };
-    let name = service.function_name(&body.function_name, namespace).await?;
+    let name = service
+        .function_name(&body.function_name, namespace)
+        .await?;
     let done = service.functions.remove(&name).await;
     done.map_err(|err| function_error(&err))?;
     Ok(StatusCode::ACCEPTED)
@@ -146,7 +147,10 @@ fn status(service: &Service, function: &Function) -> Value {
     // Without a wish of the user there is always one to be had; with one, what is there counts.
     let (replicas, available) = match view.replicas {
         Some(wanted) => (u64::from(wanted), instances.len()),
-        None => (1.max(instances.len() as u64), instances.len().max(usize::from(serves))),
+        None => (
+            1.max(instances.len() as u64),
+            instances.len().max(usize::from(serves)),
+        ),
     };
     let deployment = &view.deployment;
     let mut status = json!({
@@ -210,7 +214,11 @@ pub(super) fn rfc3339(seconds: u64) -> String {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_index = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_index + 2) / 5 + 1;
-    let month = if month_index < 10 { month_index + 3 } else { month_index - 9 };
+    let month = if month_index < 10 {
+        month_index + 3
+    } else {
+        month_index - 9
+    };
     let year = year_of_era + era * 400 + i64::from(month <= 2);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }

@@ -36,7 +36,12 @@ pub(super) async fn metrics(State(service): State<Arc<Service>>) -> Result<Respo
         .functions
         .list(None)
         .iter()
-        .map(|f| (f.name.to_string(), service.scheduler.instances(&f.name).len()))
+        .map(|f| {
+            (
+                f.name.to_string(),
+                service.scheduler.instances(&f.name).len(),
+            )
+        })
         .collect();
     let text = service
         .metrics

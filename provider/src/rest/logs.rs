@@ -1,9 +1,12 @@
 //! `/system/logs`: what functions say.
-use std::sync::Arc;
-use axum::extract::State;
 use super::Service;
 use crate::error::ApiError;
+use axum::extract::State;
+use std::sync::Arc;
 
 pub(super) async fn logs(State(service): State<Arc<Service>>) -> Result<String, ApiError> {
-    Err(ApiError::not_found(format!("There are no logs in {}", service.logs.display())))
+    Err(ApiError::not_found(format!(
+        "There are no logs in {}",
+        service.logs.display()
+    )))
 }

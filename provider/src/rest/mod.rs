@@ -130,9 +130,11 @@ impl Service {
             return Ok(self.namespace.clone());
         }
         check_name("namespace", named).map_err(ApiError::bad_request)?;
-        let all = self.containerd.namespaces().await.map_err(|err| {
-            ApiError::internal(crate::error::chain(&err))
-        })?;
+        let all = self
+            .containerd
+            .namespaces()
+            .await
+            .map_err(|err| ApiError::internal(crate::error::chain(&err)))?;
         match all.iter().any(|(name, marked)| name == named && *marked) {
             true => Ok(named.to_owned()),
             false => Err(ApiError::bad_request(format!(

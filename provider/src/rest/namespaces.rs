@@ -15,7 +15,11 @@ use crate::functions::check_name;
 pub(super) async fn list(
     State(service): State<Arc<Service>>,
 ) -> Result<Json<Vec<String>>, ApiError> {
-    let all = service.containerd.namespaces().await.map_err(|e| failed(&e))?;
+    let all = service
+        .containerd
+        .namespaces()
+        .await
+        .map_err(|e| failed(&e))?;
     let mut names: Vec<String> = all
         .into_iter()
         .filter(|(_, marked)| *marked)
@@ -33,7 +37,9 @@ pub(super) async fn describe(
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     known(&service, &name).await?;
-    Ok(Json(json!({ "name": name, "labels": { "openfaas": "true" }, "annotations": {} })))
+    Ok(Json(
+        json!({ "name": name, "labels": { "openfaas": "true" }, "annotations": {} }),
+    ))
 }
 
 pub(super) async fn create(
@@ -41,14 +47,22 @@ pub(super) async fn create(
     Path(name): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     check_name("namespace", &name).map_err(ApiError::bad_request)?;
-    let all = service.containerd.namespaces().await.map_err(|e| failed(&e))?;
+    let all = service
+        .containerd
+        .namespaces()
+        .await
+        .map_err(|e| failed(&e))?;
     if name == service.namespace || all.iter().any(|(n, _)| *n == name) {
         return Err(ApiError::new(
             StatusCode::CONFLICT,
             format!("The namespace {name} exists already; choose another name"),
         ));
     }
-    service.containerd.mark_namespace(&name).await.map_err(|e| failed(&e))?;
+    service
+        .containerd
+        .mark_namespace(&name)
+        .await
+        .map_err(|e| failed(&e))?;
     service.scheduler.serve_namespace(&name);
     Ok(StatusCode::CREATED)
 }
@@ -58,7 +72,11 @@ pub(super) async fn update(
     Path(name): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     known(&service, &name).await?;
-    service.containerd.mark_namespace(&name).await.map_err(|e| failed(&e))?;
+    service
+        .containerd
+        .mark_namespace(&name)
+        .await
+        .map_err(|e| failed(&e))?;
     Ok(StatusCode::ACCEPTED)
 }
 
@@ -75,11 +93,18 @@ pub(super) async fn remove(
     if let Some(function) = service.functions.list(Some(&name)).first() {
         return Err(ApiError::new(
             StatusCode::CONFLICT,
-            format!("The namespace {name} holds the function {}; remove it first", function.name),
+            format!(
+                "The namespace {name} holds the function {}; remove it first",
+                function.name
+            ),
         ));
     }
     service.scheduler.leave_namespace(&name).await;
-    service.containerd.remove_namespace(&name).await.map_err(|e| failed(&e))?;
+    service
+        .containerd
+        .remove_namespace(&name)
+        .await
+        .map_err(|e| failed(&e))?;
     Ok(StatusCode::ACCEPTED)
 }
 
@@ -88,7 +113,11 @@ async fn known(service: &Service, name: &str) -> Result<(), ApiError> {
     if name == service.namespace {
         return Ok(());
     }
-    let all = service.containerd.namespaces().await.map_err(|e| failed(&e))?;
+    let all = service
+        .containerd
+        .namespaces()
+        .await
+        .map_err(|e| failed(&e))?;
     match all.iter().find(|(n, _)| n == name) {
         Some((_, true)) => Ok(()),
         Some((_, false)) => Err(ApiError::bad_request(format!(

@@ -64,14 +64,21 @@ pub(super) async fn remove(
     body: Bytes,
 ) -> Result<StatusCode, ApiError> {
     let (namespace, body) = read(&service, &body).await?;
-    let user = service.functions.list(Some(&namespace)).into_iter().find(|f| {
-        let deployment = f.view().deployment;
-        deployment.secrets.contains(&body.name)
-    });
+    let user = service
+        .functions
+        .list(Some(&namespace))
+        .into_iter()
+        .find(|f| {
+            let deployment = f.view().deployment;
+            deployment.secrets.contains(&body.name)
+        });
     if let Some(user) = user {
         return Err(ApiError::new(
             StatusCode::CONFLICT,
-            format!("The function {} uses the secret {}; remove the function first", user.name, body.name),
+            format!(
+                "The function {} uses the secret {}; remove the function first",
+                user.name, body.name
+            ),
         ));
     }
     match service.secrets.remove(&namespace, &body.name) {
@@ -95,9 +102,9 @@ async fn write(
     existed: bool,
 ) -> Result<(), ApiError> {
     let value = match (&body.raw_value, &body.value) {
-        (Some(raw), _) => STANDARD.decode(raw).map_err(|err| {
-            ApiError::bad_request(format!("\"rawValue\" is not base64: {err}"))
-        })?,
+        (Some(raw), _) => STANDARD
+            .decode(raw)
+            .map_err(|err| ApiError::bad_request(format!("\"rawValue\" is not base64: {err}")))?,
         (None, Some(value)) => value.clone().into_bytes(),
         (None, None) => {
             return Err(ApiError::bad_request(
@@ -114,7 +121,10 @@ async fn write(
     let written = service.secrets.put(namespace, &body.name, &value);
     written.map_err(|err| failed(&err))?;
     if existed {
-        service.functions.secret_changed(namespace, &body.name).await;
+        service
+            .functions
+            .secret_changed(namespace, &body.name)
+            .await;
     }
     Ok(())
 }

@@ -60,10 +60,15 @@ fn function(name: &str) -> Value {
 fn expect(what: &str, reply: &Reply, status: u16) -> Outcome {
     match reply.status.as_u16() == status {
         true => Ok(()),
-        false => Err(format!("{what}: {} instead of {status}: {}", reply.status, reply.text())),
+        false => Err(format!(
+            "{what}: {} instead of {status}: {}",
+            reply.status,
+            reply.text()
+        )),
     }
 }
 
+#[allow(clippy::needless_pass_by_value)] // both sides are mostly temporaries
 fn same<T: PartialEq + std::fmt::Debug>(what: &str, got: T, wanted: T) -> Outcome {
     match got == wanted {
         true => Ok(()),
@@ -79,12 +84,21 @@ fn holds(what: &str, text: &str, part: &str) -> Outcome {
 }
 
 async fn system_routes_need_credentials(m: &mut Machine) -> Outcome {
-    for path in ["/system/functions", "/system/info", "/system/secrets", "/system/namespaces"] {
+    for path in [
+        "/system/functions",
+        "/system/info",
+        "/system/secrets",
+        "/system/namespaces",
+    ] {
         let reply = m.send(Method::GET, path, &[], Body::empty()).await?;
         expect(path, &reply, 401)?;
         holds(path, reply.header("www-authenticate"), "Basic")?;
         let wrong = [("authorization", "Basic YWRtaW46d3Jvbmc=")];
-        expect(path, &m.send(Method::GET, path, &wrong, Body::empty()).await?, 401)?;
+        expect(
+            path,
+            &m.send(Method::GET, path, &wrong, Body::empty()).await?,
+            401,
+        )?;
         expect(path, &m.system(Method::GET, path, None).await?, 200)?;
     }
     Ok(())
@@ -92,25 +106,43 @@ async fn system_routes_need_credentials(m: &mut Machine) -> Outcome {
 
 async fn open_routes_do_not(m: &mut Machine) -> Outcome {
     for path in ["/healthz", "/metrics"] {
-        expect(path, &m.send(Method::GET, path, &[], Body::empty()).await?, 200)?;
+        expect(
+            path,
+            &m.send(Method::GET, path, &[], Body::empty()).await?,
+            200,
+        )?;
     }
-    expect("a path of nothing", &m.system(Method::GET, "/nothing", None).await?, 404)
+    expect(
+        "a path of nothing",
+        &m.system(Method::GET, "/nothing", None).await?,
+        404,
+    )
 }
 
 async fn info_and_namespaces(m: &mut Machine) -> Outcome {
     let info = m.system(Method::GET, "/system/info", None).await?.json();
     same("name", info["provider"]["name"].as_str(), Some("trenv"))?;
-    same("orchestration", info["provider"]["orchestration"].as_str(), Some("containerd"))?;
+    same(
+        "orchestration",
+        info["provider"]["orchestration"].as_str(),
+        Some("containerd"),
+    )?;
     let path = "/system/namespace/second";
     expect("unknown", &m.system(Method::GET, path, None).await?, 404)?;
     expect("created", &m.system(Method::POST, path, None).await?, 201)?;
     expect("exists", &m.system(Method::POST, path, None).await?, 409)?;
     expect("known", &m.system(Method::GET, path, None).await?, 200)?;
     expect("updated", &m.system(Method::PUT, path, None).await?, 202)?;
-    let all = m.system(Method::GET, "/system/namespaces", None).await?.json();
+    let all = m
+        .system(Method::GET, "/system/namespaces", None)
+        .await?
+        .json();
     same("namespaces", all, json!([NAMESPACE, "second"]))?;
     expect("removed", &m.system(Method::DELETE, path, None).await?, 202)?;
-    let all = m.system(Method::GET, "/system/namespaces", None).await?.json();
+    let all = m
+        .system(Method::GET, "/system/namespaces", None)
+        .await?
+        .json();
     same("namespaces", all, json!([NAMESPACE]))
 }
 
@@ -139,14 +171,24 @@ async fn bad_deployments_are_refused(m: &mut Machine) -> Outcome {
         expect(&body.to_string(), &reply, 400)?;
         holds("an answer in JSON", &reply.json()["error"].to_string(), " ")?;
     }
-    same("leases", m.ctr(&["leases", "ls", "--quiet"]).unwrap_or_default().trim(), "")
+    same(
+        "leases",
+        m.ctr(&["leases", "ls", "--quiet"])
+            .unwrap_or_default()
+            .trim(),
+        "",
+    )
 }
 
 async fn unknown_functions_are_404(m: &mut Machine) -> Outcome {
     let scale = json!({ "serviceName": "none", "replicas": 1 });
     let requests = [
         (Method::PUT, "/system/functions", Some(function("none"))),
-        (Method::DELETE, "/system/functions", Some(json!({ "functionName": "none" }))),
+        (
+            Method::DELETE,
+            "/system/functions",
+            Some(json!({ "functionName": "none" })),
+        ),
         (Method::GET, "/system/function/none", None),
         (Method::POST, "/system/scale-function/none", Some(scale)),
         (Method::GET, "/function/none", None),
@@ -161,18 +203,43 @@ async fn unknown_functions_are_404(m: &mut Machine) -> Outcome {
 
 async fn a_function_is_deployed_called_and_removed(m: &mut Machine) -> Outcome {
     m.deploy(function("hello")).await?;
-    let listed = m.system(Method::GET, "/system/functions", None).await?.json();
+    let listed = m
+        .system(Method::GET, "/system/functions", None)
+        .await?
+        .json();
     same("listed", listed[0]["name"].as_str(), Some("hello"))?;
-    same("namespace", listed[0]["namespace"].as_str(), Some(NAMESPACE))?;
+    same(
+        "namespace",
+        listed[0]["namespace"].as_str(),
+        Some(NAMESPACE),
+    )?;
     expect("by name", &m.call("hello").await?, 200)?;
-    expect("with namespace", &m.call(&format!("hello.{NAMESPACE}/a")).await?, 200)?;
-    let status = m.system(Method::GET, "/system/function/hello", None).await?.json();
+    expect(
+        "with namespace",
+        &m.call(&format!("hello.{NAMESPACE}/a")).await?,
+        200,
+    )?;
+    let status = m
+        .system(Method::GET, "/system/function/hello", None)
+        .await?
+        .json();
     same("calls", status["invocationCount"].as_u64(), Some(2))?;
     let body = json!({ "functionName": "hello" });
-    expect("removed", &m.system(Method::DELETE, "/system/functions", Some(body)).await?, 202)?;
+    expect(
+        "removed",
+        &m.system(Method::DELETE, "/system/functions", Some(body))
+            .await?,
+        202,
+    )?;
     expect("after removal", &m.call("hello").await?, 404)?;
     m.remove_everything().await;
-    same("snapshots", m.ctr(&["leases", "ls", "--quiet"]).unwrap_or_default().trim(), "")
+    same(
+        "snapshots",
+        m.ctr(&["leases", "ls", "--quiet"])
+            .unwrap_or_default()
+            .trim(),
+        "",
+    )
 }
 
 async fn a_function_that_cannot_be_dumped_says_why(m: &mut Machine) -> Outcome {
@@ -188,11 +255,25 @@ async fn calls_carry_path_query_headers_and_body(m: &mut Machine) -> Outcome {
     same("path", reply.text().as_str(), "GET /a/b%20c?d=e&f")?;
     same("root", m.call("echo").await?.text().as_str(), "GET /")?;
     let big = vec![7u8; 3 << 20];
-    let reply = m.send(Method::POST, "/function/echo/echo", &[], Body::from(big.clone())).await?;
+    let reply = m
+        .send(
+            Method::POST,
+            "/function/echo/echo",
+            &[],
+            Body::from(big.clone()),
+        )
+        .await?;
     same("body", reply.body.as_ref() == big.as_slice(), true)?;
     let mine = [("x-mine", "1"), ("x-call-id", "call-7")];
-    let reply = m.send(Method::PUT, "/function/echo/headers", &mine, Body::empty()).await?;
-    for part in ["x-mine: 1", "x-call-id: call-7", "x-start-time: ", "x-forwarded-host: 127.0.0.1:9080"] {
+    let reply = m
+        .send(Method::PUT, "/function/echo/headers", &mine, Body::empty())
+        .await?;
+    for part in [
+        "x-mine: 1",
+        "x-call-id: call-7",
+        "x-start-time: ",
+        "x-forwarded-host: 127.0.0.1:9080",
+    ] {
         holds("headers", &reply.text(), part)?;
     }
     same("call id", reply.header("x-call-id"), "call-7")?;
@@ -211,16 +292,42 @@ async fn replies_stream(m: &mut Machine) -> Outcome {
         .open(Method::GET, "/function/drip/drip", &[], Body::empty())
         .await?
         .into_body();
-    let first = body.frame().await.ok_or("no piece")?.map_err(|e| e.to_string())?;
-    same("first piece", first.data_ref().map(|d| d.as_ref()), Some(b"piece 0\n".as_ref()))?;
-    same("at once", begun.elapsed() < Duration::from_millis(350), true)?;
+    let first = body
+        .frame()
+        .await
+        .ok_or("no piece")?
+        .map_err(|e| e.to_string())?;
+    same(
+        "first piece",
+        first.data_ref().map(|d| d.as_ref()),
+        Some(b"piece 0\n".as_ref()),
+    )?;
+    same(
+        "at once",
+        begun.elapsed() < Duration::from_millis(350),
+        true,
+    )?;
     // While it streams, its instance serves nobody else.
-    let status = m.system(Method::GET, "/system/function/drip", None).await?.json();
-    same("open calls", status["instances"][0]["calls"].as_u64(), Some(1))?;
+    let status = m
+        .system(Method::GET, "/system/function/drip", None)
+        .await?
+        .json();
+    same(
+        "open calls",
+        status["instances"][0]["calls"].as_u64(),
+        Some(1),
+    )?;
     drop(body);
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let status = m.system(Method::GET, "/system/function/drip", None).await?.json();
-    same("after a cancelled call", status["instances"][0]["calls"].as_u64(), Some(0))?;
+    let status = m
+        .system(Method::GET, "/system/function/drip", None)
+        .await?
+        .json();
+    same(
+        "after a cancelled call",
+        status["instances"][0]["calls"].as_u64(),
+        Some(0),
+    )?;
     expect("next", &m.call("drip").await?, 200)
 }
 
@@ -230,9 +337,18 @@ async fn warm_calls_are_told(m: &mut Machine) -> Outcome {
     let second = m.call("warm/pid").await?;
     same("start", second.header("x-trenv-start"), "warm")?;
     same("process", first.text(), second.text())?;
-    same("instance", first.header("x-trenv-instance"), second.header("x-trenv-instance"))?;
+    same(
+        "instance",
+        first.header("x-trenv-instance"),
+        second.header("x-trenv-instance"),
+    )?;
     let scale = json!({ "serviceName": "warm", "replicas": 0 });
-    expect("scaled", &m.system(Method::POST, "/system/scale-function/warm", Some(scale)).await?, 202)?;
+    expect(
+        "scaled",
+        &m.system(Method::POST, "/system/scale-function/warm", Some(scale))
+            .await?,
+        202,
+    )?;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let third = m.call("warm/pid").await?;
     same("from zero", third.header("x-trenv-start"), "cold")?;
@@ -241,34 +357,73 @@ async fn warm_calls_are_told(m: &mut Machine) -> Outcome {
 
 async fn environment_and_secrets_reach_the_function(m: &mut Machine) -> Outcome {
     let secret = json!({ "name": "token", "value": "abc" });
-    expect("secret", &m.system(Method::POST, "/system/secrets", Some(secret)).await?, 201)?;
+    expect(
+        "secret",
+        &m.system(Method::POST, "/system/secrets", Some(secret))
+            .await?,
+        201,
+    )?;
     let mut body = function("env");
     body["envProcess"] = json!("run this");
     body["envVars"] = json!({ "MODE": "test" });
     body["secrets"] = json!(["token"]);
     m.deploy(body).await?;
-    for (name, value) in [("MODE", "test"), ("fprocess", "run this"), ("FROM_IMAGE", "yes")] {
-        same(name, m.call(&format!("env/env/{name}")).await?.text().as_str(), value)?;
+    for (name, value) in [
+        ("MODE", "test"),
+        ("fprocess", "run this"),
+        ("FROM_IMAGE", "yes"),
+    ] {
+        same(
+            name,
+            m.call(&format!("env/env/{name}")).await?.text().as_str(),
+            value,
+        )?;
     }
-    let read = |path: &'static str| m.send(Method::POST, "/function/env/file", &[], Body::from(path));
-    same("secret", read("/var/openfaas/secrets/token").await?.text().as_str(), "abc")?;
+    let read =
+        |path: &'static str| m.send(Method::POST, "/function/env/file", &[], Body::from(path));
+    same(
+        "secret",
+        read("/var/openfaas/secrets/token").await?.text().as_str(),
+        "abc",
+    )?;
     holds("hosts", &read("/etc/hosts").await?.text(), "localhost")?;
     expect("resolver", &read("/etc/resolv.conf").await?, 200)?;
     let body = json!({ "name": "token" });
-    expect("in use", &m.system(Method::DELETE, "/system/secrets", Some(body)).await?, 409)?;
+    expect(
+        "in use",
+        &m.system(Method::DELETE, "/system/secrets", Some(body))
+            .await?,
+        409,
+    )?;
     // A changed secret makes a new version of the functions that use it.
     let changed = json!({ "name": "token", "value": "changed" });
-    expect("changed", &m.system(Method::PUT, "/system/secrets", Some(changed)).await?, 202)?;
+    expect(
+        "changed",
+        &m.system(Method::PUT, "/system/secrets", Some(changed))
+            .await?,
+        202,
+    )?;
     m.settled("env").await?;
-    let reply = m.send(Method::POST, "/function/env/file", &[], Body::from("/var/openfaas/secrets/token"));
+    let reply = m.send(
+        Method::POST,
+        "/function/env/file",
+        &[],
+        Body::from("/var/openfaas/secrets/token"),
+    );
     same("changed secret", reply.await?.text().as_str(), "changed")?;
     m.remove_everything().await;
     let body = json!({ "name": "token" });
-    expect("deleted", &m.system(Method::DELETE, "/system/secrets", Some(body)).await?, 202)
+    expect(
+        "deleted",
+        &m.system(Method::DELETE, "/system/secrets", Some(body))
+            .await?,
+        202,
+    )
 }
 
 async fn an_image_user_is_looked_up_and_layers_are_unpacked(m: &mut Machine) -> Outcome {
-    m.deploy(json!({ "service": "user", "image": "docker.io/test/user:latest" })).await?;
+    m.deploy(json!({ "service": "user", "image": "docker.io/test/user:latest" }))
+        .await?;
     same("user", m.call("user/uid").await?.text().as_str(), "1234")
 }
 
@@ -288,7 +443,12 @@ async fn a_failed_update_leaves_the_old_version(m: &mut Machine) -> Outcome {
     m.deploy(function("keep")).await?;
     let mut body = function("keep");
     body["envVars"] = json!({ "crash": "1" });
-    expect("update", &m.system(Method::PUT, "/system/functions", Some(body)).await?, 202)?;
+    expect(
+        "update",
+        &m.system(Method::PUT, "/system/functions", Some(body))
+            .await?,
+        202,
+    )?;
     let status = m.settled("keep").await?;
     same("update", status["update"].as_str(), Some("failed"))?;
     holds("reason", &status["updateReason"].to_string(), "status 3")?;
@@ -299,16 +459,30 @@ async fn an_update_takes_over(m: &mut Machine) -> Outcome {
     m.deploy(function("next")).await?;
     let mut body = function("next");
     body["envVars"] = json!({ "VERSION": "2" });
-    expect("update", &m.system(Method::PUT, "/system/functions", Some(body)).await?, 202)?;
+    expect(
+        "update",
+        &m.system(Method::PUT, "/system/functions", Some(body))
+            .await?,
+        202,
+    )?;
     m.settled("next").await?;
-    same("version", m.call("next/env/VERSION").await?.text().as_str(), "2")
+    same(
+        "version",
+        m.call("next/env/VERSION").await?.text().as_str(),
+        "2",
+    )
 }
 
 async fn a_change_of_labels_builds_nothing(m: &mut Machine) -> Outcome {
     let mut body = function("labels");
     body["labels"] = json!({ "a": "b" });
     m.deploy(function("labels")).await?;
-    expect("update", &m.system(Method::PUT, "/system/functions", Some(body)).await?, 202)?;
+    expect(
+        "update",
+        &m.system(Method::PUT, "/system/functions", Some(body))
+            .await?,
+        202,
+    )?;
     let status = m.settled("labels").await?;
     same("labels", status["labels"].clone(), json!({ "a": "b" }))
 }
@@ -332,32 +506,66 @@ async fn a_slow_call_is_504(m: &mut Machine) -> Outcome {
 async fn a_removed_image_keeps_running(m: &mut Machine) -> Outcome {
     m.deploy(function("orphan")).await?;
     let name = "docker.io/test/function:latest";
-    m.ctr(&["images", "tag", name, "docker.io/test/kept:latest"]).ok_or("no tag")?;
-    m.ctr(&["images", "rm", "--sync", name]).ok_or("not removed")?;
+    m.ctr(&["images", "tag", name, "docker.io/test/kept:latest"])
+        .ok_or("no tag")?;
+    m.ctr(&["images", "rm", "--sync", name])
+        .ok_or("not removed")?;
     let scale = json!({ "serviceName": "orphan", "replicas": 0 });
-    m.system(Method::POST, "/system/scale-function/orphan", Some(scale)).await?;
+    m.system(Method::POST, "/system/scale-function/orphan", Some(scale))
+        .await?;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let called = m.call("orphan").await;
-    m.ctr(&["images", "tag", "docker.io/test/kept:latest", name]).ok_or("no tag")?;
-    m.ctr(&["images", "rm", "docker.io/test/kept:latest"]).ok_or("not removed")?;
+    m.ctr(&["images", "tag", "docker.io/test/kept:latest", name])
+        .ok_or("no tag")?;
+    m.ctr(&["images", "rm", "docker.io/test/kept:latest"])
+        .ok_or("not removed")?;
     expect("a new start", &called?, 200)
 }
 
 async fn secrets_are_managed(m: &mut Machine) -> Outcome {
     let path = "/system/secrets";
     let raw = json!({ "name": "raw", "rawValue": "AAEC" });
-    expect("create", &m.system(Method::POST, path, Some(raw)).await?, 201)?;
+    expect(
+        "create",
+        &m.system(Method::POST, path, Some(raw)).await?,
+        201,
+    )?;
     let listed = m.system(Method::GET, path, None).await?.json();
-    same("list", listed, json!([{ "name": "raw", "namespace": NAMESPACE }]))?;
-    let bytes = std::fs::read(m.directory().join("lib/provider/secrets").join(NAMESPACE).join("raw"));
+    same(
+        "list",
+        listed,
+        json!([{ "name": "raw", "namespace": NAMESPACE }]),
+    )?;
+    let bytes = std::fs::read(
+        m.directory()
+            .join("lib/provider/secrets")
+            .join(NAMESPACE)
+            .join("raw"),
+    );
     same("bytes", bytes.ok(), Some(vec![0, 1, 2]))?;
     let unknown = json!({ "name": "none", "value": "x" });
-    expect("update", &m.system(Method::PUT, path, Some(unknown.clone())).await?, 404)?;
-    expect("delete", &m.system(Method::DELETE, path, Some(unknown)).await?, 404)?;
+    expect(
+        "update",
+        &m.system(Method::PUT, path, Some(unknown.clone())).await?,
+        404,
+    )?;
+    expect(
+        "delete",
+        &m.system(Method::DELETE, path, Some(unknown)).await?,
+        404,
+    )?;
     let bad = json!({ "name": "../../x", "value": "x" });
-    expect("bad name", &m.system(Method::POST, path, Some(bad)).await?, 400)?;
+    expect(
+        "bad name",
+        &m.system(Method::POST, path, Some(bad)).await?,
+        400,
+    )?;
     let gone = json!({ "name": "raw" });
-    expect("delete", &m.system(Method::DELETE, path, Some(gone)).await?, 202)
+    expect(
+        "delete",
+        &m.system(Method::DELETE, path, Some(gone)).await?,
+        202,
+    )
 }
 
 async fn a_second_provider_is_refused(m: &mut Machine) -> Outcome {
@@ -368,7 +576,8 @@ async fn a_second_provider_is_refused(m: &mut Machine) -> Outcome {
 
 async fn functions_survive_a_restart(m: &mut Machine) -> Outcome {
     m.deploy(function("lasting")).await?;
-    m.system(Method::POST, "/system/functions", Some(function("half"))).await?;
+    m.system(Method::POST, "/system/functions", Some(function("half")))
+        .await?;
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         m.restart_provider(signal).await;
         m.settled("half").await?;
@@ -381,8 +590,19 @@ async fn functions_survive_a_restart(m: &mut Machine) -> Outcome {
 async fn metrics_count(m: &mut Machine) -> Outcome {
     m.deploy(function("counted")).await?;
     m.call("counted").await?;
-    let text = m.send(Method::GET, "/metrics", &[], Body::empty()).await?.text();
+    let text = m
+        .send(Method::GET, "/metrics", &[], Body::empty())
+        .await?
+        .text();
     let name = format!("function_name=\"counted.{NAMESPACE}\"");
-    holds("calls", &text, &format!("gateway_function_invocation_total{{{name},code=\"200\"}} 1"))?;
-    holds("instances", &text, &format!("gateway_service_count{{{name}}} 1"))
+    holds(
+        "calls",
+        &text,
+        &format!("gateway_function_invocation_total{{{name},code=\"200\"}} 1"),
+    )?;
+    holds(
+        "instances",
+        &text,
+        &format!("gateway_service_count{{{name}}} 1"),
+    )
 }

@@ -16,9 +16,13 @@ pub fn serve() -> ExitCode {
         println!("this function ends at once");
         return ExitCode::from(3);
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
     runtime.expect("a runtime").block_on(async {
-        let delay = std::env::var("delay_ms").ok().and_then(|ms| ms.parse().ok());
+        let delay = std::env::var("delay_ms")
+            .ok()
+            .and_then(|ms| ms.parse().ok());
         tokio::time::sleep(Duration::from_millis(delay.unwrap_or(0))).await;
         let app = Router::new()
             .route("/_/health", get(|| async { "OK" }))
@@ -28,14 +32,19 @@ pub fn serve() -> ExitCode {
             .route("/pid", get(|| async { std::process::id().to_string() }))
             .route("/uid", get(|| async { nix::unistd::geteuid().to_string() }))
             .route("/headers", any(headers))
-            .route("/moved", get(|| async { (StatusCode::FOUND, [(header::LOCATION, "/there")]) }))
+            .route(
+                "/moved",
+                get(|| async { (StatusCode::FOUND, [(header::LOCATION, "/there")]) }),
+            )
             .route("/slow/{ms}", get(slow))
             .route("/drip", get(drip))
             .route("/die", get(die))
             .fallback(|request: Request| async move {
                 format!("{} {}", request.method(), request.uri())
             });
-        let listener = tokio::net::TcpListener::bind("0.0.0.0:8080").await.expect("a port");
+        let listener = tokio::net::TcpListener::bind("0.0.0.0:8080")
+            .await
+            .expect("a port");
         axum::serve(listener, app).await.expect("serving");
     });
     ExitCode::SUCCESS
@@ -71,7 +80,10 @@ async fn drip() -> Body {
             return None;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
-        Some((Ok::<_, std::io::Error>(Bytes::from(format!("piece {n}\n"))), n + 1))
+        Some((
+            Ok::<_, std::io::Error>(Bytes::from(format!("piece {n}\n"))),
+            n + 1,
+        ))
     });
     Body::from_stream(pieces)
 }

@@ -24,7 +24,11 @@ pub fn build(directory: &Path, name: &str, user: &str) -> PathBuf {
     for tree in [&program, &users] {
         let file = work.join("layer.tar");
         tar(&file, tree);
-        let descriptor = blob(&blobs, &fs::read(&file).unwrap(), "application/vnd.oci.image.layer.v1.tar");
+        let descriptor = blob(
+            &blobs,
+            &fs::read(&file).unwrap(),
+            "application/vnd.oci.image.layer.v1.tar",
+        );
         diff_ids.push(descriptor["digest"].clone());
         layers.push(descriptor);
     }
@@ -36,18 +40,30 @@ pub fn build(directory: &Path, name: &str, user: &str) -> PathBuf {
         },
         "rootfs": { "type": "layers", "diff_ids": diff_ids },
     });
-    let config = blob(&blobs, config.to_string().as_bytes(), "application/vnd.oci.image.config.v1+json");
+    let config = blob(
+        &blobs,
+        config.to_string().as_bytes(),
+        "application/vnd.oci.image.config.v1+json",
+    );
     let manifest = json!({
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": config, "layers": layers,
     });
-    let mut manifest =
-        blob(&blobs, manifest.to_string().as_bytes(), "application/vnd.oci.image.manifest.v1+json");
+    let mut manifest = blob(
+        &blobs,
+        manifest.to_string().as_bytes(),
+        "application/vnd.oci.image.manifest.v1+json",
+    );
     manifest["platform"] = json!({ "architecture": "amd64", "os": "linux" });
-    manifest["annotations"] = json!({ "io.containerd.image.name": format!("docker.io/test/{name}:latest") });
+    manifest["annotations"] =
+        json!({ "io.containerd.image.name": format!("docker.io/test/{name}:latest") });
     let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
     fs::write(work.join("oci/index.json"), index.to_string()).unwrap();
-    fs::write(work.join("oci/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    fs::write(
+        work.join("oci/oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )
+    .unwrap();
     let archive = directory.join(format!("{name}.tar"));
     tar(&archive, &work.join("oci"));
     fs::remove_dir_all(&work).unwrap();
@@ -66,7 +82,10 @@ fn tar(file: &Path, tree: &Path) {
 }
 
 fn blob(blobs: &Path, bytes: &[u8], kind: &str) -> Value {
-    let hex: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
+    let hex: String = Sha256::digest(bytes)
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
     fs::write(blobs.join(&hex), bytes).unwrap();
     json!({ "mediaType": kind, "digest": format!("sha256:{hex}"), "size": bytes.len() })
 }

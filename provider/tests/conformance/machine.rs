@@ -40,7 +40,9 @@ impl Reply {
     }
 
     pub fn header(&self, name: &str) -> &str {
-        self.headers.get(name).map_or("", |v| v.to_str().unwrap_or(""))
+        self.headers
+            .get(name)
+            .map_or("", |v| v.to_str().unwrap_or(""))
     }
 }
 
@@ -54,7 +56,10 @@ pub struct Machine {
 
 impl Machine {
     pub async fn start() -> Self {
-        let directory = tempfile::Builder::new().prefix("trenv-rest-").tempdir().unwrap();
+        let directory = tempfile::Builder::new()
+            .prefix("trenv-rest-")
+            .tempdir()
+            .unwrap();
         let dir = directory.path();
         let bin = dir.join("bin");
         std::fs::create_dir_all(&bin).unwrap();
@@ -120,8 +125,16 @@ impl Machine {
 
     async fn up(&self) {
         let begun = Instant::now();
-        while self.send(Method::GET, "/healthz", &[], Body::empty()).await.is_err() {
-            assert!(begun.elapsed() < Duration::from_secs(20), "{}", self.last_words());
+        while self
+            .send(Method::GET, "/healthz", &[], Body::empty())
+            .await
+            .is_err()
+        {
+            assert!(
+                begun.elapsed() < Duration::from_secs(20),
+                "{}",
+                self.last_words()
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
@@ -145,7 +158,10 @@ impl Machine {
             .arg(self.directory.path().join("trenv.toml"))
             .output()
             .unwrap();
-        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
     }
 
     pub fn ctr(&self, arguments: &[&str]) -> Option<String> {
@@ -165,7 +181,11 @@ impl Machine {
             let frame = frame.map_err(|err| err.to_string())?;
             bytes.extend_from_slice(frame.data_ref().unwrap_or(&Bytes::new()));
         }
-        Ok(Reply { status: head.status, headers: head.headers, body: bytes.into() })
+        Ok(Reply {
+            status: head.status,
+            headers: head.headers,
+            body: bytes.into(),
+        })
     }
 
     /// Sends a request and returns when the reply's head is there.
@@ -176,30 +196,52 @@ impl Machine {
         headers: &[(&str, &str)],
         body: Body,
     ) -> Result<http::Response<hyper::body::Incoming>, String> {
-        let mut request = Request::builder().method(method).uri(format!("http://{GATEWAY}{path}"));
+        let mut request = Request::builder()
+            .method(method)
+            .uri(format!("http://{GATEWAY}{path}"));
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
         let request = request.body(body).map_err(|err| err.to_string())?;
-        self.client.request(request).await.map_err(|err| format!("{path}: {err:?}"))
+        self.client
+            .request(request)
+            .await
+            .map_err(|err| format!("{path}: {err:?}"))
     }
 
     /// A request to a system route, with the credentials.
-    pub async fn system(&self, method: Method, path: &str, body: Option<Value>) -> Result<Reply, String> {
+    pub async fn system(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> Result<Reply, String> {
         let login = base64::engine::general_purpose::STANDARD.encode("admin:secret");
         let login = format!("Basic {login}");
         let body = body.map_or_else(Body::empty, |b| Body::from(b.to_string()));
-        self.send(method, path, &[("authorization", &login)], body).await
+        self.send(method, path, &[("authorization", &login)], body)
+            .await
     }
 
     pub async fn call(&self, path: &str) -> Result<Reply, String> {
-        self.send(Method::GET, &format!("/function/{path}"), &[], Body::empty()).await
+        self.send(
+            Method::GET,
+            &format!("/function/{path}"),
+            &[],
+            Body::empty(),
+        )
+        .await
     }
 
     /// Deploys a function and waits until it is no longer being built.
     pub async fn deploy(&self, deployment: Value) -> Result<Value, String> {
-        let name = deployment["service"].as_str().unwrap_or_default().to_owned();
-        let reply = self.system(Method::POST, "/system/functions", Some(deployment)).await?;
+        let name = deployment["service"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        let reply = self
+            .system(Method::POST, "/system/functions", Some(deployment))
+            .await?;
         if reply.status != StatusCode::ACCEPTED {
             return Err(format!("{} {}", reply.status, reply.text()));
         }
@@ -226,12 +268,16 @@ impl Machine {
         let listed = listed.map(|reply| reply.json()).unwrap_or_default();
         for function in listed.as_array().into_iter().flatten() {
             let body = json!({ "functionName": function["name"] });
-            let _ = self.system(Method::DELETE, "/system/functions", Some(body)).await;
+            let _ = self
+                .system(Method::DELETE, "/system/functions", Some(body))
+                .await;
         }
         // The stand-in cannot reset, so every sandbox ends with its function.
         let begun = Instant::now();
         loop {
-            let containers = self.ctr(&["containers", "ls", "--quiet"]).unwrap_or_default();
+            let containers = self
+                .ctr(&["containers", "ls", "--quiet"])
+                .unwrap_or_default();
             if containers.trim().is_empty() {
                 return;
             }
@@ -271,7 +317,11 @@ fn start_provider(directory: &Path) -> Child {
 
 fn log(directory: &Path, name: &str) -> std::fs::File {
     let path = directory.join(format!("{name}.log"));
-    std::fs::File::options().create(true).append(true).open(path).unwrap()
+    std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(path)
+        .unwrap()
 }
 
 fn ctr(socket: &PathBuf, arguments: &[&str]) -> Option<String> {
@@ -291,7 +341,10 @@ fn ctr(socket: &PathBuf, arguments: &[&str]) -> Option<String> {
 async fn wait_for(what: &str, done: impl Fn() -> bool) {
     let begun = Instant::now();
     while !done() {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{what} does not answer");
+        assert!(
+            begun.elapsed() < Duration::from_secs(20),
+            "{what} does not answer"
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -6,6 +6,9 @@
 //!
 //! The program is also the function that it deploys: `conformance serve-function`.
 
+// A test may fail by panicking; the lint's own exception covers only functions marked as tests.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod cases;
 mod function;
 mod image;
@@ -45,7 +48,15 @@ fn own_network() -> Result<(), String> {
     if !nix::unistd::geteuid().is_root() {
         return Err("they make containers; run them as root".to_owned());
     }
-    for program in ["containerd", "containerd-shim-runc-v2", "runc", "ctr", "jq", "ip", "tar"] {
+    for program in [
+        "containerd",
+        "containerd-shim-runc-v2",
+        "runc",
+        "ctr",
+        "jq",
+        "ip",
+        "tar",
+    ] {
         let found = std::env::var("PATH")
             .unwrap_or_default()
             .split(':')
@@ -55,7 +66,9 @@ fn own_network() -> Result<(), String> {
         }
     }
     unshare(CloneFlags::CLONE_NEWNET).map_err(|err| format!("no network namespace: {err}"))?;
-    let up = Command::new("ip").args(["link", "set", "lo", "up"]).status();
+    let up = Command::new("ip")
+        .args(["link", "set", "lo", "up"])
+        .status();
     match up {
         Ok(status) if status.success() => Ok(()),
         other => Err(format!("the loopback device stays down: {other:?}")),
@@ -78,7 +91,11 @@ async fn run(chosen: &[&cases::Case]) -> ExitCode {
         machine.remove_everything().await;
     }
     let words = machine.last_words();
-    println!("{} passed, {} failed", chosen.len() - failed.len(), failed.len());
+    println!(
+        "{} passed, {} failed",
+        chosen.len() - failed.len(),
+        failed.len()
+    );
     if failed.is_empty() {
         return ExitCode::SUCCESS;
     }
