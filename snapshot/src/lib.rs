@@ -14,6 +14,7 @@ pub mod dump;
 mod fingerprint;
 pub mod manifest;
 mod plan;
+mod write_set;
 pub mod zygote;
 
 pub use fingerprint::{Fingerprint, FingerprintError};

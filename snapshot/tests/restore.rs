@@ -156,6 +156,33 @@ fn a_start_that_fails_says_at_which_step() -> TestResult {
 }
 
 #[test]
+fn what_calls_write_is_copied_ahead() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    ask(&mut first, "count");
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let mut agent = zygote.agent()?;
+    let mut faults_of_a_call = || -> Result<u64, Box<dyn std::error::Error>> {
+        let mut instance = bed.start(&mut agent)?;
+        let before = instance.faults()?;
+        // Writes a page of the heap and some of the stack and of the data segment.
+        ask(&mut instance, "write");
+        let faults = instance.faults()? - before;
+        zygote.learn(&[instance.root])?;
+        Ok(faults)
+    };
+    let untaught = faults_of_a_call()?;
+    faults_of_a_call()?;
+    let taught = faults_of_a_call()?;
+    assert!(
+        taught < untaught,
+        "{taught} faults after learning, {untaught} before"
+    );
+    Ok(())
+}
+
+#[test]
 fn a_hundred_starts_in_a_row() -> TestResult {
     let bed = Bed::new()?;
     let program = bed.compile("counter")?;

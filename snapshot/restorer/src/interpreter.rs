@@ -4,7 +4,7 @@ use core::arch::asm;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::sys::{self, CloneArgs, nr, syscall};
-use crate::wire::{Header, IMMEDIATE, Op, Report, SLOTS, check, fd, report, verb};
+use crate::wire::{Header, IMMEDIATE, MOST_RANGES, Op, Report, SLOTS, check, fd, report, verb};
 
 const CLONE_VM: u64 = 0x100;
 const CLONE_FS: u64 = 0x200;
@@ -13,6 +13,7 @@ const CLONE_SIGHAND: u64 = 0x800;
 const CLONE_THREAD: u64 = 0x1_0000;
 const CLONE_SYSVSEM: u64 = 0x4_0000;
 const CLONE_SETTLS: u64 = 0x8_0000;
+const MADV_POPULATE_WRITE: u64 = 23;
 const FUTEX_WAIT: u64 = 0;
 const FUTEX_WAKE: u64 = 1;
 const MSG_NOSIGNAL: u64 = 0x4000;
@@ -153,6 +154,25 @@ pub unsafe fn run(header: *mut Header, ops: *const Op) {
                 let value = unsafe { *(op.args[0] as *const u32) };
                 if let Some(slot) = slots.get_mut(usize::from(op.dst)) {
                     *slot = u64::from(value);
+                }
+            }
+            verb::COPY_AHEAD => {
+                let table = op.args[0] as *const u64;
+                // SAFETY: the planner gives a table with room for `MOST_RANGES` pairs.
+                let count = unsafe { core::ptr::read_volatile(table) }.min(MOST_RANGES as u64);
+                for range in 0..count as usize {
+                    // SAFETY: below the count, as above.
+                    let (start, length) = unsafe {
+                        (
+                            core::ptr::read_volatile(table.add(1 + 2 * range)),
+                            core::ptr::read_volatile(table.add(2 + 2 * range)),
+                        )
+                    };
+                    // SAFETY: fills pages of this process's own memory; what is not mapped or not
+                    // writable makes the call fail and changes nothing.
+                    unsafe {
+                        syscall(nr::MADVISE, &[start, length, MADV_POPULATE_WRITE, 0, 0, 0]);
+                    }
                 }
             }
             verb::SIGRETURN => {

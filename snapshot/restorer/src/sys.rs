@@ -7,6 +7,7 @@ pub mod nr {
     pub const SENDTO: u64 = 44;
     pub const RECVMSG: u64 = 47;
     pub const MUNMAP: u64 = 11;
+    pub const MADVISE: u64 = 28;
     pub const RT_SIGRETURN: u64 = 15;
     pub const WAIT4: u64 = 61;
     pub const FUTEX: u64 = 202;

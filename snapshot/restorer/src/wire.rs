@@ -12,6 +12,9 @@ pub const STACK: u64 = 16 << 10;
 /// Bytes of the stack of a thread that is being restored.
 pub const THREAD_STACK: u64 = 8 << 10;
 
+/// Ranges in a table of [`verb::COPY_AHEAD`].
+pub const MOST_RANGES: usize = 1024;
+
 /// Values that one program may keep.
 pub const SLOTS: usize = 16;
 
@@ -90,6 +93,9 @@ pub mod verb {
     pub const MARK: u16 = 8;
     /// Load the 32-bit word at `args[0]` into slot `dst`.
     pub const LOAD: u16 = 9;
+    /// Copy, ahead of its writes, what the table of ranges at `args[0]` names: a count, then pairs of
+    /// address and length. The table may be changed in a standing zygote.
+    pub const COPY_AHEAD: u16 = 10;
 }
 
 /// How a system call's result is judged.

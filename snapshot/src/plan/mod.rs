@@ -53,6 +53,19 @@ pub struct Plan {
     /// Sentences about steps, by number less the restorer's own.
     pub sentences: Vec<String>,
     pub processes: usize,
+    /// Where the zygote holds the stored pages of each process.
+    pub stored: Vec<Stored>,
+    /// Per process, the table of ranges that a clone copies ahead of its writes.
+    pub tables: Vec<u64>,
+}
+
+/// Stored pages of a process: where it has them, and where the zygote holds them.
+#[derive(Debug, Clone, Copy)]
+pub struct Stored {
+    pub process: usize,
+    pub start: u64,
+    pub at: u64,
+    pub pages: u64,
 }
 
 /// Why a manifest cannot be turned into a zygote.
@@ -87,7 +100,7 @@ impl Plan {
             &mut region,
             &mut vdso_words,
         )?;
-        let root = process::programs(manifest, &placement, control, &mut region)?;
+        let (root, tables) = process::programs(manifest, &placement, control, &mut region)?;
         let build = region.put_program(&build);
         let stacks = region.reserve(2 * MAX_AGENTS * STACK);
         let pids: Vec<i32> = manifest
@@ -133,8 +146,28 @@ impl Plan {
                 .collect(),
             sentences,
             processes: manifest.processes.len(),
+            stored: stored(manifest, &placement),
+            tables,
         })
     }
+}
+
+fn stored(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
+    let mut all = Vec::new();
+    for place in &placement.placed {
+        let process = &manifest.processes[place.process];
+        let mapping = &process.mappings[place.mapping];
+        let runs = process.pages.iter();
+        for run in runs.filter(|run| mapping.start <= run.start && run.start < mapping.end) {
+            all.push(Stored {
+                process: place.process,
+                start: run.start,
+                at: place.at + (run.start - mapping.start),
+                pages: run.pages,
+            });
+        }
+    }
+    all
 }
 
 /// Offset of [`Header::keep`] in the header: the zygote's loader fills it in.

@@ -1,7 +1,7 @@
 //! The programs of the tree's processes and threads.
 
 use nix::libc;
-use trenv_restorer::wire::{THREAD_STACK, fd, verb};
+use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
 use super::layout::{Placement, kernel_owned};
 use super::region::{Program, Region};
@@ -20,15 +20,31 @@ const ARCH_SET_FS: u64 = 0x1002;
 const ARCH_SET_GS: u64 = 0x1001;
 const PR_SET_MM_MAP: u64 = 14;
 
-/// Puts all programs into the region; the root's address is returned.
+/// Puts all programs into the region; the root's address is returned, and for each process the
+/// address of its table of pages to copy ahead.
 pub fn programs(
     manifest: &Manifest,
     placement: &Placement,
     control: u64,
     region: &mut Region,
-) -> Result<u64, PlanError> {
+) -> Result<(u64, Vec<u64>), PlanError> {
     let own_limits = own_limits();
-    program_of(0, manifest, placement, control, &own_limits, region)
+    let table = vec![0; 8 * (1 + 2 * MOST_RANGES)];
+    let tables: Vec<u64> = manifest
+        .processes
+        .iter()
+        .map(|_| region.put(&table, 8))
+        .collect();
+    let root = program_of(
+        0,
+        manifest,
+        placement,
+        control,
+        &own_limits,
+        &tables,
+        region,
+    )?;
+    Ok((root, tables))
 }
 
 fn program_of(
@@ -37,6 +53,7 @@ fn program_of(
     placement: &Placement,
     control: u64,
     own_limits: &[(u64, u64)],
+    tables: &[u64],
     region: &mut Region,
 ) -> Result<u64, PlanError> {
     let process = &manifest.processes[index];
@@ -60,12 +77,15 @@ fn program_of(
     session(index, manifest, region, &mut program)?;
     for (child, other) in manifest.processes.iter().enumerate() {
         if other.parent == Some(index) {
-            let its = program_of(child, manifest, placement, control, own_limits, region)?;
+            let its = program_of(
+                child, manifest, placement, control, own_limits, tables, region,
+            )?;
             program.about(region.sentence(format!("forking process {}", other.pid)));
             program.verb(verb::FORK, [other.pid as u64, its]);
         }
     }
     move_memory(index, manifest, placement, region, &mut program);
+    program.verb(verb::COPY_AHEAD, [tables[index]]);
     program.verb(verb::MARK, [mark::MEMORY]);
     files::install(manifest, process, control, region, &mut program);
     program.verb(verb::MARK, [mark::FILES]);

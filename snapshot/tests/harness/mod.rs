@@ -306,6 +306,19 @@ impl Instance {
     }
 }
 
+impl Instance {
+    /// Page faults of the root process so far that needed no input or output.
+    pub fn faults(&self) -> Made<u64> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.root))?;
+        let fields = stat.rsplit_once(')').ok_or("no name in stat")?.1;
+        Ok(fields
+            .split_whitespace()
+            .nth(7)
+            .ok_or("stat is short")?
+            .parse()?)
+    }
+}
+
 impl Drop for Instance {
     fn drop(&mut self) {
         let _ = self.sandbox.kill();
