@@ -45,6 +45,7 @@ struct Order {
 
 fn join(socket: &OwnedFd) -> Result<(), Failure> {
     sys::set_undumpable().doing("hide the process's memory")?;
+    crate::name_process();
     let order = receive(socket)?;
     let namespaces = libc::CLONE_NEWNS
         | libc::CLONE_NEWNET
@@ -148,8 +149,7 @@ fn start(socket: &OwnedFd, order: Order) -> Result<(), Failure> {
     match cloned {
         (Cloned::Child, _) => {
             drop((cgroup, result));
-            let failure = setup::become_process(&process, stdio, terminal, &report);
-            let _ = sys::send(report.as_fd(), &failure.0, &[]);
+            setup::become_process(&process, stdio, terminal, report);
             // SAFETY: nothing of this process is to be run any more.
             unsafe { libc::_exit(1) }
         }

@@ -61,6 +61,7 @@ enum Launch {
 
 fn launch(control: &OwnedFd) -> Result<Launch, Failure> {
     sys::set_undumpable().doing("hide the process's memory")?;
+    crate::name_process();
     let (request, fds) = sys::receive::<LaunchRequest>(control.as_fd())
         .doing("read the order")?
         .ok_or_else(|| Failure("the library went away".into()))?;

@@ -30,3 +30,9 @@ fn main() -> ExitCode {
         }
     }
 }
+
+/// What `ps` shows; it would be the number of the descriptor that we were started through.
+fn name_process() {
+    // SAFETY: the name is a valid string.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"trenv-init".as_ptr()) };
+}

@@ -124,9 +124,8 @@ impl State {
 /// Makes an ordinary process into pid 1; answers the descriptor that tells of dead children.
 fn prepare() -> Result<OwnedFd, Failure> {
     // SAFETY: plain calls on our own process; the sets are initialised by sigfillset/sigaddset
-    // before use, and the name is a valid string.
+    // before use.
     unsafe {
-        libc::prctl(libc::PR_SET_NAME, c"trenv-init".as_ptr());
         libc::prctl(libc::PR_SET_TIMERSLACK, 1);
         libc::setsid();
         libc::umask(0);

@@ -46,10 +46,10 @@ pub fn enter(
     };
     let mut steps = Steps::new();
     let entered = swap(&root, &mounts, request, &parts, &mut steps);
-    drop((root, mounts, parts));
+    drop((mounts, parts));
     if let Err(failure) = entered {
         // Parts may lie in the new root by now: start again from an empty one.
-        return match leave() {
+        return match withdraw(&root).and_then(|()| leave()) {
             Ok(()) => {
                 state.parts = Stock::Due;
                 Err(failure)
@@ -106,6 +106,17 @@ pub fn leave() -> Result<(), Failure> {
     attach_over_root(&empty)?;
     pivot(&empty)?;
     detach_old()
+}
+
+/// Undoes as much of a swap as was done: whichever of the two roots lies on the other goes.
+fn withdraw(root: &OwnedFd) -> Result<(), Failure> {
+    rustix::process::fchdir(root).doing("go to the refused root")?;
+    match unmount(c".", UnmountFlags::DETACH) {
+        // It had not been attached yet.
+        Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+        Err(error) => return Err(error).doing("let the refused root go"),
+    }
+    rustix::process::chdir(c"/").doing("go to the root")
 }
 
 /// Mounts over the root directory itself: no directory of the old root is needed for it, whatever

@@ -4,13 +4,16 @@ use std::{
     ffi::{CString, OsStr},
     io,
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
 };
 
-use trenv_sandbox::process::{CapabilitySets, ProcessSpec, Rlimit, Role, TerminalSize, seccomp};
+use trenv_sandbox::{
+    process::{CapabilitySets, ProcessSpec, Rlimit, Role, TerminalSize, seccomp},
+    sys,
+};
 
 use crate::failure::{Doing, Failure, check};
 
@@ -61,24 +64,26 @@ impl Terminal {
     }
 }
 
-/// Sets this process up and runs the program; comes back only when that failed.
+/// Sets this process up and runs the program; comes back only when that failed, and was reported.
 pub fn become_process(
     process: &ProcessSpec,
     stdio: [OwnedFd; 3],
     terminal: Option<Terminal>,
-    report: &OwnedFd,
-) -> Failure {
-    match prepare(process, stdio, terminal, report) {
+    mut report: OwnedFd,
+) {
+    let failure = match prepare(process, stdio, terminal, &mut report) {
+        // Closed by the kernel at the moment when the program takes over.
         Ok(program) => program.run(),
         Err(failure) => failure,
-    }
+    };
+    let _ = sys::send(report.as_fd(), &failure.0, &[]);
 }
 
 fn prepare(
     process: &ProcessSpec,
     stdio: [OwnedFd; 3],
     terminal: Option<Terminal>,
-    report: &OwnedFd,
+    report: &mut OwnedFd,
 ) -> Result<Program, Failure> {
     reset_signals();
     // SAFETY: setsid and umask take no pointers.
@@ -88,7 +93,7 @@ fn prepare(
     }
     set_stdio(process, stdio, terminal)?;
     // Nothing else of ours may be reachable from the working directory or the program.
-    let report = keep_only(report)?;
+    keep_only(report)?;
     new_session_keyring();
     if let Some(adjustment) = process.oom_score_adj {
         std::fs::write("/proc/self/oom_score_adj", adjustment.to_string())
@@ -119,17 +124,24 @@ fn prepare(
     if let Some(filter) = late {
         install(filter)?;
     }
-    // Closed by the kernel at the moment when the program takes over.
-    std::mem::forget(report);
     Ok(program)
 }
 
 /// Every signal as a new program expects it, whatever we inherited.
 fn reset_signals() {
-    // SAFETY: default actions and an empty mask; the set is initialised by sigemptyset.
+    /// As the kernel takes it: handler, flags, restorer, mask.
+    const DEFAULT: [usize; 4] = [libc::SIG_DFL, 0, 0, 0];
+    // SAFETY: default actions and an empty mask; the set is initialised by sigemptyset. The call is
+    // made directly, since libc keeps two signals to itself that we may have inherited ignored.
     unsafe {
         for signal in 1..=64 {
-            libc::signal(signal, libc::SIG_DFL);
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                DEFAULT.as_ptr(),
+                std::ptr::null_mut::<usize>(),
+                size_of::<u64>(),
+            );
         }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
@@ -184,18 +196,20 @@ fn give_to_user(number: RawFd, uid: u32) {
     }
 }
 
-/// Moves the report socket to descriptor 3 and closes all that follow.
-fn keep_only(report: &OwnedFd) -> Result<OwnedFd, Failure> {
+/// Moves the report's socket to descriptor 3 and closes all that follow.
+fn keep_only(report: &mut OwnedFd) -> Result<(), Failure> {
     if report.as_raw_fd() != 3 {
-        // SAFETY: dup3 takes no pointers.
-        check(unsafe { libc::dup3(report.as_raw_fd(), 3, libc::O_CLOEXEC) })
-            .doing("keep the report's socket")?;
+        // SAFETY: dup3 takes no pointers, and what was descriptor 3 is used no more.
+        let kept = unsafe {
+            check(libc::dup3(report.as_raw_fd(), 3, libc::O_CLOEXEC))
+                .doing("keep the report's socket")?;
+            crate::launch::given(3)
+        };
+        *report = kept;
     }
-    // SAFETY: nobody uses the closed descriptors after this, and 3 is taken over once.
-    unsafe {
-        libc::close_range(4, libc::c_uint::MAX, 0);
-        Ok(crate::launch::given(3))
-    }
+    // SAFETY: nobody uses the closed descriptors after this.
+    unsafe { libc::close_range(4, libc::c_uint::MAX, 0) };
+    Ok(())
 }
 
 /// A keyring of its own in place of the one that our parents share. Without key support in the

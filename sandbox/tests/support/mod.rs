@@ -71,6 +71,20 @@ impl Place {
         TenancyCgroup::create(&self.name, name, &Limits::default()).unwrap()
     }
 
+    /// Runs something in the sandbox's network namespace, on a thread of its own.
+    pub fn at_netns(&self, work: impl FnOnce() + Send) {
+        let netns = fs::File::open(&self.netns).unwrap();
+        std::thread::scope(|scope| {
+            scope
+                .spawn(move || {
+                    nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+                    work();
+                })
+                .join()
+                .unwrap();
+        });
+    }
+
     /// The layer directories of a tenancy: lower, upper, work.
     pub fn layers(&self, tenancy: &str) -> [PathBuf; 3] {
         ["lower", "upper", "work"].map(|kind| {
