@@ -85,7 +85,8 @@ impl Runc {
         deadline: Duration,
     ) -> anyhow::Result<Duration> {
         command("ip", &["netns", "add", id])?;
-        let host = self.plugin(id, "ADD")?;
+        self.plugin("loopback", "lo", id, "ADD")?;
+        let host = self.plugin("bridge", "eth0", id, "ADD")?;
         let path = format!("network:/run/netns/{id}");
         let mut arguments = vec!["run", "-d", "--null-io", "--runtime", RUNTIME];
         arguments.extend(["--snapshotter", &self.snapshotter, "--with-ns", &path]);
@@ -115,7 +116,7 @@ impl Runc {
         let _ = self.ctr(&["task", "kill", "-s", "SIGKILL", id]);
         let _ = self.ctr(&["task", "delete", "-f", id]);
         let deleted = self.ctr(&["container", "delete", id]);
-        let _ = self.plugin(id, "DEL");
+        let _ = self.plugin("bridge", "eth0", id, "DEL");
         command("ip", &["netns", "delete", id])?;
         deleted.map(drop)
     }
@@ -127,36 +128,36 @@ impl Runc {
         command("ctr", &all)
     }
 
-    /// Runs the bridge plugin; the address that it gave.
-    fn plugin(&self, id: &str, verb: &str) -> anyhow::Result<String> {
+    /// Runs a CNI plugin; the address that it gave.
+    fn plugin(&self, kind: &str, link: &str, id: &str, verb: &str) -> anyhow::Result<String> {
         let network = serde_json::json!({
             "cniVersion": "0.4.0",
             "name": "trenv-bench",
-            "type": "bridge",
+            "type": kind,
             "bridge": BRIDGE,
             "isGateway": true,
             "ipam": { "type": "host-local", "subnet": SUBNET, "dataDir": self.records },
         });
-        let mut child = Command::new(self.plugins.join("bridge"))
+        let mut child = Command::new(self.plugins.join(kind))
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", id)
             .env("CNI_NETNS", format!("/run/netns/{id}"))
-            .env("CNI_IFNAME", "eth0")
+            .env("CNI_IFNAME", link)
             .env("CNI_PATH", &self.plugins)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .context(
-                "Failed to run the CNI plugin bridge; apt-get install containernetworking-plugins",
-            )?;
+            .with_context(|| {
+                format!("Failed to run the CNI plugin {kind}; apt-get install containernetworking-plugins")
+            })?;
         if let Some(mut input) = child.stdin.take() {
             input.write_all(network.to_string().as_bytes())?;
         }
         let output = child.wait_with_output()?;
         if !output.status.success() {
             bail!(
-                "The CNI plugin bridge failed: {}",
+                "The CNI plugin {kind} failed: {}",
                 String::from_utf8_lossy(&output.stdout)
             );
         }
@@ -167,7 +168,7 @@ impl Runc {
         let address = answer["ips"][0]["address"].as_str().unwrap_or_default();
         match address.split_once('/') {
             Some((address, _)) => Ok(address.to_owned()),
-            None => bail!("The CNI plugin bridge gave no address"),
+            None => bail!("The CNI plugin {kind} gave no address"),
         }
     }
 }

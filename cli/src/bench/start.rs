@@ -61,7 +61,9 @@ pub struct StartOptions {
 }
 
 /// How long scaling and one call may take.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a function started through runc may take.
+const RUNC_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Makes all calls of a plan; what failed is in the report.
 pub async fn measure(
@@ -149,6 +151,9 @@ impl<'a> Bench<'a> {
     }
 
     async fn repurposed_and_warm(&mut self) -> anyhow::Result<()> {
+        if self.options.repurposed + self.options.warm == 0 {
+            return Ok(());
+        }
         self.say("repurposed, warm");
         self.make_sandboxes().await?;
         let mut calls = self.spread(Kind::Repurposed, self.options.repurposed);
@@ -241,7 +246,7 @@ impl<'a> Bench<'a> {
         for (kind, index) in self.spread(Kind::ColdRunc, self.options.runc) {
             let function = &self.functions[index];
             let name = function.name.clone();
-            let outcome = runc.start(&as_runc(function), PATIENCE).await;
+            let outcome = runc.start(&as_runc(function), RUNC_PATIENCE).await;
             self.report
                 .record(&name, kind, outcome.map_err(|err| format!("{err:#}")));
             self.bar.inc(1);
