@@ -19,6 +19,8 @@ pub struct Function {
     pub namespace: String,
     pub replicas: u64,
     pub available_replicas: u64,
+    /// The instances that are there now, by sandbox.
+    pub instances: Vec<Value>,
     pub invocation_count: f64,
     pub annotations: Option<BTreeMap<String, String>>,
     /// `building`, `ready`, `serving-cold` or `failed`.
@@ -88,13 +90,13 @@ pub async fn scale(
         let Some(function) = find(gateway, name, namespace).await? else {
             bail!("The function {name} was removed while it was scaled");
         };
-        if function.available_replicas == replicas {
+        let there = function.instances.len() as u64;
+        if there == replicas {
             return Ok(());
         }
         if Instant::now() > end {
             bail!(
-                "The function {name} has {} of {replicas} instances after {} s",
-                function.available_replicas,
+                "The function {name} has {there} of {replicas} instances after {} s",
                 deadline.as_secs()
             );
         }

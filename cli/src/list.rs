@@ -26,7 +26,7 @@ pub async fn run(gateway: &Gateway, options: &ListOptions) -> anyhow::Result<()>
         table.row([
             function.name.clone(),
             function.status().to_owned(),
-            function.available_replicas.to_string(),
+            function.instances.len().to_string(),
             format!("{:.0}", function.invocation_count),
             function.image.clone(),
         ]);

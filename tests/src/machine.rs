@@ -280,8 +280,9 @@ impl Machine {
             bail!("{name} was not scaled: {} {}", reply.status, reply.text());
         }
         until(&format!("{replicas} instances of {name}"), CALL, || {
-            self.describe(name)
-                .is_ok_and(|function| function["availableReplicas"] == replicas)
+            self.describe(name).is_ok_and(|function| {
+                function["instances"].as_array().map_or(0, Vec::len) as u64 == replicas
+            })
         })
     }
 

@@ -302,7 +302,7 @@ impl<'a> Bench<'a> {
     async fn instances(&self, name: &str) -> anyhow::Result<u64> {
         Ok(find(self.gateway, name, None)
             .await?
-            .map_or(0, |function| function.available_replicas))
+            .map_or(0, |function| function.instances.len() as u64))
     }
 
     async fn scale(&self, name: &str, replicas: u64) -> anyhow::Result<()> {
