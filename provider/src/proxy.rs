@@ -56,6 +56,16 @@ enum Failure {
     Answer(ApiError),
 }
 
+/// What became of one sending.
+enum Sent {
+    Answer(Box<Response<Incoming>>),
+    /// Nothing was sent.
+    Back(Box<Request<Body>>, String),
+    Broken(String),
+    Late,
+    Gone,
+}
+
 impl Proxy {
     /// A proxy whose calls may take `timeout`.
     pub fn new(scheduler: Arc<Scheduler>, timeout: Duration) -> Self {
@@ -80,7 +90,7 @@ impl Proxy {
                 .scheduler
                 .acquire(revision)
                 .await
-                .map_err(start_error)?;
+                .map_err(|err| start_error(&err))?;
             let started = started_headers(&guard);
             match self.forward(guard, request, begun).await {
                 Ok(mut response) => {
@@ -102,7 +112,7 @@ impl Proxy {
                     )));
                 }
                 Err(Failure::Answer(mut err)) => {
-                    err.headers = started;
+                    err.headers = Box::new(started);
                     return Err(err);
                 }
             }
@@ -116,47 +126,50 @@ impl Proxy {
         begun: Instant,
     ) -> Result<Response<Body>, Failure> {
         let gone = guard.gone.clone();
-        let deadline = begun + self.timeout;
-        let sender = match reuse(&mut guard).await {
-            Some(sender) => Ok(sender),
-            None => connect(&guard).await,
-        };
-        let mut sender = match sender {
-            Ok(sender) => sender,
-            Err(reason) => {
-                guard.mark_broken();
-                return Err(Failure::Unsent(Box::new(request), reason));
-            }
-        };
-        let sent = tokio::select! {
-            sent = tokio::time::timeout_at(deadline.into(), sender.try_send_request(request)) => sent,
-            () = gone.cancelled() => {
-                guard.mark_broken();
-                return Err(Failure::Answer(died()));
-            }
-        };
-        match sent {
-            Ok(Ok(response)) => Ok(self.reply(guard, sender, response, begun)),
-            Ok(Err(mut err)) => {
-                guard.mark_broken();
-                let unsent = err.take_message();
-                let reason = describe(&err.into_error());
-                Err(match unsent {
-                    Some(request) => Failure::Unsent(Box::new(request), reason),
-                    None => Failure::Answer(ApiError::bad_gateway(format!(
-                        "The function ended the connection without an answer: {reason}; look at its logs"
-                    ))),
-                })
-            }
-            Err(_) => {
-                // Whatever it is busy with, it cannot be trusted to serve the next call.
-                guard.mark_broken();
-                Err(Failure::Answer(ApiError::gateway_timeout(format!(
-                    "The function did not answer within {} s; raise provider.call_timeout_s if it needs longer",
-                    self.timeout.as_secs()
-                ))))
+        let deadline = tokio::time::Instant::from(begun + self.timeout);
+        let mut request = request;
+        if let Some(mut sender) = reuse(&mut guard).await {
+            match send(&mut sender, request, deadline, &gone).await {
+                // The function closed the connection while it lay idle; it may be well.
+                Sent::Back(back, _) => request = *back,
+                sent => return self.settle(guard, sender, sent, begun),
             }
         }
+        match connect(&guard).await {
+            Ok(mut sender) => {
+                let sent = send(&mut sender, request, deadline, &gone).await;
+                self.settle(guard, sender, sent, begun)
+            }
+            Err(reason) => {
+                guard.mark_broken();
+                Err(Failure::Unsent(Box::new(request), reason))
+            }
+        }
+    }
+
+    fn settle(
+        &self,
+        mut guard: Guard,
+        sender: SendRequest<Body>,
+        sent: Sent,
+        begun: Instant,
+    ) -> Result<Response<Body>, Failure> {
+        if let Sent::Answer(response) = sent {
+            return Ok(self.reply(guard, sender, *response, begun));
+        }
+        // Whatever it is busy with, it cannot be trusted to serve the next call.
+        guard.mark_broken();
+        Err(match sent {
+            Sent::Back(request, reason) => Failure::Unsent(request, reason),
+            Sent::Broken(reason) => Failure::Answer(ApiError::bad_gateway(format!(
+                "The function ended the connection without an answer: {reason}; look at its logs"
+            ))),
+            Sent::Late => Failure::Answer(ApiError::gateway_timeout(format!(
+                "The function did not answer within {} s; raise provider.call_timeout_s if it needs longer",
+                self.timeout.as_secs()
+            ))),
+            Sent::Gone | Sent::Answer(_) => Failure::Answer(died()),
+        })
     }
 
     fn reply(
@@ -184,6 +197,27 @@ impl Proxy {
             deadline: Box::pin(tokio::time::sleep_until((begun + self.timeout).into())),
         };
         Response::from_parts(head, Body::new(body))
+    }
+}
+
+/// Sends the call over a connection.
+async fn send(
+    sender: &mut SendRequest<Body>,
+    request: Request<Body>,
+    deadline: tokio::time::Instant,
+    gone: &CancellationToken,
+) -> Sent {
+    let sent = tokio::select! {
+        sent = tokio::time::timeout_at(deadline, sender.try_send_request(request)) => sent,
+        () = gone.cancelled() => return Sent::Gone,
+    };
+    match sent {
+        Ok(Ok(response)) => Sent::Answer(Box::new(response)),
+        Ok(Err(mut err)) => match err.take_message() {
+            Some(request) => Sent::Back(Box::new(request), describe(&err.into_error())),
+            None => Sent::Broken(describe(&err.into_error())),
+        },
+        Err(_) => Sent::Late,
     }
 }
 
@@ -300,7 +334,7 @@ fn keeps_connection(headers: &HeaderMap, version: Version) -> bool {
     version == Version::HTTP_11 && !close
 }
 
-fn start_error(err: StartError) -> ApiError {
+fn start_error(err: &StartError) -> ApiError {
     let message = err.to_string();
     match err {
         StartError::Removed { .. } => ApiError::not_found(message),

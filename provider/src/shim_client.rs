@@ -65,6 +65,22 @@ impl std::fmt::Debug for ShimClient {
     }
 }
 
+/// Asks, and asks a new connection once more when the old one turns out to be dead: for calls that
+/// are not about a sandbox of the shim that died. (A macro, since a closure's future cannot be
+/// said to be `Send`.)
+macro_rules! twice {
+    ($self:ident, $method:ident($($argument:expr),*)) => {{
+        let first = $self.client().await?.$method($($argument),*).await;
+        match $self.outcome(first).await {
+            Err(ShimError::Unreachable { .. }) => {
+                let second = $self.client().await?.$method($($argument),*).await;
+                $self.outcome(second).await
+            }
+            other => other,
+        }
+    }};
+}
+
 impl ShimClient {
     /// A client that reads the shim's address from `address_file` when it needs it.
     pub fn new(namespace: &str, address_file: PathBuf) -> Self {
@@ -84,18 +100,14 @@ impl ShimClient {
 
     /// The fingerprint of the machine, as the shim sees it.
     pub async fn fingerprint(&self) -> Result<String> {
-        let client = self.client().await?;
         let request = proto::VersionRequest::new();
-        let answer = client.version(context(QUICK), &request).await;
-        Ok(self.outcome(answer).await?.fingerprint)
+        Ok(twice!(self, version(context(QUICK), &request))?.fingerprint)
     }
 
     /// All sandboxes that the shim holds.
     pub async fn list(&self) -> Result<Vec<proto::SandboxInfo>> {
-        let client = self.client().await?;
         let request = proto::ListRequest::new();
-        let answer = client.list(context(QUICK), &request).await;
-        Ok(self.outcome(answer).await?.sandboxes)
+        Ok(twice!(self, list(context(QUICK), &request))?.sandboxes)
     }
 
     /// Ends the tenancy of a sandbox.
@@ -140,9 +152,7 @@ impl ShimClient {
         let mut request = proto::DeleteTemplateRequest::new();
         request.request_id = request_id();
         request.template_id = id.to_owned();
-        let client = self.client().await?;
-        let answer = client.delete_template(context(SLOW), &request).await;
-        self.outcome(answer).await?;
+        twice!(self, delete_template(context(SLOW), &request))?;
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! After a restart: functions come back as they were, sandboxes of the provider's earlier life are
 //! adopted or cleaned up, and nothing that nobody owns stays.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use trenv_sandbox_proto::State;
 
 use super::registry::Inner;
 use super::store::FunctionRecord;
-use super::{Function, Functions, Revision, RevisionState, StoreError};
+use super::{Function, FunctionName, Functions, Revision, RevisionState, StoreError};
 use crate::containerd::{ContainerdError, SnapshotKind};
 use crate::error::chain;
 use crate::instances::{OWNER_LABEL, SandboxOps, SandboxRef, read_address, refill_spares};
@@ -164,6 +164,8 @@ impl Functions {
     /// Keeps every ready function's template ready on the shims that run: after a restart of
     /// this provider or of a shim, the zygotes are built before a call asks for them.
     pub async fn run_preparer(self: Arc<Self>) {
+        // A failure is told once, not every second.
+        let mut told: HashMap<FunctionName, String> = HashMap::new();
         loop {
             tokio::time::sleep(PREPARE_TICK).await;
             for function in self.list(None) {
@@ -171,11 +173,21 @@ impl Functions {
                 let Some(template) = revision.template() else {
                     continue;
                 };
-                if let Err(err) = self.host.ensure_prepared(&revision, &template).await {
-                    if err.template_gone() {
-                        self.rebuild(&revision);
-                    } else if !err.unreachable() {
-                        tracing::warn!("The template of {} is not ready: {err}", function.name);
+                match self.host.ensure_prepared(&revision, &template).await {
+                    Ok(()) => {
+                        told.remove(&function.name);
+                    }
+                    Err(err) if err.template_useless() => self.rebuild(&revision),
+                    Err(err) if err.unreachable() => {}
+                    Err(err) => {
+                        let text = err.to_string();
+                        if told.get(&function.name) != Some(&text) {
+                            tracing::warn!(
+                                "The template of {} is not ready: {text}",
+                                function.name
+                            );
+                            told.insert(function.name.clone(), text);
+                        }
                     }
                 }
             }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -45,11 +46,19 @@ impl PrepareError {
         match self {
             Self::Containerd(err) => err.is_not_found(),
             // The shim says NOT_FOUND of an unknown sandbox, too.
-            Self::Shim(err) => {
-                err.code() == Some(ttrpc::Code::NOT_FOUND)
-                    && err.to_string().to_lowercase().contains("template")
-            }
+            Self::Shim(err) => match err.code() {
+                Some(ttrpc::Code::DATA_LOSS) => true,
+                Some(ttrpc::Code::NOT_FOUND) => err.to_string().to_lowercase().contains("template"),
+                _ => false,
+            },
         }
+    }
+
+    /// Whether the template, asked to be made ready, turned out to be of no use: it is gone, or
+    /// it was made on another kernel or processor.
+    pub fn template_useless(&self) -> bool {
+        let precondition = Some(ttrpc::Code::FAILED_PRECONDITION);
+        self.template_gone() || matches!(self, Self::Shim(err) if err.code() == precondition)
     }
 
     /// Whether no shim runs.
@@ -77,6 +86,14 @@ pub struct Host {
     logs: PathBuf,
     ready_timeout: Duration,
     shims: Mutex<HashMap<String, ShimClient>>,
+    records: Mutex<HashMap<String, Arc<RecordOrder>>>,
+}
+
+/// Keeps the updates of one container's record in order, the newest last.
+#[derive(Debug, Default)]
+struct RecordOrder {
+    newest: AtomicU64,
+    turn: tokio::sync::Mutex<()>,
 }
 
 impl Host {
@@ -89,6 +106,7 @@ impl Host {
             logs: run_dir.join("logs"),
             ready_timeout,
             shims: Mutex::default(),
+            records: Mutex::default(),
         }
     }
 
@@ -193,7 +211,17 @@ impl Host {
     /// Updates containerd's record of a sandbox after a change of tenancy.
     fn update_record(&self, sandbox: &SandboxRef, record: NewContainer) {
         let containerd = self.namespace(&sandbox.namespace);
+        let order = {
+            let mut orders = self.records.lock().unwrap_or_else(|e| e.into_inner());
+            Arc::clone(orders.entry(sandbox.id.clone()).or_default())
+        };
+        let mine = order.newest.fetch_add(1, Ordering::AcqRel) + 1;
         tokio::spawn(async move {
+            let _turn = order.turn.lock().await;
+            // A later change of tenancy has its own update on the way.
+            if order.newest.load(Ordering::Acquire) != mine {
+                return;
+            }
             let updated = match containerd {
                 Ok(containerd) => containerd.update_container(record).await,
                 Err(err) => Err(err),
@@ -456,6 +484,10 @@ impl SandboxOps for Host {
     }
 
     async fn destroy(&self, sandbox: &SandboxRef, tenancy: Option<&str>) {
+        self.records
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .remove(&sandbox.id);
         let destroyed = async {
             let containerd = self.namespace(&sandbox.namespace)?;
             self.end_task(&containerd, &sandbox.id).await?;

@@ -323,7 +323,11 @@ impl Scheduler {
     }
 
     /// Resets a busy sandbox; one that cannot be reset is destroyed.
-    pub(super) async fn reset_to_idle(&self, sandbox: &SandboxRef, tenancy: Option<&str>) {
+    pub(super) async fn reset_to_idle(
+        self: &Arc<Self>,
+        sandbox: &SandboxRef,
+        tenancy: Option<&str>,
+    ) {
         if let Some(tenancy) = tenancy
             && let Err(err) = self.ops.reset(sandbox, tenancy).await
         {
@@ -335,8 +339,13 @@ impl Scheduler {
     }
 
     /// Makes a busy sandbox available.
-    pub fn put_idle(&self, sandbox: &SandboxRef) {
-        self.table().set_idle(&sandbox.id);
+    pub fn put_idle(self: &Arc<Self>, sandbox: &SandboxRef) {
+        let alive = self.table().set_idle(&sandbox.id);
+        if !alive {
+            let (this, sandbox) = (Arc::clone(self), sandbox.clone());
+            tokio::spawn(async move { this.discard(&sandbox, None).await });
+            return;
+        }
         self.freed.notify_one();
         self.upkeep.notify_one();
     }

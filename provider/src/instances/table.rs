@@ -102,11 +102,16 @@ impl Table {
         Some((sandbox, tenancy))
     }
 
-    pub fn set_idle(&mut self, id: &str) {
-        if let Some(entry) = self.entries.get_mut(id) {
-            entry.state = State::Idle {
-                since: Instant::now(),
-            };
+    /// Makes a busy sandbox available; false when its end was seen meanwhile.
+    pub fn set_idle(&mut self, id: &str) -> bool {
+        match self.entries.get_mut(id) {
+            Some(entry) if !entry.gone.is_cancelled() => {
+                entry.state = State::Idle {
+                    since: Instant::now(),
+                };
+                true
+            }
+            _ => false,
         }
     }
 

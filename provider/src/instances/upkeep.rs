@@ -11,6 +11,8 @@ use crate::functions::{FunctionName, Revision};
 const TICK: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How long a stop waits for sandboxes that are being made or reset.
+const BUSY_PATIENCE: Duration = Duration::from_secs(3);
 /// How long an idle sandbox beyond those wanted stays, since it is likely to be needed again.
 const SURPLUS_AGE: Duration = Duration::from_secs(60);
 
@@ -256,21 +258,28 @@ impl Scheduler {
         }
     }
 
-    /// Refuses new starts and waits until open calls have ended, at most `patience`.
+    /// Refuses new starts and waits until open calls have ended, at most `patience`. Sandboxes in
+    /// between get a moment only: the next provider finds and ends what is half done.
     pub async fn stop(&self, patience: Duration) {
         self.table().stopping = true;
         self.upkeep.notify_one();
-        let deadline = Instant::now() + patience;
-        while Instant::now() < deadline {
-            let open = self.table().entries.values().any(|e| match &e.state {
-                State::Serving(instance) => instance.in_flight > 0,
-                State::Busy => true,
-                State::Idle { .. } => false,
-            });
-            if !open {
+        let begun = Instant::now();
+        loop {
+            let (open, busy) = {
+                let table = self.table();
+                let open = table.serving().any(|(_, _, i)| i.in_flight > 0);
+                let busy = table
+                    .entries
+                    .values()
+                    .any(|e| matches!(e.state, State::Busy));
+                (open, busy)
+            };
+            let wait = open && begun.elapsed() < patience
+                || busy && begun.elapsed() < patience.min(BUSY_PATIENCE);
+            if !wait {
                 return;
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 }

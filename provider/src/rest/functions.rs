@@ -171,7 +171,11 @@ fn status(service: &Service, function: &Function) -> Value {
         "invocationCount": function.calls.load(Ordering::Relaxed),
         "createdAt": rfc3339(function.created_at),
         "usage": { "cpu": 0, "totalMemoryBytes": 0 },
-        "status": view.state.word(),
+        // A function that failed and is being built anew is on its way again.
+        "status": match &view.state {
+            RevisionState::Failed(_) if view.updating => RevisionState::Building.word(),
+            state => state.word(),
+        },
         "startMethod": if matches!(view.state, RevisionState::Cold(_)) { "cold" } else { "template" },
         "imageDigest": view.current.record.image.digest,
         "instances": instances.iter().map(|i| json!({

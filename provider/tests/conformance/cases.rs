@@ -581,6 +581,8 @@ async fn functions_survive_a_restart(m: &mut Machine) -> Outcome {
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         m.restart_provider(signal).await;
         m.settled("half").await?;
+        let containers = m.ctr(&["containers", "ls", "--quiet"]).unwrap_or_default();
+        same("containers", containers.lines().count() <= 1, true)?;
         expect("lasting", &m.call("lasting").await?, 200)?;
         expect("half", &m.call("half").await?, 200)?;
     }
