@@ -12,12 +12,12 @@ use redb::{
     Builder, Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable,
     TableDefinition, WriteTransaction,
 };
-use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::PoolError;
 use crate::lease::{Lease, Mode};
-use crate::template::{Extent, TemplateId, TemplateInfo};
+use crate::record::{Listing, PageSum, Record};
+use crate::template::TemplateId;
 
 const KEY: usize = 40;
 const RECORDS: TableDefinition<&[u8; KEY], &[u8]> = TableDefinition::new("templates");
@@ -31,67 +31,11 @@ const META_GENERATION: &str = "last_generation";
 /// The working set is a few records; redb's default of 1 GiB is for databases that stay open.
 const CACHE_BYTES: usize = 4 << 20;
 
-/// BLAKE3 of one page.
-pub(crate) type PageSum = [u8; 32];
-
-/// One generation of a template, as stored.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Record {
-    pub info: TemplateInfo,
-    pub extents: Vec<Extent>,
-    pub manifest_sum: [u8; 32],
-    /// BLAKE3 of all page checksums in a row.
-    pub page_sums_sum: [u8; 32],
-}
-
-impl Record {
-    fn encode(&self) -> Option<Vec<u8>> {
-        let mut bytes = postcard::to_allocvec(self).ok()?;
-        let sum = blake3::hash(&bytes);
-        bytes.extend_from_slice(sum.as_bytes());
-        Some(bytes)
-    }
-
-    /// Decodes and checks a record, so that whoever uses it may trust its extents to lie in order
-    /// and to cover the template.
-    fn decode(id: TemplateId, generation: u64, bytes: &[u8]) -> Result<Self, PoolError> {
-        let bad = |what| PoolError::BadRecord { id, what };
-        let (body, sum) = bytes
-            .split_at_checked(bytes.len().saturating_sub(32))
-            .ok_or_else(|| bad("too short"))?;
-        if blake3::hash(body).as_bytes()[..] != *sum {
-            return Err(bad("its checksum differs"));
-        }
-        let record: Self = postcard::from_bytes(body).map_err(|_| bad("it cannot be decoded"))?;
-        if record.info.id != id || record.info.generation != generation {
-            return Err(bad("it names another template"));
-        }
-        let mut next = 0u64;
-        for extent in &record.extents {
-            if extent.first_page != next || extent.pages == 0 {
-                return Err(bad("its extents leave a gap"));
-            }
-            next = next
-                .checked_add(extent.pages)
-                .ok_or_else(|| bad("its extents overflow"))?;
-        }
-        if next != record.info.pages {
-            return Err(bad("its extents do not cover it"));
-        }
-        Ok(record)
-    }
-}
-
-/// Records that could be read, and the ids and errors of those that could not.
-#[derive(Debug, Default)]
-pub(crate) struct Listing {
-    pub records: Vec<Record>,
-    pub damaged: Vec<PoolError>,
-}
-
 #[derive(Debug)]
 pub(crate) struct Catalogue {
     path: PathBuf,
+    /// The pool that it must belong to.
+    uuid: Uuid,
     lock: PathBuf,
     patience: Duration,
 }
@@ -109,15 +53,16 @@ pub(crate) struct Change<'a> {
 }
 
 impl Catalogue {
-    pub fn new(path: PathBuf, lock: PathBuf, patience: Duration) -> Self {
+    pub fn new(path: PathBuf, uuid: Uuid, lock: PathBuf, patience: Duration) -> Self {
         Self {
             path,
+            uuid,
             lock,
             patience,
         }
     }
 
-    pub fn create(&self, uuid: Uuid) -> Result<(), PoolError> {
+    pub fn create(&self) -> Result<(), PoolError> {
         let _lease = Lease::take(&self.lock, Mode::Exclusive, self.patience)?;
         let database = builder()
             .create(&self.path)
@@ -126,7 +71,7 @@ impl Catalogue {
         let transaction = database.begin_write().map_err(|e| fail(e.into()))?;
         {
             let mut meta = transaction.open_table(META).map_err(|e| fail(e.into()))?;
-            meta.insert(META_UUID, &uuid.as_bytes()[..])
+            meta.insert(META_UUID, &self.uuid.as_bytes()[..])
                 .map_err(|e| fail(e.into()))?;
             for table in [RECORDS, MANIFESTS, PAGE_SUMS] {
                 transaction.open_table(table).map_err(|e| fail(e.into()))?;
@@ -135,20 +80,24 @@ impl Catalogue {
         transaction.commit().map_err(|e| fail(e.into()))
     }
 
-    /// Checks that this is the catalogue of the pool `uuid`.
-    pub fn check(&self, uuid: Uuid) -> Result<(), PoolError> {
+    /// Checks that the catalogue is there and belongs to the pool.
+    pub fn check(&self) -> Result<(), PoolError> {
         if !self.path.exists() {
             return Err(PoolError::CatalogueMissing {
                 path: self.path.clone(),
             });
         }
-        let found = self.read(|view| view.meta(META_UUID))?;
-        if found.as_deref() != Some(&uuid.as_bytes()[..]) {
-            return Err(PoolError::ForeignCatalogue {
-                path: self.path.clone(),
-            });
+        self.read(|_| Ok(()))
+    }
+
+    /// Fails when the pool was destroyed and made anew since it was opened: its pages are others'.
+    fn check_owner(&self, found: Option<&[u8]>) -> Result<(), PoolError> {
+        if found == Some(&self.uuid.as_bytes()[..]) {
+            return Ok(());
         }
-        Ok(())
+        Err(PoolError::ForeignCatalogue {
+            path: self.path.clone(),
+        })
     }
 
     pub fn read<T>(
@@ -179,10 +128,15 @@ impl Catalogue {
             other => other.map_err(|e| opened(e.into()))?,
         };
         let transaction = database.begin_read().map_err(|e| opened(e.into()))?;
-        let result = body(&View {
+        let view = View {
             path: &self.path,
             transaction,
-        });
+        };
+        let result = view
+            .owner()
+            .and_then(|owner| self.check_owner(owner.as_deref()))
+            .and_then(|()| body(&view));
+        drop(view);
         drop(database);
         drop(lease);
         result
@@ -243,6 +197,7 @@ impl Catalogue {
             path: &self.path,
             transaction,
         };
+        self.check_owner(change.owner()?.as_deref())?;
         let value = body(&mut change)?;
         change
             .transaction
@@ -258,12 +213,12 @@ impl View<'_> {
         PoolError::catalogue("read", self.path, e)
     }
 
-    fn meta(&self, name: &str) -> Result<Option<Vec<u8>>, PoolError> {
+    fn owner(&self) -> Result<Option<Vec<u8>>, PoolError> {
         let table = self
             .transaction
             .open_table(META)
             .map_err(|e| self.fail(e))?;
-        let value = table.get(name).map_err(|e| self.fail(e))?;
+        let value = table.get(META_UUID).map_err(|e| self.fail(e))?;
         Ok(value.map(|value| value.value().to_vec()))
     }
 
@@ -365,6 +320,15 @@ impl View<'_> {
 impl Change<'_> {
     fn fail(&self, e: impl Into<redb::Error>) -> PoolError {
         PoolError::catalogue("write to", self.path, e)
+    }
+
+    fn owner(&self) -> Result<Option<Vec<u8>>, PoolError> {
+        let table = self
+            .transaction
+            .open_table(META)
+            .map_err(|e| self.fail(e))?;
+        let value = table.get(META_UUID).map_err(|e| self.fail(e))?;
+        Ok(value.map(|value| value.value().to_vec()))
     }
 
     /// Every generation of `id` that is in the catalogue, readable or not, oldest first.

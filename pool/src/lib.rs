@@ -19,6 +19,7 @@ mod error;
 mod lease;
 mod pool;
 mod reader;
+mod record;
 mod space;
 mod superblock;
 mod template;

@@ -12,10 +12,11 @@ use uuid::Uuid;
 
 use crate::PAGE_SIZE;
 use crate::backend::{Backend, DataFile, memory_path};
-use crate::catalogue::{Catalogue, Change, Listing, Record};
+use crate::catalogue::{Catalogue, Change};
 use crate::error::PoolError;
 use crate::lease::{Lease, LeaseFiles, Mode, holders};
 use crate::reader::TemplateReader;
+use crate::record::{Listing, Record};
 use crate::space::{FreeSpace, Run};
 use crate::superblock::{DATA_OFFSET, Superblock, VERSION};
 use crate::template::{Source, TemplateId, TemplateInfo};
@@ -139,9 +140,8 @@ impl Pool {
         std::fs::create_dir_all(&readers)
             .map_err(|e| PoolError::io("make the directory", &readers, e))?;
         // Without pool.data there is no pool, so what lies here is of a format that did not finish.
-        let catalogue = catalogue_of(path, &leases);
         remove_if_there(&path.join("catalogue.redb"))?;
-        catalogue.create(superblock.uuid)?;
+        catalogue_of(path, &superblock, &leases).create()?;
         if backend == Backend::Memfd {
             DataFile::make_memory(&superblock)?;
         }
@@ -164,8 +164,8 @@ impl Pool {
         };
         let superblock = Superblock::read(&file, &data_path)?;
         let leases = LeaseFiles::new(path);
-        let catalogue = catalogue_of(path, &leases);
-        catalogue.check(superblock.uuid)?;
+        let catalogue = catalogue_of(path, &superblock, &leases);
+        catalogue.check()?;
         let data = match superblock.backend {
             Backend::File => DataFile::on_disk(file, &data_path),
             Backend::Memfd => open_memory(&superblock, &catalogue, &leases)?,
@@ -494,8 +494,9 @@ fn superseded(listing: &Listing) -> Vec<(TemplateId, u64)> {
         .collect()
 }
 
-fn catalogue_of(path: &Path, leases: &LeaseFiles) -> Catalogue {
-    Catalogue::new(path.join("catalogue.redb"), leases.catalogue(), PATIENCE)
+fn catalogue_of(path: &Path, superblock: &Superblock, leases: &LeaseFiles) -> Catalogue {
+    let file = path.join("catalogue.redb");
+    Catalogue::new(file, superblock.uuid, leases.catalogue(), PATIENCE)
 }
 
 /// Writes `pool.data` under another name first, so that it is there whole or not at all.

@@ -6,10 +6,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
 
 use crate::PAGE_SIZE;
-use crate::catalogue::{PageSum, Record};
 use crate::error::PoolError;
 use crate::lease::{Lease, Mode, holders};
 use crate::pool::Inner;
+use crate::record::{PageSum, Record};
 use crate::template::{Extent, Source, TemplateId, TemplateInfo};
 
 /// Pages read in one go by a check.

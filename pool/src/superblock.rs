@@ -132,3 +132,27 @@ fn u64_at(block: &[u8], at: usize) -> u64 {
     bytes.copy_from_slice(&block[at..at + 8]);
     u64::from_le_bytes(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn no_changed_bit_goes_unseen(at in 0..PAGE_SIZE, bit in 0..8u32) {
+            let sound = Superblock {
+                backend: Backend::File,
+                uuid: Uuid::new_v4(),
+                size: 1 << 30,
+                created: 1,
+            };
+            let path = Path::new("pool.data");
+            let mut block = sound.encode();
+            prop_assert_eq!(Superblock::decode(&block, path).unwrap(), sound);
+            block[at] ^= 1 << bit;
+            prop_assert!(Superblock::decode(&block, path).is_err());
+        }
+    }
+}

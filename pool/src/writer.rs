@@ -5,10 +5,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::PAGE_SIZE;
-use crate::catalogue::{PageSum, Record};
 use crate::error::PoolError;
 use crate::lease::Lease;
 use crate::pool::{Freed, Inner, now, offset_of};
+use crate::record::{PageSum, Record};
 use crate::space::{FreeSpace, Run};
 use crate::template::{Extent, Source, TemplateId, TemplateInfo, push_page};
 

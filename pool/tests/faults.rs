@@ -142,6 +142,28 @@ fn a_catalogue_that_is_missing_foreign_or_garbage_is_refused_by_name() {
 }
 
 #[test]
+fn a_pool_made_anew_in_the_same_place_is_not_mistaken_for_the_old_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool");
+    let old = Pool::format(&path, Backend::File, SIZE).unwrap();
+    let info = store(&old, "key", &[1, 2, 3]);
+    Pool::destroy(&path).unwrap();
+    let new = Pool::format(&path, Backend::File, SIZE).unwrap();
+    store(&new, "key", &[4, 5, 6]);
+    for failed in [old.list().unwrap_err(), old.delete(&info.id).unwrap_err()] {
+        assert!(
+            matches!(failed, PoolError::ForeignCatalogue { .. }),
+            "{failed}"
+        );
+    }
+    assert!(matches!(
+        old.begin("key"),
+        Err(PoolError::ForeignCatalogue { .. })
+    ));
+    assert_eq!(new.list().unwrap().len(), 1);
+}
+
+#[test]
 fn verify_finds_changed_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let pool = Pool::format(dir.path(), Backend::File, SIZE).unwrap();
