@@ -140,7 +140,7 @@ format_pool() {
         note "the pool in $state/pool is kept"
         return
     fi
-    "$bin/trenv-pool" format "$state/pool" --backend "$mem_pool" --size "$pool_bytes"
+    "$bin/trenv-pool" format
 }
 
 images() {

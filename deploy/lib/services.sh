@@ -175,8 +175,8 @@ remove_sandboxes() {
         "${ctr[@]}" task delete -f "$id" >/dev/null 2>&1 || true
         "${ctr[@]}" container delete "$id" >/dev/null 2>&1 || true
     done
-    for id in $("${ctr[@]}" lease ls -q 2>/dev/null | grep '^trenv' || true); do
-        "${ctr[@]}" lease rm "$id" >/dev/null 2>&1 || true
+    for id in $("${ctr[@]}" leases ls -q 2>/dev/null | grep '^trenv' || true); do
+        "${ctr[@]}" leases rm "$id" >/dev/null 2>&1 || true
     done
 }
 

@@ -109,8 +109,8 @@ impl Containerd {
         if !left.trim().is_empty() {
             bail!("Containers cannot be removed: {}", left.trim());
         }
-        for lease in run(&["lease", "ls", "-q"])?.lines() {
-            let _ = run(&["lease", "rm", lease]);
+        for lease in run(&["leases", "ls", "-q"])?.lines() {
+            let _ = run(&["leases", "rm", lease]);
         }
         Ok(())
     }
@@ -143,6 +143,7 @@ fn spawn(directory: &Path, root: &Path, binaries: &Path, config: &Path) -> anyho
     paths.extend(std::env::split_paths(&path));
     let mut command = Command::new("containerd");
     command
+        .args(["--log-level", "warn"])
         .arg("--config")
         .arg(&file)
         .env("PATH", std::env::join_paths(paths)?)

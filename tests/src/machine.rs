@@ -100,18 +100,9 @@ impl Machine {
             stopped: false,
             directory,
         };
-        let size = settings.pool_size.to_string();
-        machine.tool("trenv-pool", &["format", &machine.pool(), "--size", &size])?;
+        machine.tool("trenv-pool", &["format"])?;
         machine.start_provider()?;
         Ok(machine)
-    }
-
-    fn pool(&self) -> String {
-        self.directory
-            .path()
-            .join("state/pool")
-            .display()
-            .to_string()
     }
 
     fn config(&self) -> PathBuf {
