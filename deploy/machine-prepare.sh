@@ -12,7 +12,6 @@ readonly config=/etc/trenv/trenv.toml
 readonly secrets=/etc/trenv/secrets
 readonly state=/var/lib/trenv
 readonly run=/run/trenv
-readonly target=$here/target/x86_64-unknown-linux-gnu/release
 readonly programs=(containerd-shim-trenv-v2 trenv-provider trenv trenv-pool)
 readonly helpers=(trenv-init trenv-zygote fwatchdog)
 readonly samples=(hello-python hello-node json-python image-node numpy-python)
@@ -26,6 +25,7 @@ readonly samples=(hello-python hello-node json-python image-node numpy-python)
 
 mem_pool='file'
 pool_size=4G
+profile=release
 demo=yes
 clean=no
 dax_dev=
@@ -39,6 +39,7 @@ Usage: bash deploy/machine-prepare.sh [options]
   --dax-dev PATH    device of a dax pool, e.g. /dev/dax0.0
   --nic NAME        network interface of an rdma pool
   --pool-size SIZE  size of the pool, e.g. 4G (default) or 512M
+  --profile NAME    how to build: release (default), or dev, which builds quicker and runs slower
   --no-demo         prepare only
   --clean           stop everything of trenv and remove it from this machine
   --help            this text
@@ -48,13 +49,14 @@ USAGE
 parse() {
     while [ $# -gt 0 ]; do
         case $1 in
-            --mem-pool | --dax-dev | --nic | --pool-size)
+            --mem-pool | --dax-dev | --nic | --pool-size | --profile)
                 [ $# -ge 2 ] || fail "$1 needs a value; see --help"
                 case $1 in
                     --mem-pool) mem_pool=$2 ;;
                     --dax-dev) dax_dev=$2 ;;
                     --nic) nic=$2 ;;
                     --pool-size) pool_size=$2 ;;
+                    --profile) profile=$2 ;;
                 esac
                 shift 2
                 ;;
@@ -69,6 +71,11 @@ parse() {
         dax) fail "A dax pool${dax_dev:+ on $dax_dev} is not built into this version yet; use --mem-pool file or memfd." ;;
         rdma) fail "An rdma pool${nic:+ over $nic} is not built into this version yet; use --mem-pool file or memfd." ;;
         *) fail "--mem-pool $mem_pool is unknown; choose file, memfd, dax or rdma" ;;
+    esac
+    case $profile in
+        release) target=$here/target/x86_64-unknown-linux-gnu/release ;;
+        dev) target=$here/target/x86_64-unknown-linux-gnu/debug ;;
+        *) fail "--profile $profile is unknown; choose release or dev" ;;
     esac
     if [ -n "$dax_dev$nic" ]; then
         fail "--dax-dev and --nic belong to --mem-pool dax and rdma"
@@ -86,7 +93,7 @@ check_machine() {
 
 build() {
     find_cargo
-    (cd "$here" && cargo build --release --locked --workspace --bins --exclude xtask --exclude trenv-tests)
+    (cd "$here" && cargo build --profile "$profile" --locked --workspace --bins --exclude xtask --exclude trenv-tests)
 }
 
 install_programs() {
