@@ -83,6 +83,23 @@ impl Child {
     }
 }
 
+/// A child that another part of this process waits for; no sweep touches it while this lives.
+#[derive(Debug)]
+pub struct Unswept(i32);
+
+impl Unswept {
+    pub fn new(pid: i32) -> Self {
+        watched(|set| set.insert(pid));
+        Self(pid)
+    }
+}
+
+impl Drop for Unswept {
+    fn drop(&mut self) {
+        watched(|set| set.remove(&self.0));
+    }
+}
+
 impl Drop for Child {
     fn drop(&mut self) {
         watched(|set| set.remove(&self.pid));

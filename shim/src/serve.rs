@@ -121,7 +121,7 @@ async fn serve(flags: &Flags, config: Config) -> anyhow::Result<()> {
 
 fn server(shim: &Arc<Shim>) -> anyhow::Result<Server> {
     let tasks = create_task(Arc::new(TaskService::new(Arc::clone(shim))));
-    let own = sandbox::service(Arc::clone(shim));
+    let own = sandbox::service(shim);
     // SAFETY: `start` gives the listening socket as this descriptor, and nothing else uses it.
     let listener = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
     // Programs that this process runs must not inherit the socket.

@@ -1,1 +1,500 @@
-//! The snapshot engine's side of the shim.
+//! Templates on this host: their zygotes, the seats kept ready for them, and dumps.
+//!
+//! A template's zygote is built by `Prepare` or at its first start, and stands until the template
+//! is deleted or replaced. Seats (a tenancy cgroup, with an agent of the zygote in it) are made off
+//! the call's path and used again after a tenancy, since moving a task between cgroups of version 1
+//! takes long.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use trenv_config::Config;
+use trenv_pool::{Pool, PoolError, PoolOptions, TemplateId, TemplateReader};
+use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
+use trenv_sandbox::rootfs::{Mount, overlay_from_mounts};
+use trenv_snapshot::Fingerprint;
+use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
+use trenv_snapshot::zygote::{self, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
+
+use crate::error::{Result, ShimError};
+use crate::reap::Unswept;
+use crate::sandbox::{Seat, TemplateRef, Tenancy};
+
+/// Seats kept after tenancies have given them back.
+const SEATS_MAX: usize = 32;
+
+/// How templates are started.
+pub const METHODS: [&str; 2] = ["template", "copy"];
+
+/// The templates that this shim uses. All methods may block.
+pub struct Templates {
+    config: Arc<Config>,
+    /// Parent of the cgroups of this namespace.
+    cgroup_parent: String,
+    pool: OnceLock<Pool>,
+    standing: Mutex<HashMap<TemplateRef, Arc<Standing>>>,
+    next_seat: AtomicU64,
+}
+
+/// A template whose zygote stands.
+struct Standing {
+    zygote: Zygote,
+    zygote_cgroup: TenancyCgroup,
+    limits: Mutex<Limits>,
+    seats: Mutex<Vec<Arc<Seat>>>,
+    wanted: usize,
+    // Keeps the pages in the pool for as long as the zygote may be built again from them.
+    _reader: TemplateReader,
+    _unswept: Unswept,
+}
+
+impl Templates {
+    pub fn new(config: Arc<Config>, cgroup_parent: String) -> Self {
+        Self {
+            config,
+            cgroup_parent,
+            pool: OnceLock::new(),
+            standing: Mutex::default(),
+            next_seat: AtomicU64::new(0),
+        }
+    }
+
+    /// What a template's key must contain so that it is only used where it fits.
+    pub fn fingerprint() -> Result<String> {
+        Fingerprint::of_this_machine()
+            .map(|fingerprint| fingerprint.to_string())
+            .map_err(ShimError::engine("describe this machine"))
+    }
+
+    /// Makes sure that a template's zygote stands and its seats are there.
+    pub fn prepare(
+        &self,
+        template: TemplateRef,
+        rootfs: &[Mount],
+        limits: &Limits,
+        seats: usize,
+    ) -> Result<u64> {
+        let seats = if seats == 0 {
+            self.config.sandbox.spare_agents
+        } else {
+            seats
+        };
+        let standing = self.stand(template, rootfs, limits, seats)?;
+        *lock(&standing.limits) = limits.clone();
+        self.fill(template, &standing)?;
+        self.forget_older(template);
+        standing
+            .zygote
+            .resident_bytes()
+            .map_err(ShimError::engine("look at the zygote"))
+    }
+
+    /// A seat whose agent can clone the template, ready or made now; `true` when it was ready.
+    pub fn seat(
+        &self,
+        template: TemplateRef,
+        active: &[Mount],
+        limits: &Limits,
+    ) -> Result<(Arc<Seat>, bool)> {
+        let rootfs = layers_only(active);
+        let standing = self.stand(template, &rootfs, limits, self.config.sandbox.spare_agents)?;
+        let ready = lock(&standing.seats).pop();
+        let (seat, was_ready) = match ready {
+            Some(seat) => (seat, true),
+            None => match self.make_seat(template, &standing, limits) {
+                Ok(seat) => (seat, false),
+                Err(ShimError::Engine { source, .. }) if is_gone(source.as_ref()) => {
+                    // Somebody killed the zygote: build it anew, once.
+                    self.forget(template);
+                    let standing = self.stand(template, &rootfs, limits, standing.wanted)?;
+                    (self.make_seat(template, &standing, limits)?, false)
+                }
+                Err(err) => return Err(err),
+            },
+        };
+        seat.cgroup
+            .update(limits)
+            .map_err(ShimError::engine("set the tenancy's limits"))?;
+        Ok((seat, was_ready))
+    }
+
+    /// Takes an empty seat back after a tenancy.
+    pub fn give_back(&self, seat: Arc<Seat>) -> Result<()> {
+        let standing = seat
+            .template
+            .and_then(|template| lock(&self.standing).get(&template).cloned());
+        if let Some(standing) = standing
+            && lock(&standing.seats).len() < SEATS_MAX.max(standing.wanted)
+            && seat
+                .cgroup
+                .reset_counters()
+                .map_err(ShimError::engine("reset the counters"))?
+        {
+            lock(&standing.seats).push(seat);
+            return Ok(());
+        }
+        seat.remove()
+    }
+
+    /// Makes seats until as many are ready as shall be.
+    pub fn refill(&self, template: TemplateRef) -> Result<()> {
+        let standing = lock(&self.standing).get(&template).cloned();
+        standing.map_or(Ok(()), |standing| self.fill(template, &standing))
+    }
+
+    /// Writes a tenancy's template to the pool and ends its processes. After an error they go on.
+    pub fn dump(&self, key: &str, init_pid: i32, tenancy: &Tenancy) -> Result<Dumped> {
+        let writer = self
+            .pool()?
+            .begin(key)
+            .map_err(pool_error("begin a template"))?;
+        let request = DumpRequest {
+            group: tenancy.seat.as_ref(),
+            init_pid,
+            root_pid: tenancy.root.pid.cast_signed(),
+            stdio: tenancy.stdio,
+        };
+        dump::dump(&request, writer).map_err(dump_error)
+    }
+
+    /// Deletes a template of any generation; one that does not exist is fine.
+    pub fn delete(&self, id: TemplateId) -> Result<()> {
+        self.forget_where(|template| template.id == id);
+        match self.pool()?.delete(&id) {
+            Ok(_) | Err(PoolError::NoSuchTemplate { .. }) => Ok(()),
+            Err(err) => Err(pool_error("delete a template")(err)),
+        }
+    }
+
+    /// Ends all zygotes and seats.
+    pub fn free(&self) {
+        self.forget_where(|_| true);
+    }
+
+    /// Starts a template by copying its memory for this one start, without a zygote that stays.
+    pub fn start_copy(
+        &self,
+        template: TemplateRef,
+        active: &[Mount],
+        cgroup: &TenancyCgroup,
+        request: &StartRequest<'_>,
+    ) -> Result<Started> {
+        let reader = self.reader(template)?;
+        let root = overlay_from_mounts(&layers_only(active))
+            .map_err(ShimError::engine("mount the template's layers"))?;
+        let zygote = ZygoteRequest {
+            template: &reader,
+            rootfs: root,
+            binary: &self.zygote_binary(),
+            cgroups: cgroup
+                .dirs()
+                .iter()
+                .map(|dir| dir.join("cgroup.procs"))
+                .collect(),
+        };
+        zygote::start_copy(zygote, request).map_err(start_error)
+    }
+
+    fn reader(&self, template: TemplateRef) -> Result<TemplateReader> {
+        let generation = (template.generation != 0).then_some(template.generation);
+        self.pool()?
+            .template(&template.id, generation)
+            .map_err(pool_error("open the template"))
+    }
+
+    /// The program that becomes a zygote.
+    fn zygote_binary(&self) -> PathBuf {
+        self.config.libexec_dir.join("trenv-zygote")
+    }
+
+    /// A new tenancy cgroup.
+    pub fn tenancy_cgroup(&self, limits: &Limits) -> Result<TenancyCgroup> {
+        let number = self.next_seat.fetch_add(1, Ordering::Relaxed);
+        let name = format!("tenancy-{}-{number}", std::process::id());
+        TenancyCgroup::create(&self.cgroup_parent, &name, limits)
+            .map_err(ShimError::engine("make a tenancy's cgroup"))
+    }
+
+    fn pool(&self) -> Result<&Pool> {
+        if let Some(pool) = self.pool.get() {
+            return Ok(pool);
+        }
+        let backend = self.config.pool.backend.parse().map_err(|err| {
+            ShimError::InvalidArgument(format!("The configured pool cannot be used: {err}"))
+        })?;
+        let options = PoolOptions {
+            backend,
+            path: self.config.pool_path(),
+            size: self.config.pool.size,
+        };
+        let pool = options
+            .open_or_format()
+            .map_err(pool_error("open the pool"))?;
+        Ok(self.pool.get_or_init(|| pool))
+    }
+
+    fn stand(
+        &self,
+        template: TemplateRef,
+        rootfs: &[Mount],
+        limits: &Limits,
+        wanted: usize,
+    ) -> Result<Arc<Standing>> {
+        if let Some(standing) = lock(&self.standing).get(&template) {
+            return Ok(Arc::clone(standing));
+        }
+        let built = Arc::new(self.build(template, rootfs, limits, wanted)?);
+        // Whoever built it first at the same time wins; the other one goes.
+        Ok(Arc::clone(
+            lock(&self.standing).entry(template).or_insert(built),
+        ))
+    }
+
+    fn build(
+        &self,
+        template: TemplateRef,
+        rootfs: &[Mount],
+        limits: &Limits,
+        wanted: usize,
+    ) -> Result<Standing> {
+        let reader = self.reader(template)?;
+        let root =
+            overlay_from_mounts(rootfs).map_err(ShimError::engine("mount the zygote's layers"))?;
+        let number = self.next_seat.fetch_add(1, Ordering::Relaxed);
+        let short: String = template.id.to_string().chars().take(16).collect();
+        let name = format!("{short}-{}-{number}", template.generation);
+        let parent = format!("{}/zygotes", self.cgroup_parent);
+        let cgroup = TenancyCgroup::create(&parent, &name, &Limits::default())
+            .map_err(ShimError::engine("make the zygote's cgroup"))?;
+        let request = ZygoteRequest {
+            template: &reader,
+            rootfs: root,
+            binary: &self.zygote_binary(),
+            cgroups: cgroup
+                .dirs()
+                .iter()
+                .map(|dir| dir.join("cgroup.procs"))
+                .collect(),
+        };
+        let begun = Instant::now();
+        match Zygote::build(request) {
+            Ok(zygote) => {
+                tracing::info!("Built the zygote of {short} in {:?}", begun.elapsed());
+                Ok(Standing {
+                    _unswept: Unswept::new(zygote.pid()),
+                    zygote,
+                    zygote_cgroup: cgroup,
+                    limits: Mutex::new(limits.clone()),
+                    seats: Mutex::default(),
+                    wanted,
+                    _reader: reader,
+                })
+            }
+            Err(err) => {
+                // The first error is the one to report.
+                let _ = cgroup.kill_all().and_then(|()| cgroup.remove());
+                Err(zygote_error("build the template's zygote")(err))
+            }
+        }
+    }
+
+    fn fill(&self, template: TemplateRef, standing: &Standing) -> Result<()> {
+        while lock(&standing.seats).len() < standing.wanted {
+            let limits = lock(&standing.limits).clone();
+            let seat = self.make_seat(template, standing, &limits)?;
+            lock(&standing.seats).push(seat);
+        }
+        Ok(())
+    }
+
+    fn make_seat(
+        &self,
+        template: TemplateRef,
+        standing: &Standing,
+        limits: &Limits,
+    ) -> Result<Arc<Seat>> {
+        let agent = standing
+            .zygote
+            .agent()
+            .map_err(zygote_error("make an agent of the zygote"))?;
+        let cgroup = self.tenancy_cgroup(limits)?;
+        if cgroup.dir_fd().is_none()
+            && let Err(err) = cgroup.add(agent.pid())
+        {
+            drop(agent);
+            // The first error is the one to report.
+            let _ = cgroup.kill_all().and_then(|()| cgroup.remove());
+            return Err(ShimError::engine("move an agent into its cgroup")(err));
+        }
+        Ok(Arc::new(Seat::with_agent(cgroup, template, agent)))
+    }
+
+    fn forget(&self, template: TemplateRef) {
+        self.forget_where(|known| *known == template);
+    }
+
+    fn forget_older(&self, template: TemplateRef) {
+        self.forget_where(|known| {
+            known.id == template.id && known.generation < template.generation
+        });
+    }
+
+    fn forget_where(&self, which: impl Fn(&TemplateRef) -> bool) {
+        let gone: Vec<Arc<Standing>> = lock(&self.standing)
+            .extract_if(|known, _| which(known))
+            .map(|(_, gone)| gone)
+            .collect();
+        for standing in gone {
+            // A start that still holds it ends it later; its cgroup then goes with the next sweep.
+            if let Some(standing) = Arc::into_inner(standing) {
+                standing.end();
+            }
+        }
+    }
+}
+
+impl Standing {
+    fn end(self) {
+        let seats = self
+            .seats
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        for seat in seats {
+            if let Err(err) = seat.remove() {
+                tracing::warn!("A spare cgroup stays until the next sweep: {}", err.chain());
+            }
+        }
+        drop(self.zygote);
+        if let Err(err) = self
+            .zygote_cgroup
+            .kill_all()
+            .and_then(|()| self.zygote_cgroup.remove())
+        {
+            tracing::warn!("The cgroup of a zygote stays until the next sweep: {err}");
+        }
+    }
+}
+
+/// The read-only layers behind an active snapshot's mounts.
+pub fn layers_only(active: &[Mount]) -> Vec<Mount> {
+    active
+        .iter()
+        .map(|mount| {
+            let mut layers = mount.clone();
+            layers.options.retain(|option| {
+                !option.starts_with("upperdir=") && !option.starts_with("workdir=")
+            });
+            if layers.options.len() == mount.options.len() {
+                return layers;
+            }
+            let lower = layers
+                .options
+                .iter()
+                .find_map(|option| option.strip_prefix("lowerdir="));
+            match lower {
+                // overlayfs wants two layers when there is no upper one.
+                Some(lower) if !lower.contains(':') => Mount {
+                    kind: "bind".into(),
+                    source: lower.to_owned(),
+                    options: vec!["rbind".into(), "ro".into()],
+                },
+                _ => layers,
+            }
+        })
+        .collect()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn is_gone(source: &(dyn std::error::Error + 'static)) -> bool {
+    matches!(
+        source.downcast_ref(),
+        Some(ZygoteError::Gone | ZygoteError::Io { .. })
+    )
+}
+
+fn zygote_error(action: &'static str) -> impl FnOnce(ZygoteError) -> ShimError {
+    move |err| match err {
+        ZygoteError::Pool(err) => pool_error(action)(err),
+        ZygoteError::Fingerprint { .. } => ShimError::WrongState {
+            action: "use",
+            id: "the template".into(),
+            state: err.to_string(),
+        },
+        ZygoteError::Deadline(limit) => ShimError::Timeout {
+            what: "The restore".into(),
+            limit,
+        },
+        err => ShimError::engine(action)(err),
+    }
+}
+
+/// A failed start, in the caller's terms.
+pub fn start_error(err: ZygoteError) -> ShimError {
+    zygote_error("restore the function")(err)
+}
+
+fn dump_error(err: DumpError) -> ShimError {
+    match err {
+        DumpError::Refused(_) => ShimError::Unimplemented(err.to_string()),
+        DumpError::Stuck { .. } => ShimError::Timeout {
+            what: err.to_string(),
+            limit: Duration::from_secs(5),
+        },
+        DumpError::Pool(err) => pool_error("store the snapshot")(err),
+        err => ShimError::engine("dump the function")(err),
+    }
+}
+
+fn pool_error(action: &'static str) -> impl FnOnce(PoolError) -> ShimError {
+    move |err| match err {
+        PoolError::NoSuchTemplate { id } => ShimError::NotFound {
+            kind: "template",
+            id: id.to_string(),
+        },
+        PoolError::NoSuchGeneration { id, generation } => ShimError::NotFound {
+            kind: "template",
+            id: format!("{id} generation {generation}"),
+        },
+        PoolError::Full { .. } | PoolError::DiskFull { .. } => {
+            ShimError::Exhausted(err.to_string())
+        }
+        err => ShimError::engine(action)(err),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn overlay(options: &[&str]) -> Vec<Mount> {
+        vec![Mount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: options.iter().map(|text| (*text).to_owned()).collect(),
+        }]
+    }
+
+    #[test]
+    fn the_layers_of_an_active_snapshot_are_found() {
+        let many = layers_only(&overlay(&[
+            "index=off",
+            "workdir=/w",
+            "upperdir=/u",
+            "lowerdir=/a:/b",
+        ]));
+        assert_eq!(many, overlay(&["index=off", "lowerdir=/a:/b"]));
+        let one = layers_only(&overlay(&["workdir=/w", "upperdir=/u", "lowerdir=/a"]));
+        assert_eq!(
+            (one[0].kind.as_str(), one[0].source.as_str()),
+            ("bind", "/a")
+        );
+        let view = overlay(&["lowerdir=/a:/b"]);
+        assert_eq!(layers_only(&view), view);
+    }
+}

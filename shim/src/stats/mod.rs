@@ -29,6 +29,34 @@ impl Groups {
         Ok(Self::parse(&read(format!("/proc/{pid}/cgroup"))?, &mounts))
     }
 
+    /// The groups of these directories, as a sandbox's cgroup names them.
+    pub fn of_dirs(dirs: &[PathBuf]) -> Result<Self> {
+        let unified = dirs
+            .iter()
+            .find(|dir| dir.join("cgroup.controllers").exists());
+        let v1: HashMap<String, PathBuf> = ["cpu", "cpuacct", "memory", "pids", "blkio"]
+            .into_iter()
+            .filter_map(|name| {
+                let own = |dir: &&PathBuf| {
+                    dir.join(probe(name)).exists() && !dir.join("cgroup.controllers").exists()
+                };
+                let dir = dirs.iter().find(own)?;
+                Some((name.to_owned(), dir.clone()))
+            })
+            .collect();
+        match (v1.is_empty(), unified) {
+            (false, _) => Ok(Self::V1(v1)),
+            (true, Some(dir)) => Ok(Self::V2(dir.clone())),
+            (true, None) => Err(ShimError::NotFound {
+                kind: "cgroup",
+                id: dirs
+                    .first()
+                    .map(|dir| dir.display().to_string())
+                    .unwrap_or_default(),
+            }),
+        }
+    }
+
     fn parse(membership: &str, mounts: &str) -> Self {
         let mut v1 = HashMap::new();
         let mut v2 = PathBuf::from("/sys/fs/cgroup");
@@ -97,6 +125,17 @@ impl Groups {
             value,
             ..Any::default()
         })
+    }
+}
+
+/// A file that only this controller of version 1 has.
+fn probe(controller: &str) -> &'static str {
+    match controller {
+        "cpu" => "cpu.shares",
+        "cpuacct" => "cpuacct.usage",
+        "memory" => "memory.limit_in_bytes",
+        "blkio" => "blkio.throttle.io_serviced_recursive",
+        _ => "pids.max",
     }
 }
 

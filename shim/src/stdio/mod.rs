@@ -51,6 +51,13 @@ pub struct Owner {
 #[derive(Debug)]
 pub struct ProcessEnds(pub [OwnedFd; 3]);
 
+impl ProcessEnds {
+    /// Ends without anything behind them.
+    pub fn nowhere() -> Result<Self> {
+        Ok(Self([null()?, null()?, null()?]))
+    }
+}
+
 /// The shim's side: copiers at work.
 #[derive(Debug)]
 pub struct Streams {

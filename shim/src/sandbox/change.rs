@@ -1,0 +1,467 @@
+//! What `trenv.sandbox.v1` does to a sandbox: reset, repurpose, snapshot, each step timed.
+//!
+//! A step's name with a dot ("rootfs.pivot") is a part of the one before it without.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use oci_spec::runtime::{LinuxSeccomp, Spec};
+use trenv_sandbox::Rootfs;
+use trenv_sandbox::cgroup::Limits;
+use trenv_sandbox::rootfs::{Mount, overlay_from_mounts, sync_upper};
+use trenv_sandbox_proto as proto;
+use trenv_snapshot::zygote::{StartRequest, Started};
+
+use super::container::SandboxContainer;
+use super::spec::{PartSpec, RootSpec, hostname_of};
+use super::tenancy::{Root, Seat, TemplateRef, Tenancy, identify};
+use crate::error::{Result, ShimError};
+use crate::reap::Exit;
+use crate::runc::blocking;
+use crate::stdio::{self, Overflow, ProcessEnds};
+use crate::template::{METHODS, start_error};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE_MAX: Duration = Duration::from_secs(300);
+const STREAMS_LIMIT: Duration = Duration::from_secs(2);
+
+/// Timed steps, in order.
+#[derive(Debug, Default)]
+pub struct Steps(Vec<proto::Step>);
+
+impl Steps {
+    /// Runs a step and notes how long it took.
+    fn time<T>(&mut self, name: &str, step: impl FnOnce() -> Result<T>) -> Result<T> {
+        let begun = Instant::now();
+        let result = step();
+        self.add(name, begun.elapsed());
+        result
+    }
+
+    fn add(&mut self, name: &str, took: Duration) {
+        self.0.push(proto::Step {
+            name: name.to_owned(),
+            microseconds: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+            ..proto::Step::default()
+        });
+    }
+
+    fn parts<'a>(&mut self, of: &str, parts: impl IntoIterator<Item = (&'a str, Duration)>) {
+        for (name, took) in parts {
+            self.add(&format!("{of}.{name}"), took);
+        }
+    }
+
+    /// The steps as the protocol has them.
+    pub fn into_proto(self) -> Vec<proto::Step> {
+        self.0
+    }
+}
+
+/// A checked repurpose request.
+struct Plan {
+    tenancy: String,
+    template: TemplateRef,
+    copy: bool,
+    rootfs: Vec<Mount>,
+    root: RootSpec,
+    limits: Limits,
+    seccomp: Option<LinuxSeccomp>,
+    spec_json: String,
+    deadline: Duration,
+}
+
+impl SandboxContainer {
+    /// Ends the tenancy: Ready, Resetting, Idle.
+    pub async fn reset(self: &Arc<Self>) -> Result<Steps> {
+        self.claim("reset", proto::State::READY, proto::State::RESETTING)?;
+        let tenancy = self.lock().tenancy.take();
+        let mut steps = Steps::default();
+        match self.end_tenancy(tenancy, &mut steps).await {
+            Ok(()) => {
+                self.settle(proto::State::IDLE, "the tenancy was ended", |_| {})?;
+                Ok(steps)
+            }
+            Err(err) => {
+                self.die(Exit::now(137), "the reset failed").await;
+                Err(err)
+            }
+        }
+    }
+
+    /// Starts a tenancy from a template: Idle, Restoring, Ready.
+    pub async fn repurpose(
+        self: &Arc<Self>,
+        request: proto::RepurposeRequest,
+    ) -> Result<proto::RepurposeResponse> {
+        let plan = Plan::of(request)?;
+        self.claim("repurpose", proto::State::IDLE, proto::State::RESTORING)?;
+        let mut steps = Steps::default();
+        let begun = Instant::now();
+        let seat = match self.seat_for(&plan).await {
+            Ok(seat) => seat,
+            Err(err) => {
+                // Nothing has been changed yet.
+                self.settle(proto::State::IDLE, "no template to start from", |_| {})?;
+                return Err(err);
+            }
+        };
+        steps.add("cgroup", begun.elapsed());
+        let template = plan.template;
+        let spec_json = plan.spec_json.clone();
+        let pids = match self.restore(plan, seat, &mut steps).await {
+            Ok(pids) => pids,
+            Err(err) => {
+                self.die(Exit::now(137), "the restore failed").await;
+                return Err(err);
+            }
+        };
+        self.after_start(template, spec_json);
+        Ok(proto::RepurposeResponse {
+            steps: steps.into_proto(),
+            pids: pids.into_iter().map(i32::cast_unsigned).collect(),
+            ..proto::RepurposeResponse::default()
+        })
+    }
+
+    /// Writes the function's template and ends the tenancy; a refused dump leaves it running.
+    pub async fn snapshot(self: &Arc<Self>, key: String) -> Result<proto::SnapshotResponse> {
+        if key.is_empty() {
+            return Err(ShimError::InvalidArgument(
+                "A snapshot needs the template's key".into(),
+            ));
+        }
+        self.claim("snapshot", proto::State::READY, proto::State::RESETTING)?;
+        let _starting = self.starting();
+        let tenancy = self
+            .lock()
+            .tenancy
+            .take()
+            .ok_or_else(|| ShimError::Fault("a running sandbox has no tenancy".into()))?;
+        let mut steps = Steps::default();
+        let begun = Instant::now();
+        let this = Arc::clone(self);
+        let (tenancy, dumped) = blocking(move || {
+            let dumped = this
+                .all
+                .templates
+                .dump(&key, this.sandbox.init_pid(), &tenancy);
+            Ok((tenancy, dumped))
+        })
+        .await?;
+        let dumped = match dumped {
+            Ok(dumped) => dumped,
+            Err(err) => {
+                self.settle_ready(tenancy, "the snapshot was refused")?;
+                return Err(err);
+            }
+        };
+        steps.add("dump", begun.elapsed());
+        steps.parts("dump", dumped.steps.iter().copied());
+        let written = self.write_through(&tenancy, &mut steps).await;
+        let ended = match written {
+            Ok(()) => self.end_tenancy(Some(tenancy), &mut steps).await,
+            Err(err) => Err(err),
+        };
+        if let Err(err) = ended {
+            self.die(Exit::now(137), "the end after the snapshot failed")
+                .await;
+            return Err(err);
+        }
+        self.settle(proto::State::IDLE, "the function was snapshotted", |_| {})?;
+        Ok(proto::SnapshotResponse {
+            template_id: dumped.template.id.to_string(),
+            generation: dumped.template.generation,
+            image_bytes: dumped.image_bytes,
+            stored_bytes: dumped.template.stored_pages * trenv_pool::PAGE_SIZE as u64,
+            processes: u32::try_from(dumped.processes).unwrap_or(u32::MAX),
+            threads: u32::try_from(dumped.threads).unwrap_or(u32::MAX),
+            steps: steps.into_proto(),
+            notes: dumped.notes,
+            ..proto::SnapshotResponse::default()
+        })
+    }
+
+    /// The upper layer belongs to the template, so it must be as durable.
+    async fn write_through(&self, tenancy: &Tenancy, steps: &mut Steps) -> Result<()> {
+        let begun = Instant::now();
+        let mounts = tenancy.mounts.clone();
+        blocking(move || {
+            sync_upper(&mounts).map_err(ShimError::engine("write the upper layer through"))
+        })
+        .await?;
+        steps.add("sync", begun.elapsed());
+        Ok(())
+    }
+
+    /// Kills what is left of a tenancy and purges the sandbox.
+    async fn end_tenancy(
+        self: &Arc<Self>,
+        tenancy: Option<Tenancy>,
+        steps: &mut Steps,
+    ) -> Result<()> {
+        let this = Arc::clone(self);
+        let mut timed = std::mem::take(steps);
+        let (timed, seat) = blocking(move || {
+            let seat = tenancy.map(|tenancy| tenancy.seat);
+            timed.time("kill", || {
+                seat.as_ref().map_or(Ok(()), |seat| seat.kill_all())
+            })?;
+            let parts = timed.time("purge", || {
+                this.sandbox
+                    .purge()
+                    .map_err(ShimError::engine("purge the sandbox"))
+            })?;
+            timed.parts("purge", parts.iter().map(|step| (step.name, step.took)));
+            Ok((timed, seat))
+        })
+        .await?;
+        *steps = timed;
+        if let Some(seat) = seat {
+            self.lock().seats.retain(|kept| !Arc::ptr_eq(kept, &seat));
+            let this = Arc::clone(self);
+            // Off the call's path: the next tenancy has a seat of its own.
+            tokio::task::spawn_blocking(move || {
+                if let Err(err) = this.all.templates.give_back(seat) {
+                    tracing::warn!(
+                        "A tenancy's cgroup stays until the next sweep: {}",
+                        err.chain()
+                    );
+                }
+            });
+        }
+        let first = Arc::clone(&self.first);
+        first.finish_streams(STREAMS_LIMIT).await;
+        Ok(())
+    }
+
+    async fn seat_for(self: &Arc<Self>, plan: &Plan) -> Result<Arc<Seat>> {
+        let this = Arc::clone(self);
+        let (template, copy) = (plan.template, plan.copy);
+        let (rootfs, limits) = (plan.rootfs.clone(), plan.limits.clone());
+        let seat = blocking(move || {
+            if copy {
+                return this
+                    .all
+                    .templates
+                    .tenancy_cgroup(&limits)
+                    .map(Seat::plain)
+                    .map(Arc::new);
+            }
+            let (seat, ready) = this.all.templates.seat(template, &rootfs, &limits)?;
+            if !ready {
+                tracing::info!(
+                    "No seat was ready for {}: one was made on the call's path",
+                    template.id
+                );
+            }
+            Ok(seat)
+        })
+        .await?;
+        self.lock().seats.push(Arc::clone(&seat));
+        Ok(seat)
+    }
+
+    async fn restore(
+        self: &Arc<Self>,
+        plan: Plan,
+        seat: Arc<Seat>,
+        steps: &mut Steps,
+    ) -> Result<Vec<i32>> {
+        let until = Instant::now() + plan.deadline;
+        let begun = Instant::now();
+        let uris = self.all.function_uris(&self.id, &self.first.uris);
+        let (ends, streams) = stdio::pipes(&uris, &self.owner, Overflow::Drop).await?;
+        steps.add("streams", begun.elapsed());
+        let stdio = identify(&ends.0);
+        let _starting = self.starting();
+        let this = Arc::clone(self);
+        let mut timed = std::mem::take(steps);
+        let (timed, plan, seat, root, started) = blocking(move || {
+            let begun = Instant::now();
+            let parts = this.enter(&plan)?;
+            timed.add("rootfs", begun.elapsed());
+            timed.parts("rootfs", parts.iter().map(|(name, took)| (*name, *took)));
+            let begun = Instant::now();
+            let started = this.start_tree(&plan, &seat, &ends, until)?;
+            timed.add("restore", begun.elapsed());
+            timed.parts("restore", started.steps.iter().copied());
+            let pid = started.pids.first().copied().unwrap_or_default();
+            let root = Root::of_host_pid(pid)?;
+            Ok((timed, plan, seat, root, started))
+        })
+        .await?;
+        *steps = timed;
+        self.first.connect(streams, None);
+        let tenancy = Tenancy {
+            id: plan.tenancy,
+            seat,
+            root,
+            stdio,
+            mounts: plan.rootfs,
+            seccomp: plan.seccomp,
+        };
+        self.settle_ready(tenancy, "the function was started from its template")?;
+        Ok(started.pids)
+    }
+
+    fn enter(&self, plan: &Plan) -> Result<Vec<(&'static str, Duration)>> {
+        let begun = Instant::now();
+        let root = Rootfs {
+            overlay: overlay_from_mounts(&plan.rootfs)
+                .map_err(ShimError::engine("mount the tenancy's root"))?,
+            parts: plan.root.parts()?,
+            read_only: plan.root.read_only,
+            hostname: plan.root.hostname.clone(),
+            masked_paths: plan.root.masked_paths.clone(),
+            readonly_paths: plan.root.readonly_paths.clone(),
+        };
+        let mut parts = vec![("mount", begun.elapsed())];
+        let entered = self
+            .sandbox
+            .enter_rootfs(&root)
+            .map_err(ShimError::engine("enter the root"))?;
+        parts.extend(entered.iter().map(|step| (step.name, step.took)));
+        Ok(parts)
+    }
+
+    fn start_tree(
+        &self,
+        plan: &Plan,
+        seat: &Seat,
+        ends: &ProcessEnds,
+        until: Instant,
+    ) -> Result<Started> {
+        let [input, output, error] = &ends.0;
+        let request = StartRequest {
+            init: self.sandbox.init_pidfd(),
+            stdio: [input.as_fd(), output.as_fd(), error.as_fd()],
+            cgroup: seat.cgroup.dir_fd(),
+            deadline: until.saturating_duration_since(Instant::now()),
+        };
+        if plan.copy {
+            let templates = &self.all.templates;
+            return templates.start_copy(plan.template, &plan.rootfs, &seat.cgroup, &request);
+        }
+        seat.with(|agent| agent.start(&request).map_err(start_error))
+    }
+
+    /// What need not be done before the answer.
+    fn after_start(self: &Arc<Self>, template: TemplateRef, spec_json: String) {
+        let this = Arc::clone(self);
+        tokio::task::spawn_blocking(move || {
+            if !spec_json.is_empty() {
+                let path = this.bundle.join("config.json");
+                let new = this.bundle.join("config.json.new");
+                let done =
+                    std::fs::write(&new, spec_json).and_then(|()| std::fs::rename(&new, &path));
+                if let Err(err) = done {
+                    tracing::warn!("{} tells the last tenancy's spec: {err}", path.display());
+                }
+            }
+            if let Err(err) = this.all.templates.refill(template) {
+                tracing::warn!(
+                    "The next start of {} has no seat ready: {}",
+                    template.id,
+                    err.chain()
+                );
+            }
+        });
+    }
+}
+
+impl Plan {
+    fn of(request: proto::RepurposeRequest) -> Result<Self> {
+        let copy = match request.method.as_str() {
+            "" | "template" => false,
+            "copy" => true,
+            other => {
+                return Err(ShimError::InvalidArgument(format!(
+                    "The start method {other:?} is not known; use one of {METHODS:?}"
+                )));
+            }
+        };
+        let spec: Option<Spec> = if request.spec_json.is_empty() {
+            None
+        } else {
+            Some(serde_json::from_str(&request.spec_json).map_err(|err| {
+                ShimError::InvalidArgument(format!("spec_json is not an OCI spec: {err}"))
+            })?)
+        };
+        let linux = spec.and_then(|spec| spec.linux().clone());
+        let mut mounts = Vec::new();
+        for mount in &request.mounts {
+            let (source, target) = (mount.source.clone().into(), mount.target.clone().into());
+            mounts.push(PartSpec::bind(source, target, &mount.options)?);
+        }
+        let hostname = if request.hostname.is_empty() {
+            hostname_of(&request.tenancy)
+        } else {
+            request.hostname
+        };
+        let list = |of: fn(&oci_spec::runtime::Linux) -> &Option<Vec<String>>| {
+            linux
+                .as_ref()
+                .and_then(|linux| of(linux).clone())
+                .unwrap_or_default()
+        };
+        Ok(Self {
+            template: template_ref(&request.template_id, request.generation)?,
+            tenancy: request.tenancy,
+            copy,
+            rootfs: mounts_of(&request.rootfs),
+            root: RootSpec {
+                read_only: request.read_only_rootfs,
+                hostname,
+                mounts,
+                masked_paths: list(oci_spec::runtime::Linux::masked_paths),
+                readonly_paths: list(oci_spec::runtime::Linux::readonly_paths),
+            },
+            limits: limits_of(request.limits.as_ref()),
+            seccomp: linux.and_then(|linux| linux.seccomp().clone()),
+            spec_json: request.spec_json,
+            deadline: match request.deadline_ms {
+                0 => DEADLINE,
+                ms => Duration::from_millis(u64::from(ms)).min(DEADLINE_MAX),
+            },
+        })
+    }
+}
+
+/// A template as a request names it.
+pub fn template_ref(id: &str, generation: u64) -> Result<TemplateRef> {
+    let id = id.parse().map_err(|err: trenv_pool::InvalidTemplateId| {
+        ShimError::InvalidArgument(err.to_string())
+    })?;
+    Ok(TemplateRef { id, generation })
+}
+
+/// Mounts as a request names them.
+pub fn mounts_of(mounts: &[proto::Mount]) -> Vec<Mount> {
+    mounts
+        .iter()
+        .map(|mount| Mount {
+            kind: mount.type_.clone(),
+            source: mount.source.clone(),
+            options: mount.options.clone(),
+        })
+        .collect()
+}
+
+/// Limits as a request names them; 0 is none.
+pub fn limits_of(limits: Option<&proto::Limits>) -> Limits {
+    const PERIOD_US: u64 = 100_000;
+    let Some(limits) = limits else {
+        return Limits::default();
+    };
+    let some = |value: u64| i64::try_from(value).ok().filter(|value| *value > 0);
+    let quota = limits.cpu_millis.saturating_mul(PERIOD_US / 1000);
+    Limits {
+        memory: some(limits.memory_bytes),
+        cpu_quota_us: some(quota),
+        cpu_period_us: some(quota).map(|_| PERIOD_US),
+        pids: some(limits.pids),
+        ..Limits::default()
+    }
+}

@@ -1,0 +1,154 @@
+//! The ttrpc service `trenv.sandbox.v1`; its contracts stand in the proto file.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use trenv_sandbox_proto as proto;
+use ttrpc::r#async::TtrpcContext;
+
+use super::Sandboxes;
+use super::change::{limits_of, mounts_of, template_ref};
+use crate::runc::blocking;
+use crate::template::{METHODS, Templates};
+
+type Reply<T> = ttrpc::Result<T>;
+
+/// The version of the protocol that this shim speaks.
+const PROTOCOL: u32 = 1;
+
+/// The service, over the sandboxes of this shim.
+pub struct SandboxService {
+    pub all: Arc<Sandboxes>,
+}
+
+#[async_trait]
+impl proto::Sandbox for SandboxService {
+    async fn version(
+        &self,
+        _: &TtrpcContext,
+        _: proto::VersionRequest,
+    ) -> Reply<proto::VersionResponse> {
+        Ok(proto::VersionResponse {
+            version: env!("CARGO_PKG_VERSION").into(),
+            protocol: PROTOCOL,
+            fingerprint: blocking(Templates::fingerprint).await?,
+            start_methods: METHODS.map(String::from).to_vec(),
+            ..proto::VersionResponse::default()
+        })
+    }
+
+    async fn list(&self, _: &TtrpcContext, _: proto::ListRequest) -> Reply<proto::ListResponse> {
+        Ok(proto::ListResponse {
+            sandboxes: self.all.list(),
+            ..proto::ListResponse::default()
+        })
+    }
+
+    async fn watch(
+        &self,
+        _: &TtrpcContext,
+        request: proto::WatchRequest,
+    ) -> Reply<proto::WatchResponse> {
+        let timeout = Duration::from_millis(u64::from(request.timeout_ms));
+        let (events, last) = self.all.watch.after(request.after, timeout).await;
+        Ok(proto::WatchResponse {
+            events,
+            last,
+            ..proto::WatchResponse::default()
+        })
+    }
+
+    async fn reset(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ResetRequest,
+    ) -> Reply<proto::ResetResponse> {
+        let all = Arc::clone(&self.all);
+        self.all
+            .requests
+            .once("Reset", &request.request_id.clone(), async move {
+                let steps = all.get(&request.sandbox_id)?.reset().await?.into_proto();
+                Ok(proto::ResetResponse {
+                    steps,
+                    ..proto::ResetResponse::default()
+                })
+            })
+            .await
+    }
+
+    async fn repurpose(
+        &self,
+        _: &TtrpcContext,
+        request: proto::RepurposeRequest,
+    ) -> Reply<proto::RepurposeResponse> {
+        let all = Arc::clone(&self.all);
+        self.all
+            .requests
+            .once("Repurpose", &request.request_id.clone(), async move {
+                all.get(&request.sandbox_id)?.repurpose(request).await
+            })
+            .await
+    }
+
+    async fn snapshot(
+        &self,
+        _: &TtrpcContext,
+        request: proto::SnapshotRequest,
+    ) -> Reply<proto::SnapshotResponse> {
+        let all = Arc::clone(&self.all);
+        self.all
+            .requests
+            .once("Snapshot", &request.request_id.clone(), async move {
+                all.get(&request.sandbox_id)?.snapshot(request.key).await
+            })
+            .await
+    }
+
+    async fn prepare(
+        &self,
+        _: &TtrpcContext,
+        request: proto::PrepareRequest,
+    ) -> Reply<proto::PrepareResponse> {
+        let all = Arc::clone(&self.all);
+        self.all
+            .requests
+            .once("Prepare", &request.request_id.clone(), async move {
+                let template = template_ref(&request.template_id, request.generation)?;
+                let rootfs = mounts_of(&request.rootfs);
+                let limits = limits_of(request.limits.as_ref());
+                let seats = request.spares as usize;
+                let begun = std::time::Instant::now();
+                let resident_bytes =
+                    blocking(move || all.templates.prepare(template, &rootfs, &limits, seats))
+                        .await?;
+                let took = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+                Ok(proto::PrepareResponse {
+                    steps: vec![proto::Step {
+                        name: "prepare".into(),
+                        microseconds: took,
+                        ..proto::Step::default()
+                    }],
+                    resident_bytes,
+                    ..proto::PrepareResponse::default()
+                })
+            })
+            .await
+    }
+
+    async fn delete_template(
+        &self,
+        _: &TtrpcContext,
+        request: proto::DeleteTemplateRequest,
+    ) -> Reply<proto::DeleteTemplateResponse> {
+        let all = Arc::clone(&self.all);
+        self.all
+            .requests
+            .once("DeleteTemplate", &request.request_id.clone(), async move {
+                let template = template_ref(&request.template_id, 0)?;
+                blocking(move || all.templates.delete(template.id)).await?;
+                Ok(proto::DeleteTemplateResponse::default())
+            })
+            .await
+    }
+}
