@@ -6,7 +6,6 @@ use std::{
 };
 
 mod mounts;
-mod overlay_mount;
 
 pub use mounts::{bind, overlay_from_mounts, sync_upper, tmpfs};
 

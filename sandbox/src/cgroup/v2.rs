@@ -207,3 +207,82 @@ fn weight(shares: u64) -> String {
     let shares = shares.clamp(2, 262_144);
     (1 + (shares - 2) * 9999 / 262_142).to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::{super::kill::remove_dir, *};
+
+    /// A group in the unified hierarchy, if one is mounted, even beside v1 ones.
+    fn group(name: &str) -> Option<Group> {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let mount = mounts
+            .lines()
+            .map(|line| line.split(' ').collect::<Vec<_>>())
+            .find(|fields| fields[2] == "cgroup2")
+            .map(|fields| fields[1].to_owned());
+        let Some(mount) = mount else {
+            println!("skipped: no cgroup v2 hierarchy is mounted");
+            return None;
+        };
+        let path = format!("trenv-test-{}-{name}", std::process::id());
+        let mut group = Group::new(Path::new(mount.leak()), &path);
+        group.create(&Limits::default()).unwrap();
+        group.open_dir().unwrap();
+        Some(group)
+    }
+
+    fn end(group: &Group, child: &mut Child) {
+        group.kill_all(Duration::from_secs(5)).unwrap();
+        child.wait().unwrap();
+        remove_dir(group.dir(), Duration::from_secs(5)).unwrap();
+    }
+
+    #[test]
+    fn processes_are_frozen_thawed_and_killed() {
+        let Some(group) = group("freeze") else { return };
+        let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+        group.add(child.id().cast_signed()).unwrap();
+        assert_eq!(pids_of(group.dir()).unwrap(), [child.id().cast_signed()]);
+        group.freeze(Duration::from_secs(2)).unwrap();
+        assert!(group.event("frozen").unwrap());
+        group.thaw().unwrap();
+        group.freeze(Duration::from_secs(2)).unwrap();
+        end(&group, &mut child);
+    }
+
+    #[test]
+    fn device_rules_hold() {
+        let Some(group) = group("devices") else {
+            return;
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let node = dir.path().join("disk");
+        let script = format!(
+            "read go; mknod {node} b 254 0 && echo made; cat /dev/null && echo null
+             head -c 1 {node} 2>&1",
+            node = node.display()
+        );
+        let mut child = Command::new("sh")
+            .args(["-c", &script])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        group.add(child.id().cast_signed()).unwrap();
+        drop(child.stdin.take());
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.starts_with("made\nnull\n"), "{text}");
+        assert!(text.contains("Operation not permitted"), "{text}");
+        remove_dir(group.dir(), Duration::from_secs(5)).unwrap();
+    }
+
+    #[test]
+    fn shares_become_weights() {
+        assert_eq!(weight(2), "1");
+        assert_eq!(weight(1024), "39");
+        assert_eq!(weight(262_144), "10000");
+    }
+}

@@ -1,6 +1,7 @@
 //! Detached mounts by fsopen, fsconfig, fsmount and open_tree.
 
 use std::{
+    ffi::CString,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
@@ -9,8 +10,9 @@ use std::{
 use rustix::{
     fs::{CWD, Mode, OFlags},
     mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create,
-        fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, open_tree,
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags,
+        OpenTreeFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+        mount_change, open_tree,
     },
 };
 
@@ -218,20 +220,19 @@ fn overlay_by_layers(
 
 /// All lower directories in one value, short by naming each by a descriptor.
 fn overlay_joined(options: &OverlayOptions<'_>, name: &str) -> Result<OwnedFd, RootfsError> {
-    let lower = options
-        .lower
-        .iter()
-        .map(|path| Layer::by_descriptor(path))
-        .collect::<Result<Vec<_>, _>>()?;
     let whole = options.lower.join(":");
+    let mut open = Vec::new();
     let joined = if whole.len() <= VALUE_LIMIT {
         whole
     } else {
-        let texts: Vec<&str> = lower.iter().map(|layer| layer.text.as_str()).collect();
-        texts.join(":")
+        for path in &options.lower {
+            open.push(Layer::by_descriptor(path)?);
+        }
+        join(&open)
     };
     if joined.len() > VALUE_LIMIT {
-        return super::overlay_mount::mount_classic(options_text(options, &joined)?, name);
+        drop(open);
+        return mount_classic(options, name);
     }
     let context = open_context(name)?;
     fsconfig_set_string(context.as_fd(), "lowerdir", joined.as_str())
@@ -239,31 +240,75 @@ fn overlay_joined(options: &OverlayOptions<'_>, name: &str) -> Result<OwnedFd, R
     finish(&context, options, name)
 }
 
-/// The options as mount(2) takes them.
-fn options_text(
-    options: &OverlayOptions<'_>,
-    lower: &str,
-) -> Result<super::overlay_mount::Classic, RootfsError> {
-    let mut text = format!("lowerdir={lower}");
-    let mut open = Vec::new();
-    for (key, path) in [("upperdir", options.upper), ("workdir", options.work)] {
-        if let Some(path) = path {
-            let layer = Layer::new(path)?;
-            text.push_str(&format!(",{key}={}", layer.text));
-            open.push(layer);
+fn join(layers: &[Layer]) -> String {
+    let texts: Vec<&str> = layers.iter().map(|layer| layer.text.as_str()).collect();
+    texts.join(":")
+}
+
+/// The last resort, for many layers on kernels before 6.8: mount(2), whose options may be a page
+/// long. It mounts in a mount namespace that lives as long as this call, so that nothing can leak,
+/// and takes the mount out as a detached clone.
+fn mount_classic(options: &OverlayOptions<'_>, name: &str) -> Result<OwnedFd, RootfsError> {
+    let worker = || -> Result<OwnedFd, RootfsError> {
+        private_namespace().map_err(|source| RootfsError::Mount {
+            doing: "make a mount namespace for",
+            what: name.to_owned(),
+            source,
+        })?;
+        // Opened in the new namespace: overlayfs takes layers of its own namespace only.
+        let open = |path: &&str| Layer::by_descriptor(path);
+        let lower = options
+            .lower
+            .iter()
+            .map(open)
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut text = format!("lowerdir={}", join(&lower));
+        let mut kept = Vec::new();
+        for (key, path) in [("upperdir", options.upper), ("workdir", options.work)] {
+            if let Some(path) = path {
+                let layer = Layer::new(path)?;
+                text.push_str(&format!(",{key}={}", layer.text));
+                kept.push(layer);
+            }
         }
-    }
-    for (key, value) in &options.others {
-        text.push_str(&format!(",{key}"));
-        if let Some(value) = value {
-            text.push_str(&format!("={value}"));
+        for (key, value) in &options.others {
+            text.push(',');
+            text.push_str(key);
+            if let Some(value) = value {
+                text.push_str(&format!("={value}"));
+            }
         }
-    }
-    Ok(super::overlay_mount::Classic {
-        text,
-        read_only: options.read_only,
-        _open: open.into_iter().filter_map(|layer| layer._open).collect(),
+        let flags = if options.read_only {
+            MountFlags::RDONLY
+        } else {
+            MountFlags::empty()
+        };
+        let text = CString::new(text).map_err(|_| RootfsError::Option {
+            option: "a path with a zero byte".into(),
+            kind: "overlay".into(),
+        })?;
+        // /sys exists everywhere, and no layer lies below it.
+        rustix::mount::mount("overlay", "/sys", "overlay", flags, Some(text.as_c_str()))
+            .map_err(failed("mount", name))?;
+        let tree = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        open_tree(CWD, "/sys", tree).map_err(failed("take out", name))
+    };
+    std::thread::scope(|scope| scope.spawn(worker).join()).unwrap_or_else(|_| {
+        Err(RootfsError::Mount {
+            doing: "mount",
+            what: name.to_owned(),
+            source: io::Error::other("the mounting thread ended early"),
+        })
     })
+}
+
+/// Gives this thread a mount namespace of its own, from which nothing gets out.
+fn private_namespace() -> io::Result<()> {
+    // SAFETY: unshare takes flags only; the thread shares its file system context with no other
+    // after it, and ends soon.
+    sys::check(unsafe { libc::unshare(libc::CLONE_NEWNS) }.into())?;
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    Ok(mount_change("/", private)?)
 }
 
 fn open_context(name: &str) -> Result<OwnedFd, RootfsError> {
@@ -418,5 +463,108 @@ mod tests {
         };
         assert!(overlay_from_mounts(&[mount.clone(), mount]).is_err());
         assert!(overlay_from_mounts(&[]).is_err());
+    }
+
+    /// An overlay of many layers with long names, each with a file of its own.
+    struct Layers {
+        dir: tempfile::TempDir,
+        count: usize,
+    }
+
+    impl Layers {
+        fn new(count: usize, name_length: usize) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let layers = Self { dir, count };
+            for at in 0..count {
+                let path = layers.path(at, name_length);
+                std::fs::create_dir_all(&path).unwrap();
+                std::fs::write(format!("{path}/file{at}"), at.to_string()).unwrap();
+            }
+            for name in ["upper", "work"] {
+                std::fs::create_dir(layers.dir.path().join(name)).unwrap();
+            }
+            layers
+        }
+
+        fn path(&self, at: usize, name_length: usize) -> String {
+            let name = format!("{at:0name_length$}");
+            self.dir.path().join(name).display().to_string()
+        }
+
+        fn options(&self, name_length: usize) -> Vec<String> {
+            let lower: Vec<String> = (0..self.count)
+                .map(|at| self.path(at, name_length))
+                .collect();
+            let dir = self.dir.path().display();
+            vec![
+                format!("upperdir={dir}/upper"),
+                format!("workdir={dir}/work"),
+                format!("lowerdir={}", lower.join(":")),
+            ]
+        }
+
+        fn check(&self, mount: &OwnedFd) {
+            for at in [0, self.count - 1] {
+                let file = rustix::fs::openat(
+                    mount,
+                    format!("file{at}"),
+                    OFlags::RDONLY | OFlags::CLOEXEC,
+                    Mode::empty(),
+                )
+                .unwrap();
+                let text = std::io::read_to_string(std::fs::File::from(file)).unwrap();
+                assert_eq!(text, at.to_string());
+            }
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+            let made = rustix::fs::openat(mount, "made", flags, Mode::RWXU);
+            assert!(made.is_ok());
+            assert!(self.dir.path().join("upper/made").exists());
+        }
+    }
+
+    #[test]
+    fn many_layers_with_long_names_are_stacked() {
+        let layers = Layers::new(60, 240);
+        let mounts = [Mount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: layers.options(240),
+        }];
+        // Twice, since a volatile overlay leaves a mark behind.
+        for _ in 0..2 {
+            layers.check(&overlay_from_mounts(&mounts).unwrap());
+        }
+        sync_upper(&mounts).unwrap();
+    }
+
+    #[test]
+    fn kernels_without_single_layers_get_one_value() {
+        for (count, name_length) in [(2, 3), (3, 150), (100, 100)] {
+            let layers = Layers::new(count, name_length);
+            let texts = layers.options(name_length);
+            let options = parse(&texts).unwrap();
+            layers.check(&overlay_joined(&options, "an overlay").unwrap());
+        }
+    }
+
+    #[test]
+    fn a_refused_overlay_is_explained() {
+        let error = overlay(&["lowerdir=/nonexistent/layer".into()]).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/layer"), "{error}");
+    }
+
+    #[test]
+    fn a_view_is_a_read_only_bind() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let view = overlay_from_mounts(&[Mount {
+            kind: "bind".into(),
+            source: dir.path().display().to_string(),
+            options: vec!["ro".into(), "rbind".into()],
+        }])
+        .unwrap();
+        assert!(rustix::fs::statat(&view, "file", rustix::fs::AtFlags::empty()).is_ok());
+        let made = rustix::fs::mkdirat(&view, "made", Mode::RWXU);
+        assert_eq!(made, Err(rustix::io::Errno::ROFS));
     }
 }
