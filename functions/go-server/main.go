@@ -9,6 +9,7 @@ import (
 	"io"
 	"log"
 	"net/http"
+	"runtime/debug"
 	"sync/atomic"
 )
 
@@ -38,6 +39,16 @@ func main() {
 			"message": "Hello from Go!",
 			"counter": atomic.AddInt64(&counter, 1),
 			"init_id": initID,
+		}
+		if r.URL.Query().Get("churn") != "" {
+			// Takes memory, drops it, and gives it back to the kernel.
+			for round := 0; round < 4; round++ {
+				garbage := make([]byte, 16<<20)
+				for at := range garbage {
+					garbage[at] = byte(at)
+				}
+			}
+			debug.FreeOSMemory()
 		}
 		if r.URL.Query().Get("check") != "" {
 			reply["intact"] = digest() == initID

@@ -1,6 +1,7 @@
 // Greets, and proves where its memory comes from: initId is made once, when the function starts,
 // and is the same in every instance that comes from one snapshot; the counter goes on from there.
-// With ?check=1 the whole heap is compared with initId, which is its digest.
+// With ?check=1 the whole heap is compared with initId, which is its digest; with ?churn=1 much is
+// allocated and dropped before.
 'use strict';
 
 const crypto = require('crypto');
@@ -20,6 +21,14 @@ module.exports = (body, query) => {
     init_id: initId,
     heap: heap.subarray(at, at + 8).toString('hex'),
   };
+  if (query.churn) {
+    // Enough garbage for several collections, old space included.
+    const kept = [];
+    for (let round = 0; round < 64; round += 1) {
+      kept[round % 8] = Array.from({ length: 20000 }, (_, index) => ({ index, text: `${index}` }));
+    }
+    result.kept = kept.length;
+  }
   if (query.check) {
     result.intact = digest(heap) === initId;
   }

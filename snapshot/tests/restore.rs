@@ -56,9 +56,23 @@ fn a_threaded_program_goes_on_where_it_was() -> TestResult {
 
 #[test]
 fn memory_keeps_its_meaning() -> TestResult {
+    memory_is_right(&[])
+}
+
+/// jemalloc gives memory back with MADV_DONTNEED and depends on zeroes coming back.
+#[test]
+fn memory_keeps_its_meaning_under_jemalloc() -> TestResult {
+    memory_is_right(&[
+        "env",
+        "LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2",
+        "MALLOC_CONF=dirty_decay_ms:0,muzzy_decay_ms:0,retain:false",
+    ])
+}
+
+fn memory_is_right(wrapper: &[&str]) -> TestResult {
     let bed = Bed::new()?;
     let program = bed.compile("memory")?;
-    let mut first = bed.run(&[&program])?;
+    let mut first = bed.run(&[wrapper, &[&program]].concat())?;
     assert_eq!(first.ask("check"), "ok", "before the snapshot");
     let template = bed.dump(first)?;
     let zygote = bed.zygote(&template)?;
