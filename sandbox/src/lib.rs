@@ -24,5 +24,5 @@ pub mod sys;
 pub use error::SandboxError;
 pub use process::ProcessSpec;
 pub use rootfs::{Part, Rootfs};
-pub use sandbox::{CreateRequest, Exit, Exits, Sandbox, Spawned};
+pub use sandbox::{CreateRequest, Exit, ExitStatus, Exits, Sandbox, Spawned};
 pub use trenv_cni::Step;

@@ -152,6 +152,33 @@ impl ProcessSpec {
     }
 }
 
+impl ProcessSpec {
+    /// The capability, if it has one, with which a process can leave traces that no purge finds:
+    /// firewall rules, sysctls, kernel modules, mounts of the host's devices. A sandbox that such a
+    /// process was in is destroyed after the tenancy and not used again.
+    #[must_use]
+    pub fn unfit_for_reuse(&self) -> Option<&'static str> {
+        const POWERS: [(u32, &str); 10] = [
+            (12, "CAP_NET_ADMIN"),
+            (16, "CAP_SYS_MODULE"),
+            (17, "CAP_SYS_RAWIO"),
+            (19, "CAP_SYS_PTRACE"),
+            (21, "CAP_SYS_ADMIN"),
+            (22, "CAP_SYS_BOOT"),
+            (25, "CAP_SYS_TIME"),
+            (32, "CAP_MAC_OVERRIDE"),
+            (33, "CAP_MAC_ADMIN"),
+            (39, "CAP_BPF"),
+        ];
+        // Nobody gets beyond the bounding set, not even by a program with file capabilities.
+        let bounding = self.capabilities?.bounding;
+        POWERS
+            .iter()
+            .find(|(capability, _)| bounding & 1 << capability != 0)
+            .map(|(_, name)| *name)
+    }
+}
+
 fn refuse_unsupported(process: &Process) -> Result<(), ProcessSpecError> {
     let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     let unsupported = [
@@ -243,5 +270,57 @@ fn resource(kind: PosixRlimitType) -> u32 {
         PosixRlimitType::RlimitNice => 13,
         PosixRlimitType::RlimitRtprio => 14,
         PosixRlimitType::RlimitRttime => 15,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> Result<ProcessSpec, ProcessSpecError> {
+        ProcessSpec::from_oci(&serde_json::from_str(json).unwrap(), None, Role::Root)
+    }
+
+    const USER: &str = r#""user": {"uid": 0, "gid": 0}, "cwd": "/""#;
+
+    #[test]
+    fn what_is_not_applied_is_refused_by_name() {
+        let error = parse(&format!(
+            r#"{{{USER}, "args": ["x"], "apparmorProfile": "p"}}"#
+        ))
+        .unwrap_err();
+        assert!(error.to_string().contains("apparmorProfile"), "{error}");
+        let error = parse(&format!(r#"{{{USER}, "args": []}}"#)).unwrap_err();
+        assert!(matches!(error, ProcessSpecError::NoArgs));
+        let error = parse(r#"{"user": {"uid": 0, "gid": 0}, "cwd": "x", "args": ["x"]}"#);
+        assert!(matches!(error, Err(ProcessSpecError::Cwd { .. })));
+        let error = parse(&format!("{{{USER}, \"args\": [\"x\\u0000y\"]}}"));
+        assert!(matches!(error, Err(ProcessSpecError::ZeroByte { .. })));
+    }
+
+    #[test]
+    fn powerful_processes_are_noticed() {
+        let with = |bounding: &str| {
+            parse(&format!(
+                r#"{{{USER}, "args": ["x"], "capabilities": {{"bounding": [{bounding}]}}}}"#
+            ))
+            .unwrap()
+            .unfit_for_reuse()
+        };
+        assert_eq!(with(r#""CAP_CHOWN", "CAP_NET_RAW", "CAP_MKNOD""#), None);
+        assert_eq!(
+            with(r#""CAP_CHOWN", "CAP_SYS_ADMIN""#),
+            Some("CAP_SYS_ADMIN")
+        );
+    }
+
+    #[test]
+    fn a_spec_survives_the_wire() {
+        let spec = parse(&format!(
+            r#"{{{USER}, "args": ["x", "y"], "terminal": true}}"#
+        ))
+        .unwrap();
+        let bytes = postcard::to_stdvec(&spec).unwrap();
+        assert_eq!(postcard::from_bytes::<ProcessSpec>(&bytes).unwrap(), spec);
     }
 }

@@ -11,7 +11,10 @@ mod support;
 use std::{fs, path::Path, time::Duration};
 
 use support::{Place, namespace, run, shell, stdio};
-use trenv_sandbox::process::Role;
+use trenv_sandbox::{
+    cgroup::{Limits, TenancyCgroup, Version},
+    process::Role,
+};
 
 #[test]
 fn one_sandbox_serves_one_tenancy_after_the_other() {
@@ -67,4 +70,75 @@ fn one_sandbox_serves_one_tenancy_after_the_other() {
     cgroup.remove().unwrap();
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains("first-upper"));
+}
+
+#[test]
+fn on_cgroup_v2_a_process_is_born_in_its_cgroup() {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let Some(mount) = mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>())
+        .find(|fields| fields[2] == "cgroup2")
+        .map(|fields| fields[1].to_owned())
+    else {
+        println!("skipped: no cgroup v2 hierarchy is mounted");
+        return;
+    };
+    let version = Box::leak(Box::new(Version::V2(mount.into())));
+    let place = Place::new();
+    let sandbox = place.sandbox();
+    let limits = Limits::default();
+    let cgroup = TenancyCgroup::create_in(version, &place.name, "born", &limits).unwrap();
+    assert!(cgroup.dir_fd().is_some());
+    sandbox.enter_rootfs(&place.rootfs("first")).unwrap();
+    let (stdio, _output) = stdio();
+    let root = sandbox
+        .spawn(&shell(Role::Root, "sleep 100"), stdio, &cgroup)
+        .unwrap();
+    assert!(cgroup.pids().unwrap().contains(&root.pid));
+    assert!(
+        run(&sandbox, &cgroup, "cat /proc/self/cgroup")
+            .0
+            .contains("/born\n")
+    );
+    cgroup.freeze().unwrap();
+    cgroup.thaw().unwrap();
+    cgroup.kill_all().unwrap();
+    sandbox.purge().unwrap();
+    sandbox.destroy().unwrap();
+    cgroup.remove().unwrap();
+    let parent = cgroup.dirs()[0].parent().unwrap().to_owned();
+    fs::remove_dir(parent).unwrap();
+}
+
+/// A zygote's agent does the same: it joins by pidfd and makes the tree's root with pid 2.
+#[test]
+fn outsiders_can_join_by_the_pidfd_of_pid_one() {
+    let place = Place::new();
+    let sandbox = place.sandbox();
+    sandbox.enter_rootfs(&place.rootfs("first")).unwrap();
+    let pidfd = sandbox.init_pidfd().try_clone_to_owned().unwrap();
+    let namespaces = libc::CLONE_NEWNS
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWPID;
+    use std::os::{fd::AsRawFd, unix::process::CommandExt};
+    let raw = pidfd.as_raw_fd();
+    let mut command = std::process::Command::new("/bin/sh");
+    command.args([
+        "-c",
+        "test $(hostname) = first && test $(cat /image) = first",
+    ]);
+    // SAFETY: setns is all that is done between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::setns(raw, namespaces) < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    assert!(command.status().unwrap().success());
+    sandbox.destroy().unwrap();
 }

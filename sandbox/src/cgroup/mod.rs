@@ -48,7 +48,20 @@ impl TenancyCgroup {
     /// # Errors
     /// When a directory cannot be made or a limit is refused; what was made is removed again.
     pub fn create(parent: &str, name: &str, limits: &Limits) -> Result<Self, CgroupError> {
-        let group = Self::named(&join(parent, name)?)?;
+        Self::create_in(version()?, parent, name, limits)
+    }
+
+    /// As [`TenancyCgroup::create`], in the given hierarchies instead of those that were found.
+    ///
+    /// # Errors
+    /// As [`TenancyCgroup::create`].
+    pub fn create_in(
+        version: &'static Version,
+        parent: &str,
+        name: &str,
+        limits: &Limits,
+    ) -> Result<Self, CgroupError> {
+        let group = Self::named(version, &join(parent, name)?);
         let made = match &group.inner {
             Inner::V1(group) => group.create(limits),
             Inner::V2(group) => group.create(limits),
@@ -61,12 +74,21 @@ impl TenancyCgroup {
         group.opened()
     }
 
-    fn named(path: &str) -> Result<Self, CgroupError> {
-        let inner = match version()? {
+    /// An existing cgroup by its name, for cleaning up after a process that made it; all operations
+    /// on one that does not exist find it empty.
+    ///
+    /// # Errors
+    /// When the name is not valid or there is no hierarchy.
+    pub fn existing(parent: &str, name: &str) -> Result<Self, CgroupError> {
+        Ok(Self::named(version()?, &join(parent, name)?))
+    }
+
+    fn named(version: &'static Version, path: &str) -> Self {
+        let inner = match version {
             Version::V1(hierarchies) => Inner::V1(v1::Group::new(hierarchies, path)),
             Version::V2(mount) => Inner::V2(v2::Group::new(mount, path)),
         };
-        Ok(Self { inner })
+        Self { inner }
     }
 
     fn opened(mut self) -> Result<Self, CgroupError> {
@@ -216,7 +238,8 @@ impl TenancyCgroup {
 /// # Errors
 /// When one cannot be killed or removed; the others are still tried.
 pub fn sweep(parent: &str) -> Result<usize, CgroupError> {
-    let top = TenancyCgroup::named(&join(parent, "")?)?;
+    let version = version()?;
+    let top = TenancyCgroup::named(version, &join(parent, "")?);
     let mut names = std::collections::BTreeSet::new();
     for dir in top.dirs() {
         collect(&dir, &dir, &mut names)?;
@@ -224,9 +247,8 @@ pub fn sweep(parent: &str) -> Result<usize, CgroupError> {
     let mut first_error = None;
     // Children sort after their parents; they have to go first.
     for name in names.iter().rev() {
-        let gone = TenancyCgroup::named(&join(parent, name)?)
-            .and_then(|group| group.kill_all().and_then(|()| group.remove()));
-        if let Err(error) = gone {
+        let group = TenancyCgroup::named(version, &join(parent, name)?);
+        if let Err(error) = group.kill_all().and_then(|()| group.remove()) {
             first_error.get_or_insert(error);
         }
     }
