@@ -10,7 +10,8 @@
 //! | `shim_client` | handing sandboxes over, dumping and preparing, by the shim's own service |
 //! | `spec` | the OCI spec of a sandbox |
 //! | `secrets`, `auth` | secrets of functions, credentials of the REST service |
-//! | `metrics`, `error` | what dashboards read, what users read |
+//! | `logs`, `metrics`, `error` | what functions say, what dashboards read, what users read |
+//! | `serve`, `time` | putting it all together, times as text |
 //!
 //! A call goes `rest` -> `functions` (which revision) -> `instances` (which sandbox) -> `proxy`.
 
@@ -19,6 +20,7 @@ mod containerd;
 mod error;
 mod functions;
 mod instances;
+mod logs;
 mod metrics;
 mod proxy;
 mod rest;
@@ -26,6 +28,7 @@ mod secrets;
 mod serve;
 mod shim_client;
 mod spec;
+mod time;
 
 use anyhow::Context;
 use clap::Parser;

@@ -13,6 +13,7 @@ use crate::auth::BasicAuth;
 use crate::containerd::Containerd;
 use crate::functions::{Functions, Store, recover};
 use crate::instances::{Host, Scheduler, SchedulerOptions};
+use crate::logs::Logs;
 use crate::metrics::Metrics;
 use crate::proxy::Proxy;
 use crate::rest::{Service, router};
@@ -47,9 +48,11 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
     let secrets = Arc::new(Secrets::new(state.join("secrets")));
     let call_timeout = Duration::from_secs(provider.call_timeout_s);
     let ready_timeout = Duration::from_secs(provider.ready_timeout_s);
+    let logs = Logs::new(config.run_dir.join("logs"));
     let host = Arc::new(Host::new(
         containerd.clone(),
-        &config.run_dir,
+        config.run_dir.join("shim"),
+        logs.clone(),
         ready_timeout,
     ));
     let (template_gone, mut gone) = tokio::sync::mpsc::unbounded_channel();
@@ -95,7 +98,7 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
         containerd,
         auth,
         namespace: provider.namespace.clone(),
-        logs: config.run_dir.join("logs"),
+        logs,
     });
     tracing::info!("Listening on {}", provider.listen);
     let mut terminate = signal(SignalKind::terminate())?;

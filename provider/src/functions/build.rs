@@ -156,6 +156,8 @@ impl Functions {
         match self.dump(&shim, &sandbox, revision).await {
             Ok(dumped) => {
                 self.host.record_idle(&sandbox);
+                let logs = self.host.logs();
+                logs.end_tenancy(&sandbox, &revision.function().name);
                 let made = self.make_template(&shim, revision, &cold, dumped).await;
                 self.scheduler.set_sandbox_address(&sandbox, cold.address);
                 self.scheduler.put_idle(&sandbox);

@@ -161,14 +161,22 @@ impl Functions {
         Ok(())
     }
 
-    /// Keeps every ready function's template ready on the shims that run: after a restart of
-    /// this provider or of a shim, the zygotes are built before a call asks for them.
+    /// Bounds the output of instances, and keeps every ready function's template ready on the
+    /// shims that run: after a restart of this provider or of a shim, the zygotes are built before
+    /// a call asks for them.
     pub async fn run_preparer(self: Arc<Self>) {
         // A failure is told once, not every second.
         let mut told: HashMap<FunctionName, String> = HashMap::new();
         loop {
             tokio::time::sleep(PREPARE_TICK).await;
             for function in self.list(None) {
+                for instance in self.scheduler.instances(&function.name) {
+                    let sandbox = SandboxRef {
+                        namespace: function.name.namespace.clone(),
+                        id: instance.sandbox,
+                    };
+                    self.host.logs().bound(&sandbox, &function.name.name);
+                }
                 let revision = function.current();
                 let Some(template) = revision.template() else {
                     continue;

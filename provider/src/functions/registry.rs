@@ -157,7 +157,7 @@ pub struct Functions {
 }
 
 impl Functions {
-    /// A registry over `store`, still empty; [`super::recover`] fills it.
+    /// A registry over `store`, still empty; [`super::recover()`] fills it.
     pub fn new(
         host: Arc<Host>,
         scheduler: Arc<Scheduler>,
@@ -341,6 +341,7 @@ impl Functions {
             .ok_or_else(|| FunctionError::Unknown(name.clone()))?;
         self.store.remove(name)?;
         self.map().remove(name);
+        self.host.logs().forget(&name.namespace, &name.name);
         self.scheduler.set_floor(name, None);
         let (current, pending) = {
             let mut inner = function.lock();

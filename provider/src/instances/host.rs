@@ -14,6 +14,7 @@ use super::scheduler::micros;
 use super::{ColdStart, SandboxOps, SandboxRef, StartError, wait_ready};
 use crate::containerd::{Containerd, ContainerdError, Mount, Namespaced, NewContainer};
 use crate::functions::{Revision, Spare, Template};
+use crate::logs::Logs;
 use crate::shim_client::{ShimClient, ShimError, Step, wire_limits, wire_mounts};
 use crate::spec::{self, FunctionSpec};
 
@@ -83,7 +84,7 @@ impl PrepareError {
 pub struct Host {
     containerd: Containerd,
     shim_addresses: PathBuf,
-    logs: PathBuf,
+    logs: Logs,
     ready_timeout: Duration,
     shims: Mutex<HashMap<String, ShimClient>>,
     records: Mutex<HashMap<String, Arc<RecordOrder>>>,
@@ -98,12 +99,17 @@ struct RecordOrder {
 
 impl Host {
     /// A host that makes sandboxes through `containerd` and finds shims by the files in
-    /// `run_dir`.
-    pub fn new(containerd: Containerd, run_dir: &std::path::Path, ready_timeout: Duration) -> Self {
+    /// `shim_addresses`.
+    pub fn new(
+        containerd: Containerd,
+        shim_addresses: PathBuf,
+        logs: Logs,
+        ready_timeout: Duration,
+    ) -> Self {
         Self {
             containerd,
-            shim_addresses: run_dir.join("shim"),
-            logs: run_dir.join("logs"),
+            shim_addresses,
+            logs,
             ready_timeout,
             shims: Mutex::default(),
             records: Mutex::default(),
@@ -118,6 +124,11 @@ impl Host {
             ShimClient::new(namespace, file)
         });
         client.clone()
+    }
+
+    /// What functions say.
+    pub fn logs(&self) -> &Logs {
+        &self.logs
     }
 
     /// containerd's side of a namespace.
@@ -178,12 +189,6 @@ impl Host {
             return Ok(());
         }
         self.prepare_template(revision, template).await
-    }
-
-    /// Where the output of a sandbox made for a function goes.
-    fn output(&self, namespace: &str, id: &str) -> String {
-        let file = self.logs.join(namespace).join(format!("{id}.log"));
-        format!("file://{}", file.display())
     }
 
     /// The address at which the sandbox's function listens, as the shim tells it.
@@ -304,7 +309,7 @@ impl Host {
         steps: &mut Vec<Step>,
     ) -> Result<(), StartError> {
         let fail = |err: ContainerdError| failed(&sandbox.id, err);
-        let output = self.output(&sandbox.namespace, &sandbox.id);
+        let output = format!("file://{}", self.logs.live(sandbox).display());
         let containerd = self.namespace(&sandbox.namespace).map_err(fail)?;
         let mut begun = Instant::now();
         let mut step = |name: &str, begun: &mut Instant| {
@@ -344,7 +349,7 @@ impl Host {
                 Err(err) => format!("{err}"),
             },
         };
-        let said = self.last_output(sandbox).await;
+        let said = self.logs.last_words(sandbox);
         Err(failed(
             &revision.record.function.to_string(),
             match said {
@@ -352,18 +357,6 @@ impl Host {
                 None => reason,
             },
         ))
-    }
-
-    /// The last lines that a sandbox's function has written.
-    async fn last_output(&self, sandbox: &SandboxRef) -> Option<String> {
-        let file = self
-            .logs
-            .join(&sandbox.namespace)
-            .join(format!("{}.log", sandbox.id));
-        let bytes = tokio::fs::read(file).await.ok()?;
-        let tail = &bytes[bytes.len().saturating_sub(600)..];
-        let text = String::from_utf8_lossy(tail).trim().replace('\n', " | ");
-        (!text.is_empty()).then_some(text)
     }
 
     async fn end_task(&self, containerd: &Namespaced, id: &str) -> Result<(), ContainerdError> {
@@ -478,6 +471,7 @@ impl SandboxOps for Host {
             .await
             .map_err(|err| failed(&sandbox.id, err))?;
         self.record_idle(sandbox);
+        self.logs.end_tenancy(sandbox, function_of(tenancy));
         // Only now is the old root file system detached.
         self.remove_snapshot_later(&sandbox.namespace, tenancy);
         Ok(steps)
@@ -500,6 +494,10 @@ impl SandboxOps for Host {
         if let Err(err) = destroyed.await {
             tracing::warn!("The sandbox {} was not freed wholly: {err}", sandbox.id);
         }
+        if let Some(tenancy) = tenancy {
+            self.logs.end_tenancy(sandbox, function_of(tenancy));
+        }
+        self.logs.remove(sandbox);
     }
 }
 
@@ -536,6 +534,11 @@ pub fn refill_spares(containerd: &Containerd, revision: &Arc<Revision>) {
             Err(err) => tracing::warn!("No snapshot was made ahead: {err}"),
         }
     });
+}
+
+/// The function that a tenancy's id names: NAME-REVISION-UNIQUE.
+fn function_of(tenancy: &str) -> &str {
+    tenancy.rsplitn(3, '-').nth(2).unwrap_or(tenancy)
 }
 
 /// The labels of what belongs to a revision.

@@ -7,7 +7,6 @@ mod logs;
 mod namespaces;
 mod secrets;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
@@ -26,6 +25,7 @@ use crate::containerd::Containerd;
 use crate::error::ApiError;
 use crate::functions::{FunctionName, Functions, check_name};
 use crate::instances::Scheduler;
+use crate::logs::Logs;
 use crate::metrics::Metrics;
 use crate::proxy::Proxy;
 use crate::secrets::Secrets;
@@ -42,8 +42,7 @@ pub struct Service {
     pub auth: Option<BasicAuth>,
     /// Namespace of requests that name none.
     pub namespace: String,
-    /// Where the shim writes what functions say.
-    pub logs: PathBuf,
+    pub logs: Logs,
 }
 
 /// `?namespace=`.

@@ -47,6 +47,7 @@ cases!(
     a_death_in_a_call_is_502_and_the_next_is_served,
     a_slow_call_is_504,
     a_removed_image_keeps_running,
+    logs_are_told,
     secrets_are_managed,
     a_second_provider_is_refused,
     functions_survive_a_restart,
@@ -520,6 +521,58 @@ async fn a_removed_image_keeps_running(m: &mut Machine) -> Outcome {
     m.ctr(&["images", "rm", "docker.io/test/kept:latest"])
         .ok_or("not removed")?;
     expect("a new start", &called?, 200)
+}
+
+async fn logs_are_told(m: &mut Machine) -> Outcome {
+    m.deploy(function("talks")).await?;
+    let mut follow = m.follow("/system/logs?name=talks&follow=1").await?;
+    m.call("talks/say/hello").await?;
+    let followed = tokio::time::timeout(Duration::from_secs(5), async {
+        let mut text = String::new();
+        while let Some(Ok(frame)) = follow.frame().await {
+            text.push_str(&String::from_utf8_lossy(
+                frame.data_ref().map_or(&[][..], |d| d),
+            ));
+            if text.contains("hello") {
+                return Some(text);
+            }
+        }
+        None
+    });
+    let followed = followed
+        .await
+        .ok()
+        .flatten()
+        .ok_or("nothing was followed")?;
+    holds("followed", &followed, "\"instance\":\"trenv-")?;
+    // What an instance said is told after its end, too.
+    expect("its end", &m.call("talks/die").await?, 502)?;
+    m.call("talks/say/again").await?;
+    for (query, wanted) in [
+        ("", vec!["hello", "this function dies in a call", "again"]),
+        ("&tail=1", vec!["again"]),
+        ("&since=2999-01-01T00:00:00Z", vec![]),
+    ] {
+        let path = format!("/system/logs?name=talks{query}");
+        let reply = m.system(Method::GET, &path, None).await?;
+        let texts: Vec<String> = reply
+            .text()
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .map(|line| line["text"].as_str().unwrap_or_default().to_owned())
+            .collect();
+        same(
+            query,
+            texts,
+            wanted.into_iter().map(str::to_owned).collect(),
+        )?;
+    }
+    expect(
+        "a bad time",
+        &m.system(Method::GET, "/system/logs?name=talks&since=5m", None)
+            .await?,
+        400,
+    )
 }
 
 async fn secrets_are_managed(m: &mut Machine) -> Outcome {

@@ -39,6 +39,7 @@ pub fn serve() -> ExitCode {
             .route("/slow/{ms}", get(slow))
             .route("/drip", get(drip))
             .route("/die", get(die))
+            .route("/say/{word}", get(say))
             .fallback(|request: Request| async move {
                 format!("{} {}", request.method(), request.uri())
             });
@@ -86,6 +87,11 @@ async fn drip() -> Body {
         ))
     });
     Body::from_stream(pieces)
+}
+
+async fn say(Path(word): Path<String>) -> String {
+    println!("{word}");
+    word
 }
 
 async fn die() -> String {

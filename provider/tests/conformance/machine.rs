@@ -209,6 +209,16 @@ impl Machine {
             .map_err(|err| format!("{path}: {err:?}"))
     }
 
+    /// Opens a system route and returns the reply's body as it comes.
+    pub async fn follow(&self, path: &str) -> Result<hyper::body::Incoming, String> {
+        let login = login();
+        let headers = [("authorization", login.as_str())];
+        Ok(self
+            .open(Method::GET, path, &headers, Body::empty())
+            .await?
+            .into_body())
+    }
+
     /// A request to a system route, with the credentials.
     pub async fn system(
         &self,
@@ -216,8 +226,7 @@ impl Machine {
         path: &str,
         body: Option<Value>,
     ) -> Result<Reply, String> {
-        let login = base64::engine::general_purpose::STANDARD.encode("admin:secret");
-        let login = format!("Basic {login}");
+        let login = login();
         let body = body.map_or_else(Body::empty, |b| Body::from(b.to_string()));
         self.send(method, path, &[("authorization", &login)], body)
             .await
@@ -302,6 +311,11 @@ impl Drop for Machine {
             let _ = child.wait();
         }
     }
+}
+
+fn login() -> String {
+    let login = base64::engine::general_purpose::STANDARD.encode("admin:secret");
+    format!("Basic {login}")
 }
 
 fn start_provider(directory: &Path) -> Child {
