@@ -87,6 +87,9 @@ impl Logs {
         let Ok(mut file) = OpenOptions::new().read(true).write(true).open(&live) else {
             return Ok(());
         };
+        if file.metadata()?.len() == 0 {
+            return Ok(());
+        }
         let lines = lines_of(&mut file, &sandbox.namespace, function, &sandbox.id)?;
         // Whoever writes there appends, so it goes on at the beginning.
         file.set_len(0)?;
