@@ -1,13 +1,21 @@
 //! What all sandboxes share: bridge, forwarding, masquerade; and the sweep after a crash.
 
-use std::{fs, io, net::Ipv4Addr, os::fd::AsRawFd, path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    fs, io,
+    net::Ipv4Addr,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
 
 use ipnetwork::Ipv4Network;
 
 use crate::{
     Netns, NetworkError, Step, masquerade,
-    namespace::{make_namespace, remove_namespace},
-    plugin::{Attachment, Plugins},
+    namespace::{at_namespace, make_namespace, remove_namespace},
+    neighbour,
+    plugin::{self, Attachment, Plugins},
     record::{Record, Records},
 };
 
@@ -104,10 +112,16 @@ impl Network {
             let start = Instant::now();
             let attachment = inner.plugins.attach(id, &path);
             step("plugins", start);
-            attachment
+            let attachment = attachment?;
+            let start = Instant::now();
+            inner.introduce(&path, &attachment)?;
+            step("neighbours", start);
+            Ok(attachment)
         });
         match made {
-            Ok(Attachment { address, gateway }) => Ok(Netns {
+            Ok(Attachment {
+                address, gateway, ..
+            }) => Ok(Netns {
                 id: id.to_owned(),
                 path,
                 address,
@@ -140,6 +154,7 @@ impl Network {
         let path = self.inner.netns_dir.join(id);
         self.inner.plugins.detach(id, &path)?;
         remove_namespace(&path)?;
+        self.inner.forget()?;
         record.remove()
     }
 
@@ -178,6 +193,67 @@ impl Network {
             source,
         })
     }
+}
+
+impl Inner {
+    /// Tells the bridge and the sandbox each other's link-layer address for good. No call waits
+    /// for ARP then, and no sandbox can pose as another or as the gateway.
+    fn introduce(&self, netns: &Path, attachment: &Attachment) -> Result<(), NetworkError> {
+        let bridge = &self.config.bridge;
+        let failed = |doing| {
+            move |source| NetworkError::Neighbour {
+                doing,
+                bridge: bridge.clone(),
+                source,
+            }
+        };
+        let gateway_link = fix_link_address(bridge, attachment.gateway)
+            .map_err(failed("set the link-layer address"))?;
+        neighbour::add(bridge, attachment.address, attachment.link)
+            .map_err(failed("add a neighbour"))?;
+        let gateway = attachment.gateway;
+        at_namespace(netns, move || {
+            neighbour::add(plugin::INTERFACE, gateway, gateway_link)
+        })
+        .map_err(failed("add the gateway to a neighbour"))
+    }
+
+    /// Forgets the neighbours whose addresses are given out no more.
+    fn forget(&self) -> Result<(), NetworkError> {
+        let given_out = |address: Ipv4Addr| self.plugins.addresses.join(address.to_string());
+        neighbour::forget_others(&self.config.bridge, |address| given_out(address).exists())
+            .map_err(|source| NetworkError::Neighbour {
+                doing: "forget a neighbour",
+                bridge: self.config.bridge.clone(),
+                source,
+            })
+    }
+}
+
+/// Gives the bridge a link-layer address that follows from its own IP address: one that is not set
+/// changes as sandboxes come and go.
+fn fix_link_address(bridge: &str, gateway: Ipv4Addr) -> io::Result<[u8; 6]> {
+    let [a, b, c, d] = gateway.octets();
+    // The first byte says: locally administered, a single host.
+    let link = [0x02, 0x74, a, b, c, d];
+    let shown = fs::read_to_string(format!("/sys/class/net/{bridge}/address"))?;
+    let wanted: Vec<String> = link.iter().map(|byte| format!("{byte:02x}")).collect();
+    if shown.trim() == wanted.join(":") {
+        return Ok(link);
+    }
+    let mut request = interface_request(bridge)?;
+    let mut address = libc::sockaddr {
+        sa_family: libc::ARPHRD_ETHER,
+        sa_data: [0; 14],
+    };
+    for (to, from) in address.sa_data.iter_mut().zip(link) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_hwaddr = address;
+    let socket = control_socket()?;
+    // SAFETY: the ioctl reads an ifreq that outlives the call.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFHWADDR, &raw const request) })?;
+    Ok(link)
 }
 
 /// An interface's name as ioctls take it.

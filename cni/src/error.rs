@@ -41,6 +41,12 @@ pub enum NetworkError {
     Taken { id: String },
     #[error("Failed to make a network namespace for {id}")]
     Namespace { id: String, source: io::Error },
+    #[error("Failed to {doing} of the bridge {bridge}")]
+    Neighbour {
+        doing: &'static str,
+        bridge: String,
+        source: io::Error,
+    },
     #[error("{left} network namespaces are left; destroy or sweep them first")]
     InUse { left: usize },
     #[error("Failed to remove the bridge {bridge}")]

@@ -13,6 +13,9 @@ mod bridge;
 mod error;
 mod masquerade;
 mod namespace;
+mod neighbour;
+#[doc(hidden)]
+pub mod netlink;
 mod plugin;
 mod pool;
 mod record;

@@ -10,7 +10,7 @@ use std::{
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, unshare},
+    sched::{CloneFlags, setns, unshare},
 };
 
 use crate::{
@@ -105,6 +105,24 @@ pub(crate) fn make_namespace(id: &str, path: &Path) -> Result<(), NetworkError> 
         .join()
         .map_err(|_| failed(io::Error::other("the thread that made it ended early")))?
         .map_err(failed)
+}
+
+/// Does something in a namespace, on a thread of its own: a thread cannot be sure to get back into
+/// the namespace it left.
+pub(crate) fn at_namespace(
+    path: &Path,
+    work: impl FnOnce() -> io::Result<()> + Send,
+) -> io::Result<()> {
+    let netns = fs::File::open(path)?;
+    std::thread::scope(|scope| {
+        scope
+            .spawn(move || {
+                setns(netns, CloneFlags::CLONE_NEWNET)?;
+                work()
+            })
+            .join()
+    })
+    .unwrap_or_else(|_| Err(io::Error::other("the thread inside ended early")))
 }
 
 fn bring_up(name: &str) -> io::Result<()> {

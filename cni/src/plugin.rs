@@ -15,13 +15,15 @@ use crate::{NetworkConfig, NetworkError};
 const BRIDGE: &str = "bridge";
 const HOST_LOCAL: &str = "host-local";
 /// The name of the interface inside.
-const INTERFACE: &str = "eth0";
+pub const INTERFACE: &str = "eth0";
 
 /// What a namespace was given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attachment {
     pub address: Ipv4Addr,
     pub gateway: Ipv4Addr,
+    /// Link-layer address of the interface inside.
+    pub link: [u8; 6],
 }
 
 /// The plugins with their configuration.
@@ -29,12 +31,23 @@ pub struct Attachment {
 pub struct Plugins {
     dir: PathBuf,
     config: String,
+    /// Holds a file for every address that is given out.
+    pub addresses: PathBuf,
 }
 
 #[derive(Debug, Deserialize)]
 struct Answer {
     #[serde(default)]
     ips: Vec<Ip>,
+    #[serde(default)]
+    interfaces: Vec<Interface>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Interface {
+    mac: String,
+    /// The network namespace; absent for interfaces of the host.
+    sandbox: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -80,6 +93,7 @@ impl Plugins {
         Ok(Self {
             dir,
             config: text.to_string(),
+            addresses: addresses.join(&config.bridge),
         })
     }
 
@@ -92,7 +106,11 @@ impl Plugins {
             id: id.to_owned(),
             reason,
         };
-        parse(&text).ok_or_else(|| failed(format!("its answer has no IPv4 address: {text}")))
+        parse(&text).ok_or_else(|| {
+            failed(format!(
+                "its answer names no IPv4 address and interface: {text}"
+            ))
+        })
     }
 
     /// Takes interface and address back; what is not there is fine.
@@ -158,13 +176,33 @@ impl Plugins {
 
 fn parse(text: &str) -> Option<Attachment> {
     let answer: Answer = serde_json::from_str(text).ok()?;
+    let link = answer
+        .interfaces
+        .iter()
+        .find(|interface| {
+            interface
+                .sandbox
+                .as_ref()
+                .is_some_and(|path| !path.is_empty())
+        })
+        .and_then(|interface| link_address(&interface.mac))?;
     answer.ips.iter().find_map(|ip| {
         let network: Ipv4Network = ip.address.parse().ok()?;
         Some(Attachment {
             address: network.ip(),
             gateway: ip.gateway?,
+            link,
         })
     })
+}
+
+/// Six bytes in hexadecimal with colons between them.
+fn link_address(text: &str) -> Option<[u8; 6]> {
+    let bytes: Option<Vec<u8>> = text
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16).ok())
+        .collect();
+    bytes?.try_into().ok()
 }
 
 #[cfg(test)]
@@ -173,12 +211,14 @@ mod tests {
 
     #[test]
     fn the_address_is_found_in_an_answer() {
-        let text = r#"{"cniVersion":"0.4.0","interfaces":[{"name":"br"}],
+        let text = r#"{"cniVersion":"0.4.0","interfaces":[{"name":"br","mac":"0a:00:00:00:00:01"},
+            {"name":"eth0","mac":"0a:00:00:00:00:ff","sandbox":"/run/netns/x"}],
             "ips":[{"version":"4","interface":2,"address":"10.62.0.5/16","gateway":"10.62.0.1"}],
             "dns":{}}"#;
         let found = parse(text).unwrap();
         assert_eq!(found.address, Ipv4Addr::new(10, 62, 0, 5));
         assert_eq!(found.gateway, Ipv4Addr::new(10, 62, 0, 1));
+        assert_eq!(found.link, [10, 0, 0, 0, 0, 255]);
         assert_eq!(parse("{}"), None);
         assert_eq!(parse("not json"), None);
     }

@@ -1,6 +1,10 @@
 //! Network namespaces on a real bridge. Needs root, the CNI plugins and nft.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests fail by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "tests fail by panicking"
+)]
 
 use std::{
     fs,
@@ -137,6 +141,16 @@ fn a_namespace_has_an_address_a_route_and_loopback() {
     });
     let limit = Duration::from_secs(3);
     TcpStream::connect_timeout(&own.local_addr().unwrap(), limit).unwrap();
+    let known = inside(netns.path(), &["ip", "neighbour"]);
+    assert!(known.contains("PERMANENT"), "{known}");
+    let bridge = &place.config.bridge;
+    let shown = ["neighbour", "show", "dev", bridge];
+    let known = || Command::new("ip").args(shown).output().unwrap().stdout;
+    let text = String::from_utf8(known()).unwrap();
+    assert!(
+        text.contains(&address) && text.contains("PERMANENT"),
+        "{text}"
+    );
     assert!(netns.steps().iter().any(|step| step.name == "plugins"));
     assert!(matches!(
         network.create("one"),
@@ -150,6 +164,7 @@ fn a_namespace_has_an_address_a_route_and_loopback() {
     netns.destroy().unwrap();
     assert!(!netns.path().exists());
     assert_eq!(addresses(&place.config), 0);
+    assert_eq!(String::from_utf8(known()).unwrap(), "");
 }
 
 #[test]

@@ -10,7 +10,6 @@
 mod failure;
 mod join;
 mod launch;
-mod netlink;
 mod network;
 mod parts;
 mod pid_one;

@@ -9,10 +9,9 @@ use std::{
 
 use rustix::fs::{Mode, OFlags, openat};
 
-use crate::{
-    failure::{Doing, Failure},
-    netlink::{Message, Netlink, attribute, attributes, number},
-};
+use trenv_cni::netlink::{Message, Netlink, attribute, attributes, number};
+
+use crate::failure::{Doing, Failure};
 
 const RTM_GETLINK: u16 = 18;
 const RTM_GETADDR: u16 = 22;

@@ -1,17 +1,19 @@
-//! Netlink, as far as the purge needs it: dumps, and requests with an acknowledgement.
+//! Netlink, as far as sandboxes need it: dumps, and requests with an acknowledgement.
 
 use std::{
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
-use crate::failure::check;
+use crate::bridge::check;
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 const NLM_F_DUMP: u16 = 0x300;
+const NLM_F_REPLACE: u16 = 0x100;
+const NLM_F_CREATE: u16 = 0x400;
 const HEADER: usize = 16;
 
 /// A netlink socket.
@@ -29,11 +31,17 @@ pub struct Message {
 }
 
 impl Netlink {
+    /// Opens a socket in the current network namespace.
+    ///
+    /// # Errors
+    /// When the kernel does not know the protocol.
     pub fn open(protocol: libc::c_int) -> io::Result<Self> {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-        // SAFETY: socket takes no pointers, and the descriptor is new and ours.
-        let socket =
-            unsafe { OwnedFd::from_raw_fd(check(libc::socket(libc::AF_NETLINK, kind, protocol))?) };
+        // SAFETY: socket takes no pointers.
+        let socket = unsafe { libc::socket(libc::AF_NETLINK, kind, protocol) };
+        check(socket)?;
+        // SAFETY: the descriptor is new and ours.
+        let socket = unsafe { OwnedFd::from_raw_fd(socket) };
         Ok(Self {
             socket,
             sequence: 0,
@@ -41,14 +49,29 @@ impl Netlink {
     }
 
     /// Asks for everything of a kind.
+    ///
+    /// # Errors
+    /// When the kernel refuses, with its reason.
     pub fn dump(&mut self, kind: u16, body: &[u8]) -> io::Result<Vec<Message>> {
         self.send(kind, NLM_F_DUMP, body)?;
         self.answer()
     }
 
     /// Asks for something to be done.
+    ///
+    /// # Errors
+    /// When the kernel refuses, with its reason.
     pub fn request(&mut self, kind: u16, body: &[u8]) -> io::Result<Vec<Message>> {
         self.send(kind, NLM_F_ACK, body)?;
+        self.answer()
+    }
+
+    /// Asks for something to be made, or replaced where it exists.
+    ///
+    /// # Errors
+    /// As [`Netlink::request`].
+    pub fn make(&mut self, kind: u16, body: &[u8]) -> io::Result<Vec<Message>> {
+        self.send(kind, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, body)?;
         self.answer()
     }
 
@@ -122,6 +145,7 @@ fn split(bytes: &[u8]) -> Option<(Message, u32, &[u8])> {
 }
 
 /// A 32-bit number at an offset; zero beyond the end.
+#[must_use]
 pub fn number(bytes: &[u8], at: usize) -> u32 {
     bytes
         .get(at..at + 4)
@@ -130,6 +154,7 @@ pub fn number(bytes: &[u8], at: usize) -> u32 {
 }
 
 /// The attributes from an offset on: type and value.
+#[must_use]
 pub fn attributes(bytes: &[u8], from: usize) -> Vec<(u16, &[u8])> {
     let mut found = Vec::new();
     let mut rest = bytes.get(from..).unwrap_or_default();
@@ -147,6 +172,7 @@ pub fn attributes(bytes: &[u8], from: usize) -> Vec<(u16, &[u8])> {
 }
 
 /// An attribute, padded as the next one needs it.
+#[must_use]
 pub fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
     let mut bytes = Vec::with_capacity(usize::from(length).next_multiple_of(4));
