@@ -43,7 +43,8 @@ impl Namespaced {
         let request = self.request(services::UpdateContainerRequest {
             container: Some(self.record(new)),
             update_mask: Some(FieldMask {
-                paths: ["image", "snapshot_key", "spec", "labels"]
+                // containerd spells the key of the snapshot without an underscore here.
+                paths: ["image", "snapshotkey", "spec", "labels"]
                     .map(str::to_owned)
                     .to_vec(),
             }),
