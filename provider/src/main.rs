@@ -30,6 +30,8 @@ mod shim_client;
 mod spec;
 mod time;
 
+use std::io::IsTerminal;
+
 use anyhow::Context;
 use clap::Parser;
 use trenv_config::Config;
@@ -51,6 +53,7 @@ fn main() -> anyhow::Result<()> {
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
         )
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let config = match &options.config {
         Some(path) => Config::read(path),
