@@ -528,7 +528,9 @@ impl Container for SandboxContainer {
             return self.start_exec(exec_id).await;
         }
         if let Err(err) = self.start_function().await {
+            // In a task of its own, for the exit's event waits for this start to be over.
             self.spawn_death(Exit::now(255), "its function did not start");
+            let _ = self.first.wait_for(END_LIMIT).await;
             return Err(err);
         }
         let pid = self.first.pid();
