@@ -101,6 +101,11 @@ unsafe fn clone_high(cgroup: Option<BorrowedFd<'_>>) -> io::Result<(Cloned, i32)
         match unsafe { sys::clone_process(0, Some(wanted), cgroup) } {
             Ok(cloned) => return Ok((cloned, wanted)),
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => wanted += 1,
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(io::Error::other(format!(
+                    "pid {wanted} cannot be had; set the sysctl kernel.pid_max to 32768 or more"
+                )));
+            }
             Err(error) => return Err(error),
         }
     }

@@ -5,6 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
+    sync::OnceLock,
 };
 
 use rustix::{
@@ -152,9 +153,10 @@ fn overlay(options: &[String]) -> Result<OwnedFd, RootfsError> {
         .or(options.lower.first().copied())
         .unwrap_or("");
     let name = format!("the overlay on {name}");
-    match overlay_by_layers(&options, &name)? {
-        Some(mount) => Ok(mount),
-        None => overlay_joined(&options, &name),
+    if takes_single_layers() {
+        overlay_by_layers(&options, &name)
+    } else {
+        overlay_joined(&options, &name)
     }
 }
 
@@ -196,26 +198,28 @@ pub fn sync_upper(mounts: &[Mount]) -> Result<(), RootfsError> {
     Ok(())
 }
 
-/// Each lower directory by its own fsconfig; `None` where the kernel does not know that (before
-/// 6.8).
-fn overlay_by_layers(
-    options: &OverlayOptions<'_>,
-    name: &str,
-) -> Result<Option<OwnedFd>, RootfsError> {
+/// Whether overlayfs takes each lower directory by itself (kernel 6.8 and later). Such a kernel
+/// looks at the directory at once; others know no such option, and the oldest only say so when the
+/// overlay is made.
+fn takes_single_layers() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).is_ok_and(|context| {
+            let missing = "/proc/self/no-such-layer";
+            fsconfig_set_string(context.as_fd(), "lowerdir+", missing)
+                == Err(rustix::io::Errno::NOENT)
+        })
+    })
+}
+
+fn overlay_by_layers(options: &OverlayOptions<'_>, name: &str) -> Result<OwnedFd, RootfsError> {
     let context = open_context(name)?;
-    let lower = options
-        .lower
-        .iter()
-        .map(|path| Layer::new(path))
-        .collect::<Result<Vec<_>, _>>()?;
-    for (index, layer) in lower.iter().enumerate() {
-        match fsconfig_set_string(context.as_fd(), "lowerdir+", layer.text.as_str()) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::INVAL) if index == 0 => return Ok(None),
-            Err(error) => return Err(refused(context.as_fd(), "add a layer to", name, error)),
-        }
+    for path in &options.lower {
+        let layer = Layer::new(path)?;
+        fsconfig_set_string(context.as_fd(), "lowerdir+", layer.text.as_str())
+            .map_err(|error| refused(context.as_fd(), "add a layer to", name, error))?;
     }
-    finish(&context, options, name).map(Some)
+    finish(&context, options, name)
 }
 
 /// All lower directories in one value, short by naming each by a descriptor.
