@@ -5,7 +5,7 @@
 //! kind of start is measured, as `trenv bench start` does.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use serde_json::json;
@@ -45,6 +45,9 @@ pub struct DemoOptions {
 
 /// How long one function may take to be deployed or scaled.
 const PATIENCE: Duration = Duration::from_secs(180);
+
+/// From the shim's answer to the provider's table.
+const SETTLED: Duration = Duration::from_millis(20);
 
 /// Calls until a function is expected to have met the chosen sandbox.
 const ATTEMPTS: usize = 50;
@@ -143,8 +146,9 @@ async fn turns(
     let mut turns: Vec<Turn> = Vec::new();
     for name in &options.functions {
         let sandbox = turns.first().map(|turn| turn.sandbox.clone());
-        turns.push(one_turn(gateway, config, name, sandbox.as_deref()).await?);
-        scale(gateway, name, None, 0, PATIENCE).await?;
+        let turn = one_turn(gateway, config, name, sandbox.as_deref()).await?;
+        give_up(gateway, config, name, &turn.sandbox).await?;
+        turns.push(turn);
     }
     // The last one stays, so that it can be ended from outside.
     if let Some(name) = options.functions.last() {
@@ -172,10 +176,27 @@ async fn one_turn(
         if wanted.is_none_or(|wanted| wanted == serving.id) {
             return turn::look(config, name, &serving, &reply);
         }
-        scale(gateway, name, None, 0, PATIENCE).await?;
+        give_up(gateway, config, name, &serving.id).await?;
     }
     bail!(
         "After {ATTEMPTS} calls the sandbox {} has not served {name}",
         wanted.unwrap_or_default()
     )
+}
+
+/// Ends the function's instances; waits until its sandbox is idle, so that it is the next to be taken.
+async fn give_up(gateway: &Gateway, config: &Config, name: &str, id: &str) -> anyhow::Result<()> {
+    scale(gateway, name, None, 0, PATIENCE).await?;
+    let end = Instant::now() + PATIENCE;
+    while Instant::now() < end {
+        let idle = sandboxes(config, &config.provider.namespace)
+            .await?
+            .iter()
+            .any(|sandbox| sandbox.id == id && crate::ps::state(sandbox) == "idle");
+        tokio::time::sleep(SETTLED).await;
+        if idle {
+            return Ok(());
+        }
+    }
+    bail!("The sandbox {id} did not become idle")
 }

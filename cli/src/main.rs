@@ -2,7 +2,7 @@
 //!
 //! One file per verb. [`gateway`] is the client of the provider's REST interface, [`shim`] of the
 //! shim's own service, [`functions`] and [`stack`] are what goes over the wire, [`table`] prints.
-//! [`doctor`] looks at the machine, [`bench`] measures starts, [`demo`] shows the whole way of a
+//! [`doctor`] looks at the machine, [`mod@bench`] measures starts, [`demo`] shows the whole way of a
 //! call on four functions.
 
 mod bench;

@@ -29,7 +29,10 @@ impl Leftovers {
         found.insert("cgroups", cgroups(&marks.cgroup_parent));
         found.insert("network", network(&marks.bridge));
         let records = marks.directory.join("state/network");
-        found.insert("addresses", files(&records));
+        let mut addresses = files(&records);
+        // What the address plugin keeps of its own.
+        addresses.retain(|path| !path.ends_with("/lock") && !path.contains("/last_reserved_ip."));
+        found.insert("addresses", addresses);
         found.retain(|_, list| !list.is_empty());
         Self(found)
     }

@@ -4,7 +4,7 @@
 //! in a directory, a bridge, a subnet and a cgroup that nothing else uses. Images are imported once
 //! and kept between tests; everything else goes when [`Machine::stop`] has been called, which fails
 //! when anything at all is left ([`Leftovers`]). Functions are called by a plain HTTP client
-//! ([`http`]) and described through [`Machine::describe`]; [`wait`] waits for what takes its time.
+//! ([`http`]) and described through [`Machine::describe`]; [`until`] waits for what takes its time.
 
 mod containerd;
 mod daemon;

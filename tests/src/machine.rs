@@ -25,6 +25,9 @@ const CALL: Duration = Duration::from_secs(60);
 /// How long a function may take until it is ready.
 const DEPLOY: Duration = Duration::from_secs(120);
 
+/// From the shim's answer to the provider's table.
+const SETTLED: Duration = Duration::from_millis(50);
+
 /// What differs between machines.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -313,6 +316,21 @@ impl Machine {
         }
     }
 
+    /// Waits until a sandbox is empty, and the provider knows.
+    ///
+    /// # Errors
+    /// When it does not get there.
+    pub fn idle(&self, id: &str) -> anyhow::Result<()> {
+        until(&format!("{id} to be idle"), CALL, || {
+            self.sandboxes().is_ok_and(|all| {
+                all.iter()
+                    .any(|sandbox| sandbox.id == id && sandbox.state == "idle")
+            })
+        })?;
+        std::thread::sleep(SETTLED);
+        Ok(())
+    }
+
     /// `ctr` on this machine's containerd, in the functions' namespace.
     ///
     /// # Errors
@@ -362,11 +380,12 @@ impl Machine {
         let removed = self.containerd.remove_containers(NAMESPACE);
         let only_shared = || {
             let left = self.leftovers();
-            let shared = left.count("network") <= 1
-                && left.count("mounts") == 0
-                && left.count("addresses") == 0;
+            // The bridge, and one directory in each hierarchy.
+            let network = left.count("network") <= 1 && left.count("addresses") == 0;
+            let parent = format!("/{}", self.marks.cgroup_parent);
+            let cgroups = left.cgroups().iter().all(|path| path.ends_with(&parent));
             // containerd itself still runs, and reads the directory.
-            shared && left.count("processes") <= 1
+            network && cgroups && left.count("mounts") == 0 && left.count("processes") <= 1
         };
         let gone = until(
             "everything of the machine to go",

@@ -123,6 +123,8 @@ fn one_sandbox_serves_four_functions_in_turn() -> anyhow::Result<()> {
         roots.push((spaces[0].clone(), spaces[1].clone()));
         containerd_tells_the_truth(&machine, &sandbox, name)?;
         machine.scale(name, 0)?;
+        // The sandbox that became idle last is taken first.
+        machine.idle(&sandbox.id)?;
         before = Some(sandbox);
     }
     roots.dedup();
