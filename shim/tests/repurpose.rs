@@ -1,0 +1,263 @@
+//! The life of a template: snapshot of a cold function, start in another sandbox, reset, again.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use support::{Containerd, containerd};
+use trenv_sandbox_proto as proto;
+use ttrpc::context;
+
+const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.1; done";
+
+fn client(address: &str) -> (tokio::runtime::Runtime, proto::SandboxClient) {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let client = runtime
+        .block_on(ttrpc::asynchronous::Client::connect(address))
+        .unwrap();
+    (runtime, proto::SandboxClient::new(client))
+}
+
+fn limit() -> context::Context {
+    context::with_duration(Duration::from_secs(60))
+}
+
+/// Mounts of an active snapshot over the test's root file system.
+fn active(containerd: &Containerd, name: &str) -> Vec<proto::Mount> {
+    let upper = containerd.path(&format!("{name}-upper"));
+    let work = containerd.path(&format!("{name}-work"));
+    std::fs::create_dir_all(&upper).unwrap();
+    std::fs::create_dir_all(&work).unwrap();
+    vec![proto::Mount {
+        type_: "overlay".into(),
+        source: "overlay".into(),
+        options: vec![
+            format!("workdir={}", work.display()),
+            format!("upperdir={}", upper.display()),
+            format!("lowerdir={}", containerd.path("rootfs").display()),
+        ],
+        ..proto::Mount::default()
+    }]
+}
+
+fn last_tick(log: &Path) -> u32 {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    text.lines()
+        .rev()
+        .find_map(|line| line.strip_prefix("tick ")?.parse().ok())
+        .unwrap_or(0)
+}
+
+fn log_of(containerd: &Containerd, id: &str) -> PathBuf {
+    containerd.path(&format!("{id}.log"))
+}
+
+#[test]
+fn a_function_is_snapshotted_and_started_again_in_other_sandboxes() {
+    let Some(containerd) = containerd("repurpose") else {
+        return;
+    };
+    let cold_log = log_of(&containerd, "cold");
+    let uri = format!("file://{}", cold_log.display());
+    containerd.ctr(&[
+        "run",
+        "-d",
+        "--log-uri",
+        &uri,
+        "--runtime",
+        support::TRENV,
+        "--annotation",
+        "dev.trenv.sandbox=function",
+        support::IMAGE,
+        "cold",
+        "/bin/sh",
+        "-c",
+        COUNTER,
+    ]);
+    for id in ["idle1", "idle2"] {
+        let uri = format!("file://{}", log_of(&containerd, id).display());
+        containerd.ctr(&[
+            "run",
+            "-d",
+            "--log-uri",
+            &uri,
+            "--runtime",
+            support::TRENV,
+            "--annotation",
+            "dev.trenv.sandbox=idle",
+            support::IMAGE,
+            id,
+        ]);
+    }
+    containerd.until("the function counts", || last_tick(&cold_log) >= 5);
+    let (runtime, sandboxes) = client(&containerd.shim_address());
+
+    let version = runtime
+        .block_on(sandboxes.version(limit(), &proto::VersionRequest::default()))
+        .unwrap();
+    assert_eq!(version.protocol, 1);
+    assert!(!version.fingerprint.is_empty());
+
+    // A repurpose of a busy sandbox changes nothing.
+    let busy = proto::RepurposeRequest {
+        request_id: "busy".into(),
+        sandbox_id: "cold".into(),
+        template_id: "0".repeat(64),
+        ..proto::RepurposeRequest::default()
+    };
+    let err = runtime
+        .block_on(sandboxes.repurpose(limit(), &busy))
+        .unwrap_err();
+    assert!(err.to_string().contains("running a function"), "{err}");
+
+    // An unknown template leaves the sandbox idle.
+    let unknown = proto::RepurposeRequest {
+        request_id: "unknown".into(),
+        sandbox_id: "idle1".into(),
+        rootfs: active(&containerd, "unknown"),
+        ..busy.clone()
+    };
+    let err = runtime
+        .block_on(sandboxes.repurpose(limit(), &unknown))
+        .unwrap_err();
+    assert!(err.to_string().contains("does not exist"), "{err}");
+
+    let request = proto::SnapshotRequest {
+        request_id: "snap".into(),
+        sandbox_id: "cold".into(),
+        key: "counter".into(),
+        ..proto::SnapshotRequest::default()
+    };
+    let snapshot = runtime
+        .block_on(sandboxes.snapshot(limit(), &request))
+        .unwrap_or_else(|err| panic!("{err}\n{}", containerd.logs()));
+    assert!(
+        snapshot.processes >= 1 && snapshot.stored_bytes > 0,
+        "{snapshot:?}"
+    );
+    let counted = last_tick(&cold_log);
+    assert!(counted >= 5);
+    let again = runtime
+        .block_on(sandboxes.snapshot(limit(), &request))
+        .unwrap();
+    assert_eq!(
+        again.template_id, snapshot.template_id,
+        "the same request id gives the same answer"
+    );
+
+    let prepare = proto::PrepareRequest {
+        request_id: "prepare".into(),
+        template_id: snapshot.template_id.clone(),
+        generation: snapshot.generation,
+        rootfs: active(&containerd, "view"),
+        spares: 2,
+        ..proto::PrepareRequest::default()
+    };
+    let prepared = runtime
+        .block_on(sandboxes.prepare(limit(), &prepare))
+        .unwrap_or_else(|err| panic!("{err}\n{}", containerd.logs()));
+    assert!(prepared.resident_bytes > 0);
+
+    for round in 0..10 {
+        for id in ["cold", "idle1", "idle2"] {
+            let name = format!("{id}-{round}");
+            let log = log_of(&containerd, id);
+            std::fs::write(&log, "").unwrap();
+            let request = proto::RepurposeRequest {
+                request_id: format!("start-{name}"),
+                sandbox_id: id.into(),
+                tenancy: name.clone(),
+                template_id: snapshot.template_id.clone(),
+                generation: snapshot.generation,
+                rootfs: active(&containerd, &name),
+                method: if round == 1 {
+                    "copy".into()
+                } else {
+                    String::new()
+                },
+                ..proto::RepurposeRequest::default()
+            };
+            let begun = Instant::now();
+            let started = runtime
+                .block_on(sandboxes.repurpose(limit(), &request))
+                .unwrap_or_else(|err| panic!("{name}: {err}\n{}", containerd.logs()));
+            let steps: Vec<String> = started
+                .steps
+                .iter()
+                .map(|step| format!("{} {}", step.name, step.microseconds))
+                .collect();
+            println!("{name}: {:?}: {}", begun.elapsed(), steps.join(", "));
+            containerd.until("the restored function goes on counting", || {
+                last_tick(&log) > counted
+            });
+            if round == 0 {
+                check_ready(&containerd, id, &name, &started);
+            }
+        }
+        for id in ["cold", "idle1", "idle2"] {
+            let request = proto::ResetRequest {
+                request_id: format!("reset-{id}-{round}"),
+                sandbox_id: id.into(),
+                ..proto::ResetRequest::default()
+            };
+            runtime
+                .block_on(sandboxes.reset(limit(), &request))
+                .unwrap_or_else(|err| panic!("{id}: {err}\n{}", containerd.logs()));
+        }
+        let list = runtime
+            .block_on(sandboxes.list(limit(), &proto::ListRequest::default()))
+            .unwrap();
+        for info in &list.sandboxes {
+            assert_eq!(
+                info.state.enum_value().unwrap(),
+                proto::State::IDLE,
+                "{info:?}"
+            );
+            assert!(info.tenancy.is_empty());
+        }
+    }
+
+    let delete = proto::DeleteTemplateRequest {
+        request_id: "delete".into(),
+        template_id: snapshot.template_id.clone(),
+        ..proto::DeleteTemplateRequest::default()
+    };
+    runtime
+        .block_on(sandboxes.delete_template(limit(), &delete))
+        .unwrap_or_else(|err| panic!("{err}\n{}", containerd.logs()));
+    for id in ["cold", "idle1", "idle2"] {
+        containerd.remove(id);
+    }
+    drop(sandboxes);
+    containerd.assert_clean();
+}
+
+/// What containerd shows of a sandbox that has just been given a function.
+fn check_ready(
+    containerd: &Containerd,
+    id: &str,
+    tenancy: &str,
+    started: &proto::RepurposeResponse,
+) {
+    let pids = containerd.ctr(&["task", "ps", id]);
+    // The others may have ended by themselves.
+    let root = started.pids[0].to_string();
+    assert!(pids.contains(&root), "{root} in {pids}");
+    let text = containerd.ctr(&[
+        "task",
+        "exec",
+        "--exec-id",
+        tenancy,
+        id,
+        "/bin/sh",
+        "-c",
+        "hostname; ps ax",
+    ]);
+    assert!(text.starts_with(&format!("{tenancy}\n")), "{text}");
+    assert!(text.contains("tick"), "the function is seen: {text}");
+}
