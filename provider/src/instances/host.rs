@@ -31,6 +31,8 @@ const RUNTIME: &str = "io.containerd.trenv.v2";
 const SPARES: usize = 1;
 const KILL: i32 = 9;
 const END_TIMEOUT: Duration = Duration::from_secs(10);
+const FREE_TIMEOUT: Duration = Duration::from_secs(15);
+const FREE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why a template is not ready on the shim.
 #[derive(Debug, thiserror::Error)]
@@ -359,6 +361,20 @@ impl Host {
         ))
     }
 
+    async fn free(
+        &self,
+        sandbox: &SandboxRef,
+        tenancy: Option<&str>,
+    ) -> Result<(), ContainerdError> {
+        let containerd = self.namespace(&sandbox.namespace)?;
+        self.end_task(&containerd, &sandbox.id).await?;
+        containerd.delete_container(&sandbox.id).await?;
+        match tenancy {
+            Some(tenancy) => containerd.remove_snapshot(tenancy).await,
+            None => Ok(()),
+        }
+    }
+
     async fn end_task(&self, containerd: &Namespaced, id: &str) -> Result<(), ContainerdError> {
         containerd.kill_task(id, KILL).await?;
         match tokio::time::timeout(END_TIMEOUT, containerd.wait_task(id)).await {
@@ -482,17 +498,15 @@ impl SandboxOps for Host {
             .lock()
             .unwrap_or_else(|e| e.into_inner())
             .remove(&sandbox.id);
-        let destroyed = async {
-            let containerd = self.namespace(&sandbox.namespace)?;
-            self.end_task(&containerd, &sandbox.id).await?;
-            containerd.delete_container(&sandbox.id).await?;
-            if let Some(tenancy) = tenancy {
-                containerd.remove_snapshot(tenancy).await?;
+        let begun = Instant::now();
+        // A shim that has just died leaves containerd a moment in which it refuses everything
+        // about its tasks.
+        while let Err(err) = self.free(sandbox, tenancy).await {
+            if begun.elapsed() > FREE_TIMEOUT {
+                tracing::warn!("The sandbox {} was not freed wholly: {err}", sandbox.id);
+                break;
             }
-            Ok::<(), ContainerdError>(())
-        };
-        if let Err(err) = destroyed.await {
-            tracing::warn!("The sandbox {} was not freed wholly: {err}", sandbox.id);
+            tokio::time::sleep(FREE_PAUSE).await;
         }
         if let Some(tenancy) = tenancy {
             self.logs.end_tenancy(sandbox, function_of(tenancy));

@@ -362,28 +362,24 @@ impl Scheduler {
     pub fn sandbox_died(self: &Arc<Self>, id: &str) {
         let taken = {
             let mut table = self.table();
-            match table.entries.get(id).map(|e| &e.state) {
+            let Some(entry) = table.entries.get(id) else {
+                return;
+            };
+            entry.gone.cancel();
+            if matches!(entry.state, State::Busy) {
                 // Whoever made it busy sees the failure and cleans up.
-                Some(State::Busy) => {
-                    if let Some(entry) = table.entries.get(id) {
-                        entry.gone.cancel();
-                    }
-                    None
-                }
-                Some(_) => {
-                    let taken = table.take(id);
-                    if let Some(entry) = table.entries.get(id) {
-                        entry.gone.cancel();
-                    }
-                    taken
-                }
-                None => None,
+                return;
             }
+            let taken = table.take(id);
+            // It makes room at once; what is left of it does not serve anybody.
+            table.forget(id);
+            taken
         };
         if let Some((sandbox, tenancy)) = taken {
             let this = Arc::clone(self);
             tokio::spawn(async move { this.discard(&sandbox, tenancy.as_deref()).await });
         }
+        self.freed.notify_one();
     }
 
     /// Takes every sandbox of a namespace out of service: its shim is gone, and they with it.
