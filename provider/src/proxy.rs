@@ -297,11 +297,12 @@ fn started_headers(guard: &Guard) -> HeaderMap {
         headers.insert("x-trenv-instance", id);
     }
     if !guard.steps.is_empty() {
-        let steps: serde_json::Map<String, serde_json::Value> = guard
-            .steps
-            .iter()
-            .map(|(name, micros)| (name.clone(), (*micros).into()))
-            .collect();
+        // A step that was taken twice (once to evict, once to start) counts with both times.
+        let mut steps = serde_json::Map::new();
+        for (name, micros) in &guard.steps {
+            let before = steps.get(name).and_then(serde_json::Value::as_u64);
+            steps.insert(name.clone(), (before.unwrap_or(0) + micros).into());
+        }
         if let Ok(value) = HeaderValue::try_from(serde_json::Value::from(steps).to_string()) {
             headers.insert("x-trenv-steps", value);
         }

@@ -29,6 +29,8 @@ const RUNTIME: &str = "io.containerd.trenv.v2";
 
 /// Writable snapshots kept ready for each revision.
 const SPARES: usize = 1;
+/// The step that stands for the way to the shim and back.
+const CALL_STEP: &str = "call";
 const KILL: i32 = 9;
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 const FREE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -464,8 +466,7 @@ impl SandboxOps for Host {
         let called = micros(begun.elapsed());
         match answer {
             Ok(taken) => {
-                steps.extend(taken);
-                steps.push(("repurpose_call".to_owned(), called));
+                steps.extend(taken_by_call(taken, called));
                 self.update_record(
                     sandbox,
                     self.function_record(sandbox, revision, &spare.tenancy, spec_json),
@@ -481,11 +482,13 @@ impl SandboxOps for Host {
     }
 
     async fn reset(&self, sandbox: &SandboxRef, tenancy: &str) -> Result<Vec<Step>, StartError> {
+        let begun = Instant::now();
         let steps = self
             .shim(&sandbox.namespace)
             .reset(&sandbox.id)
             .await
             .map_err(|err| failed(&sandbox.id, err))?;
+        let steps = taken_by_call(steps, micros(begun.elapsed()));
         self.record_idle(sandbox);
         self.logs.end_tenancy(sandbox, function_of(tenancy));
         // Only now is the old root file system detached.
@@ -548,6 +551,18 @@ pub fn refill_spares(containerd: &Containerd, revision: &Arc<Revision>) {
             Err(err) => tracing::warn!("No snapshot was made ahead: {err}"),
         }
     });
+}
+
+/// The shim's steps, and what its call took besides. A name with a dot is a part of another step.
+fn taken_by_call(mut steps: Vec<Step>, called: u64) -> Vec<Step> {
+    let whole = steps.iter().filter(|(name, _)| !name.contains('.'));
+    let inside: u64 = whole.map(|(_, micros)| micros).sum();
+    let outside = called.saturating_sub(inside);
+    match steps.iter_mut().find(|(name, _)| name == CALL_STEP) {
+        Some((_, micros)) => *micros += outside,
+        None => steps.push((CALL_STEP.to_owned(), outside)),
+    }
+    steps
 }
 
 /// The function that a tenancy's id names: NAME-REVISION-UNIQUE.
