@@ -70,6 +70,22 @@ pub async fn find(
     Ok(Some(serde_json::from_slice(&body)?))
 }
 
+/// Sets the number of instances that a function is to keep.
+pub async fn request_scale(
+    gateway: &Gateway,
+    name: &str,
+    namespace: Option<&str>,
+    replicas: u64,
+) -> anyhow::Result<()> {
+    let mut body = json!({ "serviceName": name, "replicas": replicas });
+    if let Some(namespace) = namespace {
+        body["namespace"] = namespace.into();
+    }
+    let path = format!("/system/scale-function/{name}{}", query(namespace));
+    let (status, answer) = gateway.system(Method::POST, &path, Some(&body)).await?;
+    accept(status, &answer)
+}
+
 /// Sets the number of instances and waits until that many are there.
 pub async fn scale(
     gateway: &Gateway,
@@ -78,13 +94,7 @@ pub async fn scale(
     replicas: u64,
     deadline: Duration,
 ) -> anyhow::Result<()> {
-    let mut body = json!({ "serviceName": name, "replicas": replicas });
-    if let Some(namespace) = namespace {
-        body["namespace"] = namespace.into();
-    }
-    let path = format!("/system/scale-function/{name}{}", query(namespace));
-    let (status, answer) = gateway.system(Method::POST, &path, Some(&body)).await?;
-    accept(status, &answer)?;
+    request_scale(gateway, name, namespace, replicas).await?;
     let end = Instant::now() + deadline;
     loop {
         let Some(function) = find(gateway, name, namespace).await? else {

@@ -6,7 +6,7 @@
 //! have. `cold`: no sandbox is there at all. A reply that names another start than was asked for
 //! counts as what it is.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use http::Method;
@@ -18,7 +18,7 @@ use super::figures::{Kind, Machine, Report};
 use super::memory;
 use super::order::Order;
 use super::runc::{Runc, RuncFunction, command};
-use crate::functions::{Function, find, scale};
+use crate::functions::{Function, find, request_scale, scale};
 use crate::gateway::{Gateway, Reply};
 use crate::shim::sandboxes;
 
@@ -62,6 +62,10 @@ pub struct StartOptions {
 
 /// How long scaling and one call may take.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Sandboxes that a cold start may add, with what the provider makes meanwhile.
+const SPARE: usize = 6;
+/// How long scaling is given until it is asked for again.
+const FILLED: Duration = Duration::from_millis(300);
 /// How long a function started through runc may take.
 const RUNC_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -198,18 +202,33 @@ impl<'a> Bench<'a> {
             let name = &names[index];
             let other = &names[(index + 1) % names.len()];
             self.scale(name, 0).await?;
-            // The others fill every sandbox that the provider may have.
-            let mut taken = 0;
-            for third in names
-                .iter()
-                .filter(|third| *third != name && *third != other)
-            {
-                taken += self.instances(third).await?;
-            }
-            self.scale(other, most.saturating_sub(taken)).await?;
+            self.fill(other, most).await?;
             self.call(name, kind).await;
         }
         Ok(())
+    }
+
+    /// Scales a function until no sandbox is left that does not serve.
+    async fn fill(&self, name: &str, most: u64) -> anyhow::Result<()> {
+        let end = Instant::now() + PATIENCE;
+        let mut asked: Option<Instant> = None;
+        while Instant::now() < end {
+            let mut serving = 0;
+            for other in self.names() {
+                serving += self.instances(&other).await?;
+            }
+            if serving >= most {
+                return Ok(());
+            }
+            // A sandbox that is being reset when the scaling comes is left out: ask again for it.
+            if asked.is_none_or(|asked| asked.elapsed() > FILLED) {
+                let wanted = self.instances(name).await? + most - serving;
+                request_scale(self.gateway, name, None, wanted).await?;
+                asked = Some(Instant::now());
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        bail!("The functions do not fill all {most} sandboxes")
     }
 
     async fn cold(&mut self) -> anyhow::Result<()> {
@@ -217,24 +236,76 @@ impl<'a> Bench<'a> {
             return Ok(());
         }
         self.say("cold, trenv");
+        let names = self.names();
+        self.end_sandboxes().await?;
         for (kind, index) in self.spread(Kind::ColdTrenv, self.options.cold) {
-            for name in self.names() {
-                self.scale(&name, 0).await?;
+            let name = &names[index];
+            let other = &names[(index + 1) % names.len()];
+            if self.states().await?.len() + SPARE > self.config.provider.max_sandboxes {
+                self.end_sandboxes().await?;
             }
-            self.end_sandboxes().await?;
-            let name = self.functions[index].name.clone();
-            self.call(&name, kind).await;
+            self.scale(name, 0).await?;
+            self.wait_until("no sandbox is being reset", |states| {
+                states
+                    .iter()
+                    .all(|state| matches!(*state, "idle" | "ready"))
+            })
+            .await?;
+            // Another function takes all idle sandboxes and keeps them; before the provider has
+            // made new ones, the call comes.
+            let states = self.states().await?;
+            let idle = states.iter().filter(|state| **state == "idle").count() as u64;
+            let wanted = self.instances(other).await? + idle;
+            self.scale(other, wanted).await?;
+            self.call(name, kind).await;
         }
-        Ok(())
+        self.end_sandboxes().await
     }
 
-    /// Ends every idle sandbox through containerd, as an administrator would.
+    /// Ends every idle sandbox through containerd, as an administrator would; the provider makes
+    /// as many new ones as it keeps.
     async fn end_sandboxes(&self) -> anyhow::Result<()> {
+        for name in self.names() {
+            self.scale(&name, 0).await?;
+        }
+        self.wait_until("every sandbox is idle", |states| {
+            states.iter().all(|state| *state == "idle")
+        })
+        .await?;
         let namespace = &self.config.provider.namespace;
         for sandbox in sandboxes(self.config, namespace).await? {
-            ctr(self.config, &["task", "kill", "-s", "SIGKILL", &sandbox.id])?;
+            // One that the provider has just taken away itself is gone all the same.
+            let _ = ctr(self.config, &["task", "kill", "-s", "SIGKILL", &sandbox.id]);
         }
-        Ok(())
+        let kept = self.config.provider.idle_sandboxes;
+        self.wait_until("new sandboxes are there", |states| {
+            states.len() == kept && states.iter().all(|state| *state == "idle")
+        })
+        .await
+    }
+
+    /// The states of all sandboxes.
+    async fn states(&self) -> anyhow::Result<Vec<&'static str>> {
+        let all = sandboxes(self.config, &self.config.provider.namespace).await?;
+        Ok(all.iter().map(crate::ps::state).collect())
+    }
+
+    async fn wait_until(
+        &self,
+        what: &str,
+        holds: impl Fn(&[&'static str]) -> bool,
+    ) -> anyhow::Result<()> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let states = self.states().await?;
+            if holds(&states) {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                bail!("Waited in vain until {what}: {states:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn runc(&mut self) -> anyhow::Result<()> {
