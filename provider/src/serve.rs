@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use trenv_config::Config;
 
 use crate::auth::BasicAuth;
-use crate::containerd::Containerd;
+use crate::containerd::{Containerd, ContainerdError};
 use crate::functions::{Functions, Store, recover};
 use crate::instances::{Host, Scheduler, SchedulerOptions};
 use crate::logs::Logs;
@@ -21,6 +21,8 @@ use crate::secrets::Secrets;
 use crate::spec::SharedFiles;
 
 const EVENTS_PAUSE: Duration = Duration::from_secs(1);
+const CONTAINERD_PATIENCE: Duration = Duration::from_secs(10);
+const CONTAINERD_PAUSE: Duration = Duration::from_millis(200);
 
 /// Serves until a signal asks to stop.
 ///
@@ -40,8 +42,7 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
             provider.listen
         )
     })?;
-    let containerd =
-        Containerd::connect(&config.containerd.address, &config.containerd.snapshotter).await?;
+    let containerd = connect(config).await?;
     containerd.mark_namespace(&provider.namespace).await?;
     let files = write_shared_files(&config.run_dir.join("provider"))?;
     let metrics = Arc::new(Metrics::new());
@@ -117,6 +118,20 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
     scheduler.stop(call_timeout).await;
     upkeep.await?;
     Ok(())
+}
+
+/// Connects to containerd, which may be starting together with us.
+async fn connect(config: &Config) -> Result<Containerd, ContainerdError> {
+    let settings = &config.containerd;
+    let begun = tokio::time::Instant::now();
+    loop {
+        match Containerd::connect(&settings.address, &settings.snapshotter).await {
+            Err(_) if begun.elapsed() < CONTAINERD_PATIENCE => {
+                tokio::time::sleep(CONTAINERD_PAUSE).await;
+            }
+            connected => return connected,
+        }
+    }
 }
 
 /// Tells the scheduler of every sandbox that ends, across restarts of containerd.

@@ -87,6 +87,11 @@ impl Functions {
         let _changing = self.changing.lock().await;
         if revision.retired() {
             revision.set_state(state);
+            if let Some(template) = revision.template()
+                && let Err(err) = self.store.unwant(&function.name.namespace, &template)
+            {
+                tracing::warn!("{}", chain(&err));
+            }
             self.spawn_free(revision);
             return;
         }
@@ -117,7 +122,8 @@ impl Functions {
             }
         }
         revision.set_state(state);
-        if let Err(err) = self.store.put(&function.record()) {
+        let replaced = old.as_ref().and_then(|old| old.template());
+        if let Err(err) = self.store.replace(&function.record(), replaced.as_ref()) {
             tracing::warn!("{}", chain(&err));
         }
         if dropped {
@@ -270,14 +276,7 @@ impl Functions {
             this.scheduler.kill_instances(&revision).await;
             let namespace = &revision.function().namespace;
             if let Some(template) = revision.template() {
-                if let Err(err) = this
-                    .host
-                    .shim(namespace)
-                    .delete_template(&template.id)
-                    .await
-                {
-                    tracing::warn!("The template {} stays in the pool: {err}", template.id);
-                }
+                this.delete_template(namespace, &template.id).await;
                 if let Ok(containerd) = this.host.namespace(namespace) {
                     while let Some(spare) = revision.take_spare() {
                         let _ = containerd.remove_snapshot(&spare.tenancy).await;
@@ -289,6 +288,23 @@ impl Functions {
             }
             this.drop_lease(&revision).await;
         });
+    }
+
+    /// Deletes a template; one that cannot be deleted now is tried again later.
+    pub(super) async fn delete_template(&self, namespace: &str, id: &str) {
+        let deleted = self.host.shim(namespace).delete_template(id).await;
+        let done = match deleted {
+            Ok(()) => self.store.deleted(namespace, id),
+            // Without a shim nobody uses it; the next one deletes it.
+            Err(ShimError::Unreachable { .. }) => return,
+            Err(err) => {
+                tracing::warn!("The template {id} stays in the pool for now: {err}");
+                return;
+            }
+        };
+        if let Err(err) = done {
+            tracing::warn!("{}", chain(&err));
+        }
     }
 
     /// Gives the layers of a revision to containerd's garbage collection.

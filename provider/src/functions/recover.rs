@@ -16,6 +16,8 @@ use crate::error::chain;
 use crate::instances::{OWNER_LABEL, SandboxOps, SandboxRef, read_address, refill_spares};
 
 const PREPARE_TICK: Duration = Duration::from_secs(1);
+/// Every so many rounds, templates that could not be deleted are tried again.
+const UNWANTED_ROUNDS: u64 = 5;
 
 /// Fills the registry from the store and puts the machine in order.
 ///
@@ -167,8 +169,15 @@ impl Functions {
     pub async fn run_preparer(self: Arc<Self>) {
         // A failure is told once, not every second.
         let mut told: HashMap<FunctionName, String> = HashMap::new();
+        let mut round = 0u64;
         loop {
             tokio::time::sleep(PREPARE_TICK).await;
+            round += 1;
+            if round.is_multiple_of(UNWANTED_ROUNDS) {
+                for (namespace, id) in self.store.unwanted().unwrap_or_default() {
+                    self.delete_template(&namespace, &id).await;
+                }
+            }
             for function in self.list(None) {
                 for instance in self.scheduler.instances(&function.name) {
                     let sandbox = SandboxRef {

@@ -339,7 +339,8 @@ impl Functions {
         let function = self
             .get(name)
             .ok_or_else(|| FunctionError::Unknown(name.clone()))?;
-        self.store.remove(name)?;
+        self.store
+            .remove(name, function.current().template().as_ref())?;
         self.map().remove(name);
         self.host.logs().forget(&name.namespace, &name.name);
         self.scheduler.set_floor(name, None);

@@ -7,9 +7,11 @@ use std::path::Path;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
-use super::{Deployment, FunctionName, RevisionRecord, RevisionState};
+use super::{Deployment, FunctionName, RevisionRecord, RevisionState, Template};
 
 const FUNCTIONS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("functions");
+/// Templates that nobody wants any more, until a shim has deleted them: `NAMESPACE/ID`.
+const UNWANTED: TableDefinition<'_, &str, ()> = TableDefinition::new("unwanted-templates");
 
 /// Why the state cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +92,7 @@ impl Store {
             }
         };
         let store = Self { database };
-        store.write(|_| Ok(()), "prepare")?;
+        store.write("prepare", |_| Ok(()), &[])?;
         Ok(store)
     }
 
@@ -109,21 +111,76 @@ impl Store {
 
     /// Stores a function durably.
     pub fn put(&self, record: &FunctionRecord) -> Result<(), StoreError> {
+        self.replace(record, None)
+    }
+
+    /// Stores a function, and that the template which it had before is to be deleted.
+    pub fn replace(
+        &self,
+        record: &FunctionRecord,
+        old: Option<&Template>,
+    ) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(record).map_err(|source| StoreError::Record {
             name: record.name.to_string(),
             source,
         })?;
         let key = row_key(&record.name);
         self.write(
-            |table| table.insert(key.as_str(), bytes.as_slice()).map(|_| ()),
             "write",
+            |table| table.insert(key.as_str(), bytes.as_slice()).map(|_| ()),
+            &unwanted_rows(&record.name.namespace, old),
         )
     }
 
-    /// Forgets a function.
-    pub fn remove(&self, name: &FunctionName) -> Result<(), StoreError> {
+    /// Forgets a function; its template is to be deleted.
+    pub fn remove(&self, name: &FunctionName, old: Option<&Template>) -> Result<(), StoreError> {
         let key = row_key(name);
-        self.write(|table| table.remove(key.as_str()).map(|_| ()), "write")
+        self.write(
+            "write",
+            |table| table.remove(key.as_str()).map(|_| ()),
+            &unwanted_rows(&name.namespace, old),
+        )
+    }
+
+    /// Stores that a template is to be deleted.
+    pub fn unwant(&self, namespace: &str, template: &Template) -> Result<(), StoreError> {
+        let rows = unwanted_rows(namespace, Some(template));
+        self.write("write", |_| Ok(()), &rows)
+    }
+
+    /// Templates that are still to be deleted: namespace and id.
+    pub fn unwanted(&self) -> Result<Vec<(String, String)>, StoreError> {
+        let read = || -> Result<Vec<(String, String)>, redb::Error> {
+            let read = self.database.begin_read()?;
+            let table = read.open_table(UNWANTED)?;
+            let mut found = Vec::new();
+            for row in table.iter()? {
+                let (key, _) = row?;
+                if let Some((namespace, id)) = key.value().split_once('/') {
+                    found.push((namespace.to_owned(), id.to_owned()));
+                }
+            }
+            Ok(found)
+        };
+        read().map_err(|source| StoreError::Access {
+            action: "read",
+            source: Box::new(source),
+        })
+    }
+
+    /// A template has been deleted.
+    pub fn deleted(&self, namespace: &str, id: &str) -> Result<(), StoreError> {
+        let key = format!("{namespace}/{id}");
+        let run = || -> Result<(), redb::Error> {
+            let write = self.database.begin_write()?;
+            write.open_table(UNWANTED)?.remove(key.as_str())?;
+            write.commit()?;
+            Ok(())
+        };
+        run().map_err(|source| StoreError::Access {
+            action: "write",
+            source: Box::new(source),
+        })
     }
 
     fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
@@ -139,16 +196,21 @@ impl Store {
 
     fn write(
         &self,
+        action: &'static str,
         change: impl FnOnce(
             &mut redb::Table<'_, &'static str, &'static [u8]>,
         ) -> Result<(), redb::StorageError>,
-        action: &'static str,
+        unwanted: &[String],
     ) -> Result<(), StoreError> {
         let run = || -> Result<(), redb::Error> {
             let write = self.database.begin_write()?;
             {
                 let mut table = write.open_table(FUNCTIONS)?;
                 change(&mut table)?;
+                let mut table = write.open_table(UNWANTED)?;
+                for key in unwanted {
+                    table.insert(key.as_str(), ())?;
+                }
             }
             write.commit()?;
             Ok(())
@@ -158,6 +220,11 @@ impl Store {
             source: Box::new(source),
         })
     }
+}
+
+fn unwanted_rows(namespace: &str, template: Option<&Template>) -> Vec<String> {
+    let id = template.map(|t| format!("{namespace}/{}", t.id));
+    id.into_iter().collect()
 }
 
 fn row_key(name: &FunctionName) -> String {
@@ -209,10 +276,26 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         store.put(&record("a")).unwrap();
         store.put(&record("b")).unwrap();
-        store.remove(&record("b").name).unwrap();
+        let template = Template {
+            id: "aa".into(),
+            generation: 1,
+            key: "k".into(),
+            layer: "l".into(),
+            view: "v".into(),
+            image_bytes: 1,
+            stored_bytes: 1,
+            notes: vec![],
+        };
+        store.remove(&record("b").name, Some(&template)).unwrap();
         drop(store);
         let store = Store::open(dir.path()).unwrap();
         assert_eq!(store.all().unwrap(), [record("a")]);
+        assert_eq!(
+            store.unwanted().unwrap(),
+            [("ns".to_owned(), "aa".to_owned())]
+        );
+        store.deleted("ns", "aa").unwrap();
+        assert!(store.unwanted().unwrap().is_empty());
     }
 
     #[test]
