@@ -14,7 +14,7 @@ pub mod dump;
 mod fingerprint;
 pub mod manifest;
 mod plan;
-mod write_set;
+mod working_set;
 pub mod zygote;
 
 pub use fingerprint::{Fingerprint, FingerprintError};

@@ -22,7 +22,7 @@ use trenv_restorer::wire::{self, MARKS, Report, Request};
 use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::manifest::{Manifest, ManifestError};
 use crate::plan::{KEEP_OFFSET, Plan, PlanError};
-use crate::write_set::WriteSet;
+use crate::working_set::WorkingSet;
 
 /// How long building a zygote may take.
 const BUILD_DEADLINE: Duration = Duration::from_secs(60);
@@ -86,7 +86,7 @@ pub struct Zygote {
     control: Mutex<OwnedFd>,
     sentences: std::sync::Arc<Vec<String>>,
     processes: usize,
-    write_set: Mutex<WriteSet>,
+    working_set: Mutex<WorkingSet>,
 }
 
 impl Zygote {
@@ -117,7 +117,7 @@ impl Zygote {
             control: Mutex::new(ours),
             sentences: std::sync::Arc::new(plan.sentences),
             processes: plan.processes,
-            write_set: Mutex::new(WriteSet::new(plan.stored, plan.tables)),
+            working_set: Mutex::new(WorkingSet::new(plan.stored, plan.file_pages, plan.tables)),
         };
         let control = lock(&zygote.control);
         let message = receive(
@@ -159,14 +159,15 @@ impl Zygote {
         Ok(kilobytes.unwrap_or(0u64) << 10)
     }
 
-    /// Learns from an instance which pages its calls write, so that later clones copy them ahead, in
-    /// a few large steps instead of a fault each. Call it at a tenancy's end, before the tree is
+    /// Learns from an instance which pages its calls touch: those that they write are copied ahead
+    /// by later clones, in a few large steps instead of a fault each, and those of files that they
+    /// read are there in later clones from the start. Call it at a tenancy's end, before the tree is
     /// killed, with the pids of its start; it has an effect for the first few tenancies.
     ///
     /// # Errors
     /// When /proc cannot be read, as when the instance has ended. Nothing changes then.
     pub fn learn(&self, pids: &[i32]) -> Result<(), ZygoteError> {
-        lock(&self.write_set)
+        lock(&self.working_set)
             .learn(self.pid, pids)
             .map_err(io_error("reading page maps"))
     }

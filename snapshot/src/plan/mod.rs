@@ -15,7 +15,7 @@ mod region;
 use trenv_pool::Extent;
 use trenv_restorer::wire::{Header, MAGIC, MARKS, MAX_AGENTS, Range, STACK};
 
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, MappingKind, PAGE};
 use layout::Placement;
 use region::Region;
 
@@ -55,11 +55,13 @@ pub struct Plan {
     pub processes: usize,
     /// Where the zygote holds the stored pages of each process.
     pub stored: Vec<Stored>,
+    /// The same for private file mappings, whole.
+    pub file_pages: Vec<Stored>,
     /// Per process, the table of ranges that a clone copies ahead of its writes.
     pub tables: Vec<u64>,
 }
 
-/// Stored pages of a process: where it has them, and where the zygote holds them.
+/// Pages of a process: where it has them, and where the zygote holds them.
 #[derive(Debug, Clone, Copy)]
 pub struct Stored {
     pub process: usize,
@@ -147,6 +149,7 @@ impl Plan {
             sentences,
             processes: manifest.processes.len(),
             stored: stored(manifest, &placement),
+            file_pages: file_pages(manifest, &placement),
             tables,
         })
     }
@@ -164,6 +167,22 @@ fn stored(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
                 start: run.start,
                 at: place.at + (run.start - mapping.start),
                 pages: run.pages,
+            });
+        }
+    }
+    all
+}
+
+fn file_pages(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
+    let mut all = Vec::new();
+    for place in &placement.placed {
+        let mapping = &manifest.processes[place.process].mappings[place.mapping];
+        if matches!(mapping.kind, MappingKind::File { .. }) && mapping.protection != 0 {
+            all.push(Stored {
+                process: place.process,
+                start: mapping.start,
+                at: place.at,
+                pages: place.length / PAGE,
             });
         }
     }
@@ -203,8 +222,8 @@ mod tests {
 
     use super::*;
     use crate::manifest::{
-        Credentials, Descriptor, Layout, Mapping, MappingFlags, MappingKind, Object, ObjectKind,
-        PAGE, PageRun, Process, Registers, Thread, VERSION,
+        Credentials, Descriptor, Layout, Mapping, MappingFlags, Object, ObjectKind, PageRun,
+        Process, Registers, Thread, VERSION,
     };
 
     fn mapping(start: u64, pages: u64, kind: MappingKind) -> Mapping {

@@ -1,8 +1,13 @@
-//! Which pages the calls of an instance write, learnt by comparing its page frames with the
-//! zygote's: where both map the same frame, nothing was written.
+//! Which pages the calls of an instance touch.
 //!
-//! What several instances wrote is what the next will write. A clone copies these pages ahead, in
-//! ranges, which costs less than a fault for each (docs/snapshot.md).
+//! What is written is learnt by comparing page frames with the zygote's: where both map the same
+//! frame, nothing was written. What several instances wrote is what the next will write: a clone
+//! copies it ahead, in ranges, which costs less than a fault for each.
+//!
+//! Pages of files that calls read are not in a clone's page tables: fork leaves out mappings that
+//! can be faulted in again, unless a page of them was written (kernel: mm/memory.c,
+//! vma_needs_copy). So the zygote writes one page of such a mapping with its own bytes and reads
+//! the pages that were touched, and later clones have them all without a fault.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -18,22 +23,30 @@ use crate::plan::Stored;
 const ROUNDS: usize = 3;
 /// Pages not written that may lie between two written ones of a range.
 const GAP: u64 = 1;
+/// Touched pages of a file mapping from which on a clone is given them.
+const WORTH_KEEPING: usize = 16;
+/// Pages that one fault maps (kernel: fault_around_bytes).
+const FAULT_AROUND: usize = 16;
+/// An entry of a page map.
+const PRESENT: u64 = 1 << 63;
 
 /// What is known so far.
 #[derive(Debug)]
-pub struct WriteSet {
+pub struct WorkingSet {
     stored: Vec<Stored>,
+    files: Vec<Stored>,
     tables: Vec<u64>,
     /// Written by every instance looked at, per process.
     pages: Vec<BTreeSet<u64>>,
     rounds: usize,
 }
 
-impl WriteSet {
-    pub fn new(stored: Vec<Stored>, tables: Vec<u64>) -> Self {
+impl WorkingSet {
+    pub fn new(stored: Vec<Stored>, files: Vec<Stored>, tables: Vec<u64>) -> Self {
         let pages = vec![BTreeSet::new(); tables.len()];
         Self {
             stored,
+            files,
             tables,
             pages,
             rounds: 0,
@@ -67,6 +80,9 @@ impl WriteSet {
         }
         self.pages = found;
         self.rounds += 1;
+        for file in &self.files {
+            keep_file_pages(zygote, &original, &maps[file.process], file)?;
+        }
         self.tell(zygote)
     }
 
@@ -88,22 +104,73 @@ impl WriteSet {
     }
 }
 
+/// Brings the pages of a file mapping that the instance has into the zygote's page tables, and sees
+/// to it that a clone gets them.
+fn keep_file_pages(
+    zygote: i32,
+    original: &File,
+    instance: &File,
+    mapping: &Stored,
+) -> io::Result<()> {
+    let present = |map: &File, at: u64| -> io::Result<Vec<bool>> {
+        Ok(entries(map, at, mapping.pages)?
+            .into_iter()
+            .map(|entry| entry & PRESENT != 0)
+            .collect())
+    };
+    let touched = present(instance, mapping.start)?;
+    if touched.iter().filter(|touched| **touched).count() < WORTH_KEEPING {
+        return Ok(());
+    }
+    let held = present(original, mapping.at)?;
+    let memory = File::options()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/{zygote}/mem"))?;
+    let mut own_page = false;
+    let mut next = 0;
+    for (index, _) in touched
+        .iter()
+        .zip(held)
+        .enumerate()
+        .filter(|(_, (touched, held))| **touched && !held)
+    {
+        if index < next {
+            continue;
+        }
+        let at = mapping.at + index as u64 * PAGE;
+        let mut byte = [0];
+        memory.read_exact_at(&mut byte, at)?;
+        if !own_page {
+            // The same byte: the page becomes the zygote's own and keeps its content.
+            memory.write_all_at(&byte, at)?;
+            own_page = true;
+        }
+        // The kernel maps what lies in the page cache around a fault too.
+        next = (index + 1).next_multiple_of(FAULT_AROUND);
+    }
+    Ok(())
+}
+
 fn page_map(pid: i32) -> io::Result<File> {
     File::open(format!("/proc/{pid}/pagemap"))
 }
 
-/// Page frames of present pages that are not of a file (kernel:
-/// Documentation/admin-guide/mm/pagemap.rst).
+/// Page frames of present pages that are not of a file.
 fn frames(map: &File, start: u64, pages: u64) -> io::Result<Vec<Option<u64>>> {
-    const PRESENT: u64 = 1 << 63;
     const FILE: u64 = 1 << 61;
     const FRAME: u64 = (1 << 55) - 1;
+    let own = |entry: u64| (entry & PRESENT != 0 && entry & FILE == 0).then_some(entry & FRAME);
+    Ok(entries(map, start, pages)?.into_iter().map(own).collect())
+}
+
+/// Entries of a page map (kernel: Documentation/admin-guide/mm/pagemap.rst).
+fn entries(map: &File, start: u64, pages: u64) -> io::Result<Vec<u64>> {
     let mut bytes = vec![0; pages as usize * 8];
     map.read_exact_at(&mut bytes, start / PAGE * 8)?;
-    Ok(bytes
-        .chunks_exact(8)
+    let entries = bytes.chunks_exact(8);
+    Ok(entries
         .map(|entry| u64::from_ne_bytes(entry.try_into().unwrap_or_default()))
-        .map(|entry| (entry & PRESENT != 0 && entry & FILE == 0).then_some(entry & FRAME))
         .collect())
 }
 
