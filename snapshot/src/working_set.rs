@@ -1,7 +1,7 @@
 //! Which pages the calls of an instance touch.
 //!
 //! What is written is learnt by comparing page frames with the zygote's: where both map the same
-//! frame, nothing was written. What several instances wrote is what the next will write: a clone
+//! frame, nothing was written. What most instances wrote is what the next will write: a clone
 //! copies it ahead, in ranges, which costs less than a fault for each.
 //!
 //! Pages of files that calls read are not in a clone's page tables: fork leaves out mappings that
@@ -9,7 +9,7 @@
 //! vma_needs_copy). So the zygote writes one page of such a mapping with its own bytes and reads
 //! the pages that were touched, and later clones have them all without a fault.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -20,7 +20,7 @@ use crate::manifest::PAGE;
 use crate::plan::Stored;
 
 /// Instances to learn from.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 /// Pages not written that may lie between two written ones of a range.
 const GAP: u64 = 1;
 /// Touched pages of a file mapping from which on a clone is given them.
@@ -36,19 +36,19 @@ pub struct WorkingSet {
     stored: Vec<Stored>,
     files: Vec<Stored>,
     tables: Vec<u64>,
-    /// Written by every instance looked at, per process.
-    pages: Vec<BTreeSet<u64>>,
+    /// Per process: how many of the instances looked at wrote a page.
+    written: Vec<BTreeMap<u64, usize>>,
     rounds: usize,
 }
 
 impl WorkingSet {
     pub fn new(stored: Vec<Stored>, files: Vec<Stored>, tables: Vec<u64>) -> Self {
-        let pages = vec![BTreeSet::new(); tables.len()];
+        let written = vec![BTreeMap::new(); tables.len()];
         Self {
             stored,
             files,
             tables,
-            pages,
+            written,
             rounds: 0,
         }
     }
@@ -63,22 +63,16 @@ impl WorkingSet {
             .map(|pid| page_map(*pid))
             .collect::<io::Result<_>>()?;
         let original = page_map(zygote)?;
-        let mut found = vec![BTreeSet::new(); pids.len()];
         for stored in &self.stored {
             let frames = frames(&original, stored.at, stored.pages)?;
             let own = self::frames(&maps[stored.process], stored.start, stored.pages)?;
             for (index, (frame, own)) in frames.into_iter().zip(own).enumerate() {
                 if own.is_some() && own != frame {
-                    found[stored.process].insert(stored.start + index as u64 * PAGE);
+                    let page = stored.start + index as u64 * PAGE;
+                    *self.written[stored.process].entry(page).or_default() += 1;
                 }
             }
         }
-        if self.rounds > 0 {
-            for (found, known) in found.iter_mut().zip(&self.pages) {
-                found.retain(|page| known.contains(page));
-            }
-        }
-        self.pages = found;
         self.rounds += 1;
         for file in &self.files {
             keep_file_pages(zygote, &original, &maps[file.process], file)?;
@@ -91,8 +85,11 @@ impl WorkingSet {
         let memory = File::options()
             .write(true)
             .open(format!("/proc/{zygote}/mem"))?;
-        for (table, pages) in self.tables.iter().zip(&self.pages) {
-            let ranges = ranges(pages);
+        // A tenancy without a call wrote next to nothing: the majority decides.
+        let enough = self.rounds.div_ceil(2);
+        for (table, written) in self.tables.iter().zip(&self.written) {
+            let pages = written.iter().filter(|(_, times)| **times >= enough);
+            let ranges = ranges(pages.map(|(page, _)| *page));
             // A clone made in between copies nothing ahead.
             memory.write_all_at(&0u64.to_ne_bytes(), *table)?;
             let words = ranges.iter().flat_map(|(start, length)| [*start, *length]);
@@ -175,14 +172,14 @@ fn entries(map: &File, start: u64, pages: u64) -> io::Result<Vec<u64>> {
 }
 
 /// Start and length of runs of pages, the longest kept where there are too many.
-fn ranges(pages: &BTreeSet<u64>) -> Vec<(u64, u64)> {
+fn ranges(pages: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for page in pages {
         match ranges.last_mut() {
-            Some((start, length)) if *start + *length + GAP * PAGE >= *page => {
+            Some((start, length)) if *start + *length + GAP * PAGE >= page => {
                 *length = page + PAGE - *start;
             }
-            _ => ranges.push((*page, PAGE)),
+            _ => ranges.push((page, PAGE)),
         }
     }
     ranges.sort_unstable_by_key(|(start, length)| (u64::MAX - length, *start));
@@ -196,15 +193,17 @@ mod tests {
 
     #[test]
     fn neighbours_make_one_range() {
-        let pages = [1, 2, 4, 9].map(|page| page * PAGE).into();
-        assert_eq!(ranges(&pages), vec![(PAGE, 4 * PAGE), (9 * PAGE, PAGE)]);
+        let pages = [1, 2, 4, 9].map(|page| page * PAGE);
+        assert_eq!(
+            ranges(pages.into_iter()),
+            vec![(PAGE, 4 * PAGE), (9 * PAGE, PAGE)]
+        );
     }
 
     #[test]
     fn of_too_many_ranges_the_longest_stay() {
-        let mut pages: BTreeSet<u64> = (0..2000).map(|index| index * 10 * PAGE).collect();
-        pages.insert(PAGE);
-        let ranges = ranges(&pages);
+        let pages = (0..2000).map(|index| index * 10 * PAGE);
+        let ranges = ranges(std::iter::once(0).chain([PAGE]).chain(pages.skip(1)));
         assert_eq!((ranges.len(), ranges[0]), (MOST_RANGES, (0, 2 * PAGE)));
     }
 }
