@@ -160,6 +160,20 @@ impl Templates {
         dump::dump(&request, writer).map_err(dump_error)
     }
 
+    /// Lets the zygote learn from a tenancy that is about to end which pages its calls touched.
+    pub fn learn(&self, tenancy: &Tenancy) {
+        let standing = tenancy
+            .seat
+            .template
+            .and_then(|template| lock(&self.standing).get(&template).cloned());
+        if let Some(standing) = standing
+            && let Err(err) = standing.zygote.learn(&tenancy.restored)
+        {
+            // The tree may have ended by itself; the next tenancy teaches as well.
+            tracing::debug!("Nothing was learnt from the tenancy {}: {err}", tenancy.id);
+        }
+    }
+
     /// Deletes a template of any generation; one that does not exist is fine.
     pub fn delete(&self, id: TemplateId) -> Result<()> {
         self.forget_where(|template| template.id == id);

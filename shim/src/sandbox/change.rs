@@ -204,7 +204,10 @@ impl SandboxContainer {
         let this = Arc::clone(self);
         let mut timed = std::mem::take(steps);
         let (timed, seat) = blocking(move || {
-            let seat = tenancy.map(|tenancy| tenancy.seat);
+            let seat = tenancy.map(|tenancy| {
+                this.all.templates.learn(&tenancy);
+                tenancy.seat
+            });
             timed.time("kill", || {
                 seat.as_ref().map_or(Ok(()), |seat| seat.kill_all())
             })?;
@@ -301,6 +304,7 @@ impl SandboxContainer {
             stdio,
             mounts: plan.rootfs,
             seccomp: plan.seccomp,
+            restored: started.pids.clone(),
         };
         self.settle_ready(tenancy, "the function was started from its template")?;
         Ok(started.pids)

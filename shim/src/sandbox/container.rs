@@ -344,6 +344,7 @@ impl SandboxContainer {
             stdio: running.stdio,
             mounts: waiting.mounts,
             seccomp: waiting.seccomp,
+            restored: Vec::new(),
         };
         self.settle_ready(tenancy, "the function started cold")
     }

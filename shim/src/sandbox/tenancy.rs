@@ -214,6 +214,8 @@ pub struct Tenancy {
     /// The mounts of its root, for writing its upper layer through.
     pub mounts: Vec<Mount>,
     pub seccomp: Option<LinuxSeccomp>,
+    /// Host pids of a tree that came from a template, in the template's order.
+    pub restored: Vec<i32>,
 }
 
 /// Device and inode of each stream, by which a dump knows them again.
