@@ -28,6 +28,9 @@ const CONNECTION_AGE: Duration = Duration::from_secs(3);
 /// How long a new instance may refuse connections.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
 const CONNECT_PAUSE: Duration = Duration::from_millis(2);
+/// How often a call that has not been sent is given to another instance.
+const RETRIES: u32 = 5;
+const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
 /// Headers that belong to one connection, not to the call.
 const HOP_BY_HOP: [&str; 9] = [
@@ -97,13 +100,15 @@ impl Proxy {
                     response.headers_mut().extend(started);
                     return Ok(response);
                 }
-                Err(Failure::Unsent(unsent, reason)) if tries == 0 => {
+                Err(Failure::Unsent(unsent, reason)) if tries < RETRIES => {
                     tries += 1;
                     tracing::warn!(
                         "An instance of {} was found dead ({reason}); another one takes the call",
                         revision.function()
                     );
                     request = *unsent;
+                    // Where one is dead others may be, and the news of it on its way.
+                    tokio::time::sleep(RETRY_PAUSE * tries).await;
                 }
                 Err(Failure::Unsent(_, reason)) => {
                     return Err(ApiError::bad_gateway(format!(

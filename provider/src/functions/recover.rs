@@ -179,6 +179,15 @@ impl Functions {
                 }
             }
             for function in self.list(None) {
+                if let Some(wanted) = function.view().replicas {
+                    let revision = function.current();
+                    if matches!(
+                        revision.state(),
+                        RevisionState::Ready(_) | RevisionState::Cold(_)
+                    ) {
+                        self.scheduler.top_up(&revision, wanted as usize).await;
+                    }
+                }
                 for instance in self.scheduler.instances(&function.name) {
                     let sandbox = SandboxRef {
                         namespace: function.name.namespace.clone(),

@@ -58,6 +58,21 @@ impl Table {
         self.plan_new(revision, limit)
     }
 
+    /// Chooses for an instance that is nice to have: nobody gives way to it.
+    pub fn plan_spare(&mut self, revision: &Arc<Revision>, template: bool, limit: usize) -> Plan {
+        let namespace = &revision.function().namespace;
+        if template
+            && let Some(id) = self.idle_in(namespace)
+            && let Some((sandbox, _)) = self.take(&id)
+        {
+            return Plan::Repurpose(sandbox);
+        }
+        match self.entries.len() < limit {
+            true => Plan::Create(self.reserve(namespace)),
+            false => Plan::Wait,
+        }
+    }
+
     /// Chooses for a start that needs a new sandbox.
     pub fn plan_new(&mut self, revision: &Arc<Revision>, limit: usize) -> Plan {
         let namespace = revision.function().namespace.clone();

@@ -40,6 +40,8 @@ pub struct Scheduler {
     pub(super) freed: Notify,
     /// The upkeep has something to do.
     pub(super) upkeep: Notify,
+    /// Held while instances are started that no call asks for, so that there are not too many.
+    pub(super) growing: tokio::sync::Mutex<()>,
     /// Revisions whose template turned out to be gone.
     pub(super) template_gone: tokio::sync::mpsc::UnboundedSender<Arc<Revision>>,
     metrics: Arc<Metrics>,
@@ -61,6 +63,7 @@ impl Scheduler {
             namespaces: Mutex::default(),
             freed: Notify::new(),
             upkeep: Notify::new(),
+            growing: tokio::sync::Mutex::default(),
             template_gone,
             metrics,
         })
@@ -154,18 +157,22 @@ impl Scheduler {
         }
     }
 
-    /// Starts one more instance, whatever instances there are, and leaves it idle.
+    /// Starts one more instance, whatever instances there are, and leaves it idle. Other
+    /// functions' instances give way to it when `evict` says so.
     ///
     /// # Errors
     /// When there is no room now, or it cannot be started.
     pub async fn start_another(
         self: &Arc<Self>,
         revision: &Arc<Revision>,
+        evict: bool,
     ) -> Result<(), StartError> {
         let template = revision.template();
-        let plan = self
-            .table()
-            .plan_start(revision, template.is_some(), self.options.limit);
+        let limit = self.options.limit;
+        let plan = match evict {
+            true => self.table().plan_start(revision, template.is_some(), limit),
+            false => self.table().plan_spare(revision, template.is_some(), limit),
+        };
         if plan == Plan::Wait {
             return Err(StartError::Busy {
                 limit: self.options.limit,

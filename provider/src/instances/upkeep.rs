@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::table::State;
-use super::{SandboxRef, Scheduler};
+use super::{SandboxRef, Scheduler, StartError};
 use crate::functions::{FunctionName, Revision};
 
 const TICK: Duration = Duration::from_secs(1);
@@ -224,13 +224,31 @@ impl Scheduler {
 
     /// Starts instances of `revision` until there are `wanted`, and leaves them idle.
     pub async fn grow(self: &Arc<Self>, revision: &Arc<Revision>, wanted: usize) {
+        let _growing = self.growing.lock().await;
         while self.count_of(revision) < wanted && !revision.retired() {
-            if let Err(err) = self.start_another(revision).await {
+            if let Err(err) = self.start_another(revision, true).await {
                 tracing::warn!(
                     "{} has fewer instances than the {wanted} asked for: {err}",
                     revision.function()
                 );
                 return;
+            }
+        }
+    }
+
+    /// Starts instances that a user wants kept and that have been lost, while there is room.
+    pub async fn top_up(self: &Arc<Self>, revision: &Arc<Revision>, wanted: usize) {
+        let Ok(_growing) = self.growing.try_lock() else {
+            return;
+        };
+        while self.count_of(revision) < wanted && !revision.retired() {
+            match self.start_another(revision, false).await {
+                Ok(()) => {}
+                Err(StartError::Busy { .. }) => return,
+                Err(err) => {
+                    tracing::warn!("An instance that is to be kept did not start: {err}");
+                    return;
+                }
             }
         }
     }
