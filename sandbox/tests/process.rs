@@ -358,11 +358,21 @@ fn links_in_an_image_cannot_lead_mounts_outside() {
     sandbox.destroy().unwrap();
 
     let sandbox = place.sandbox();
-    fs::create_dir(lower.join("elsewhere")).unwrap();
+    let mut root = place.rootfs("proc");
+    let [lower, ..] = place.layers("proc");
+    std::os::unix::fs::symlink("/proc/self", lower.join("leads-to-proc")).unwrap();
+    let destination = Path::new("/leads-to-proc/environ");
+    root.parts
+        .push(trenv_sandbox::Part::bind(&secret, destination, BindFlags::default()).unwrap());
+    let error = sandbox.enter_rootfs(&root).unwrap_err();
+    assert!(error.to_string().contains("in /proc"), "{error}");
+    drop(root);
+
     let root = place.rootfs("other");
     let [lower, ..] = place.layers("other");
+    fs::remove_dir(lower.join("proc")).unwrap();
     std::os::unix::fs::symlink("/usr", lower.join("proc")).unwrap();
     let error = sandbox.enter_rootfs(&root).unwrap_err();
-    assert!(error.to_string().contains("mount point / proc"), "{error}");
+    assert!(error.to_string().contains("mount point of proc"), "{error}");
     sandbox.destroy().unwrap();
 }

@@ -15,7 +15,7 @@ use std::{
 };
 
 use support::Place;
-use trenv_sandbox::{Step, rootfs};
+use trenv_sandbox::{Step, process::Role, rootfs};
 
 const ROUNDS: usize = 100;
 
@@ -49,11 +49,14 @@ fn a_swap_of_roots_is_quick() {
     let sandbox = place.sandbox();
     figures.add("create", start.elapsed());
     for round in 0..ROUNDS {
-        let tenancy = format!("t{}", round % 2);
+        let tenancy = format!("t{round}");
         let mounts = place.mounts(&tenancy);
         let start = Instant::now();
-        drop(rootfs::overlay_from_mounts(&mounts).unwrap());
-        figures.add("build and drop an overlay", start.elapsed());
+        let overlay = rootfs::overlay_from_mounts(&mounts).unwrap();
+        figures.add("build an overlay", start.elapsed());
+        let start = Instant::now();
+        drop(overlay);
+        figures.add("drop an overlay", start.elapsed());
         let root = place.rootfs(&tenancy);
         // An idle sandbox has had time to make its parts.
         std::thread::sleep(Duration::from_millis(2));
@@ -65,12 +68,28 @@ fn a_swap_of_roots_is_quick() {
         let steps = sandbox.purge().unwrap();
         figures.add_all("purge", start.elapsed(), &steps);
     }
+    let cgroup = place.cgroup("t");
+    for _ in 0..ROUNDS / 10 {
+        sandbox.enter_rootfs(&place.rootfs("tree")).unwrap();
+        let (stdio, _output) = support::stdio();
+        let tree = support::shell(Role::Root, "sleep 100 & sleep 100 & sleep 100");
+        let start = Instant::now();
+        sandbox.spawn(&tree, stdio, &cgroup).unwrap();
+        figures.add("spawn", start.elapsed());
+        std::thread::sleep(Duration::from_millis(20));
+        let start = Instant::now();
+        cgroup.kill_all().unwrap();
+        figures.add("kill a tree of four by its cgroup", start.elapsed());
+        let start = Instant::now();
+        let steps = sandbox.purge().unwrap();
+        figures.add_all("then purge", start.elapsed(), &steps);
+    }
     let names: Vec<String> = figures.0.keys().cloned().collect();
     for name in names {
         let median = figures.median(&name);
         let last = figures.0[&name].last().copied().unwrap_or_default();
         println!(
-            "{name:<30} P50 {:>6} us   max {:>6} us",
+            "{name:<34} P50 {:>6} us   max {:>6} us",
             median.as_micros(),
             last.as_micros()
         );

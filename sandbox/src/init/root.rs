@@ -77,6 +77,7 @@ fn swap(
         }
         for (mount, part) in mounts.iter().zip(&request.parts) {
             let place = place(root.as_fd(), &part.destination, part.directory)?;
+            refuse_proc(place.as_fd(), &part.destination)?;
             sys::move_mount(mount.as_fd(), place.as_fd())
                 .doing_on("mount on", &part.destination)?;
         }
@@ -151,12 +152,24 @@ fn own_place(root: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Failure> {
     match open() {
         Err(rustix::io::Errno::NOENT) => {
             mkdirat(root, name, Mode::from_raw_mode(0o755))
-                .doing_on("make the mount point /", name)?;
+                .doing_on("make the mount point of", name)?;
             open()
         }
         result => result,
     }
-    .doing_on("open the mount point /", name)
+    .doing_on("open the mount point of", name)
+}
+
+/// A mount in /proc, which a link in an image could lead to, would put foreign files where programs
+/// believe the kernel.
+fn refuse_proc(place: BorrowedFd<'_>, path: &str) -> Result<(), Failure> {
+    let found = rustix::fs::fstatfs(place).doing_on("look at the mount point", path)?;
+    if found.f_type == libc::PROC_SUPER_MAGIC {
+        return Err(Failure(format!(
+            "mount on {path}: it lies in /proc, where nothing may be mounted"
+        )));
+    }
+    Ok(())
 }
 
 /// The place of a mount: found below the root, links followed as if it were the root already, and

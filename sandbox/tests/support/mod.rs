@@ -96,7 +96,7 @@ impl Place {
 
     pub fn mounts(&self, tenancy: &str) -> Vec<Mount> {
         let [lower, upper, work] = self.layers(tenancy);
-        for name in ["usr", "etc", "tmp", "root"] {
+        for name in ["usr", "etc", "tmp", "root", "proc", "sys", "dev", "run"] {
             fs::create_dir_all(lower.join(name)).unwrap();
         }
         fs::write(lower.join("image"), tenancy).unwrap();
