@@ -69,7 +69,7 @@ const DEFAULT: &str = r#"{
     "user": {"uid": 1000, "gid": 1000, "additionalGids": [5, 6]},
     "args": ["/bin/sh", "-c", "true"],
     "env": ["PATH=/usr/bin:/bin", "MARK=seen"],
-    "cwd": "/work/dir",
+    "cwd": "/srv/dir",
     "capabilities": {
         "bounding": ["CAP_CHOWN", "CAP_KILL", "CAP_NET_BIND_SERVICE"],
         "effective": ["CAP_NET_BIND_SERVICE"],
@@ -97,7 +97,7 @@ fn a_process_has_what_its_spec_gives_it() {
         "1000",
         "1000",
         "1000 5 6",
-        "/work/dir",
+        "/srv/dir",
         "0022",
         "256",
         "512",
