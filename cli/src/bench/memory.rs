@@ -83,12 +83,24 @@ fn members(init_pids: &[i32]) -> anyhow::Result<Vec<i32>> {
         .collect())
 }
 
-/// Processes whose program has this name.
-pub fn processes_named(name: &str) -> anyhow::Result<Vec<i32>> {
-    Ok(all_processes()?
+/// The processes that hold a template's memory: those in the cgroup that the shim names after it.
+/// Agents beside them have the same memory, not more of it, and are their children.
+pub fn zygotes(template: &str) -> anyhow::Result<Vec<i32>> {
+    let short: String = template.chars().take(16).collect();
+    let name = format!("/zygotes/{short}");
+    let members: Vec<(i32, i32)> = all_processes()?
         .flatten()
-        .filter(|process| process.stat().is_ok_and(|stat| stat.comm == name))
-        .map(|process| process.pid())
+        .filter(|process| {
+            let groups = process.cgroups().map(|groups| groups.0).unwrap_or_default();
+            groups.iter().any(|group| group.pathname.contains(&name))
+        })
+        .filter_map(|process| Some((process.pid(), process.stat().ok()?.ppid)))
+        .collect();
+    let child = |parent: i32| members.iter().any(|(pid, _)| *pid == parent);
+    Ok(members
+        .iter()
+        .filter(|(_, parent)| !child(*parent))
+        .map(|(pid, _)| *pid)
         .collect())
 }
 

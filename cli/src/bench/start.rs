@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use http::Method;
 use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use trenv_config::Config;
 
@@ -62,8 +64,6 @@ pub struct StartOptions {
 
 /// How long scaling and one call may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Sandboxes that a cold start may add, with what the provider makes meanwhile.
-const SPARE: usize = 6;
 /// How long scaling is given until it is asked for again.
 const FILLED: Duration = Duration::from_millis(300);
 /// How long a function started through runc may take.
@@ -236,52 +236,48 @@ impl<'a> Bench<'a> {
             return Ok(());
         }
         self.say("cold, trenv");
+        let idle = self.config.provider.idle_sandboxes;
         let names = self.names();
-        self.end_sandboxes().await?;
         for (kind, index) in self.spread(Kind::ColdTrenv, self.options.cold) {
-            let name = &names[index];
-            let other = &names[(index + 1) % names.len()];
-            if self.states().await?.len() + SPARE > self.config.provider.max_sandboxes {
-                self.end_sandboxes().await?;
+            for name in &names {
+                self.scale(name, 0).await?;
             }
-            self.scale(name, 0).await?;
-            self.wait_until("no sandbox is being reset", |states| {
-                states
-                    .iter()
-                    .all(|state| matches!(*state, "idle" | "ready"))
+            // One instance of another function stays: without any sandbox the shim would end too.
+            let other = &names[(index + 1) % names.len()];
+            self.scale(other, 1).await?;
+            self.wait_until("the other sandboxes are idle", |states| {
+                let count = states.iter().filter(|state| **state == "idle").count();
+                count >= idle && count + 1 == states.len()
             })
             .await?;
-            // Another function takes all idle sandboxes and keeps them; before the provider has
-            // made new ones, the call comes.
-            let states = self.states().await?;
-            let idle = states.iter().filter(|state| **state == "idle").count() as u64;
-            let wanted = self.instances(other).await? + idle;
-            self.scale(other, wanted).await?;
-            self.call(name, kind).await;
+            self.end_idle().await?;
+            self.call(&names[index], kind).await;
         }
-        self.end_sandboxes().await
+        Ok(())
     }
 
-    /// Ends every idle sandbox through containerd, as an administrator would; the provider makes
-    /// as many new ones as it keeps.
-    async fn end_sandboxes(&self) -> anyhow::Result<()> {
-        for name in self.names() {
-            self.scale(&name, 0).await?;
+    /// Ends all idle sandboxes at once, and waits until the provider has none. It makes new ones
+    /// then; the call that follows comes first.
+    async fn end_idle(&self) -> anyhow::Result<()> {
+        let end = Instant::now() + PATIENCE;
+        while Instant::now() < end {
+            let all = sandboxes(self.config, &self.config.provider.namespace).await?;
+            for sandbox in all.iter().filter(|one| crate::ps::state(one) == "idle") {
+                // By their pid 1: containerd's own way takes longer than a new sandbox does.
+                let pid = Pid::from_raw(i32::try_from(sandbox.init_pid)?);
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+            let again = Instant::now() + FILLED;
+            while Instant::now() < again {
+                let (_, text) = self.gateway.system(Method::GET, "/metrics", None).await?;
+                let none = "trenv_sandboxes{state=\"idle\"} 0\n";
+                if String::from_utf8_lossy(&text).contains(none) {
+                    return Ok(());
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
         }
-        self.wait_until("every sandbox is idle", |states| {
-            states.iter().all(|state| *state == "idle")
-        })
-        .await?;
-        let namespace = &self.config.provider.namespace;
-        for sandbox in sandboxes(self.config, namespace).await? {
-            // One that the provider has just taken away itself is gone all the same.
-            let _ = ctr(self.config, &["task", "kill", "-s", "SIGKILL", &sandbox.id]);
-        }
-        let kept = self.config.provider.idle_sandboxes;
-        self.wait_until("new sandboxes are there", |states| {
-            states.len() == kept && states.iter().all(|state| *state == "idle")
-        })
-        .await
+        bail!("The provider always has an idle sandbox")
     }
 
     /// The states of all sandboxes.
@@ -432,7 +428,7 @@ async fn weigh(config: &Config, name: &str) -> anyhow::Result<memory::MemoryFigu
         .iter()
         .filter_map(|sandbox| i32::try_from(sandbox.init_pid).ok())
         .collect();
-    memory::weigh(&pids, &memory::processes_named("trenv-zygote")?, image_kb)
+    memory::weigh(&pids, &memory::zygotes(template)?, image_kb)
 }
 
 /// Microseconds by step, as `X-Trenv-Steps` has them: a JSON object.
