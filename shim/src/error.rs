@@ -29,7 +29,7 @@ pub enum ShimError {
         action: String,
         source: std::io::Error,
     },
-    #[error("runc {command} failed: {message}")]
+    #[error("OCI runtime {command} failed: {message}")]
     Runc { command: String, message: String },
     #[error("{0}")]
     Exhausted(String),

@@ -132,6 +132,12 @@ impl SandboxContainer {
                 "A snapshot needs the template's key".into(),
             ));
         }
+        if let Some(capability) = self.lock().unfit {
+            return Err(ShimError::Unimplemented(format!(
+                "The function cannot be snapshotted: it has {capability}, so its sandbox must end \
+                 with it"
+            )));
+        }
         self.claim("snapshot", proto::State::READY, proto::State::RESETTING)?;
         let _starting = self.starting();
         let tenancy = self
@@ -236,7 +242,14 @@ impl SandboxContainer {
         }
         let first = Arc::clone(&self.first);
         first.finish_streams(STREAMS_LIMIT).await;
-        Ok(())
+        match self.lock().unfit {
+            None => Ok(()),
+            Some(capability) => Err(ShimError::WrongState {
+                action: "use again",
+                id: self.id.clone(),
+                state: format!("unfit: a process in it had {capability}"),
+            }),
+        }
     }
 
     async fn seat_for(self: &Arc<Self>, plan: &Plan) -> Result<Arc<Seat>> {

@@ -64,6 +64,9 @@ pub struct Inner {
     exits: HashMap<i32, Exit>,
     /// Seats still to be given back.
     pub seats: Vec<Arc<Seat>>,
+    /// A capability that a process in here had and by which it may have changed what a purge does
+    /// not look at: such a sandbox ends with its tenancy.
+    pub unfit: Option<&'static str>,
 }
 
 /// A created function that has not started.
@@ -129,6 +132,7 @@ impl SandboxContainer {
                 starting: 0,
                 exits: HashMap::new(),
                 seats,
+                unfit: None,
             }),
             release: tokio::sync::Mutex::new(()),
         })
@@ -378,6 +382,9 @@ impl SandboxContainer {
 
     /// Starts a process inside, with streams.
     async fn run(&self, process: ProcessSpec, uris: &Uris, seat: Arc<Seat>) -> Result<Running> {
+        if let Some(capability) = process.unfit_for_reuse() {
+            self.lock().unfit = Some(capability);
+        }
         let terminal = process.terminal.is_some();
         let (ends, streams) = if terminal {
             (stdio::ProcessEnds::nowhere()?, None)

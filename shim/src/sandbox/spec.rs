@@ -450,7 +450,7 @@ mod tests {
                 "linux.sysctl",
             ),
             ("/hooks", json!({"poststart": [{"path": "/x"}]}), "hooks"),
-            ("/linux/namespaces", json!([{"type": "pid"}]), "network"),
+            ("/linux/namespaces", json!([{"type": "pid"}]), "host's net"),
             (
                 "/mounts",
                 json!([{"type": "nfs", "source": "s", "destination": "/d"}]),

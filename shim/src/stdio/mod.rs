@@ -63,15 +63,17 @@ impl ProcessEnds {
 pub struct Streams {
     copiers: JoinSet<()>,
     stdin_open: watch::Sender<bool>,
+    begun: watch::Sender<bool>,
 }
 
-/// Makes pipes for a process without a terminal and starts copying.
+/// Makes pipes for a process without a terminal. Copying starts with [`Streams::begin`].
 pub async fn pipes(
     uris: &Uris,
     owner: &Owner,
     overflow: Overflow,
 ) -> Result<(ProcessEnds, Streams)> {
     let (stdin_open, closed) = watch::channel(true);
+    let (begun, begin) = watch::channel(false);
     let mut copiers = JoinSet::new();
     let stdin = if uris.stdin.is_empty() {
         null()?
@@ -89,13 +91,14 @@ pub async fn pipes(
     let mut output = |target: Option<Target>, name: &'static str| -> Result<OwnedFd> {
         let Some(target) = target else { return null() };
         let (read, write) = pipe()?;
-        copiers.spawn(copy::output(
-            copy::receiver(read)?,
-            target,
-            overflow,
-            owner.clone(),
-            name,
-        ));
+        let copier = copy::output(copy::receiver(read)?, target, overflow, owner.clone(), name);
+        let mut begin = begin.clone();
+        copiers.spawn(async move {
+            // An error means that the process was never made.
+            if begin.wait_for(|begun| *begun).await.is_ok() {
+                copier.await;
+            }
+        });
         Ok(write)
     };
     let ends = [
@@ -103,13 +106,12 @@ pub async fn pipes(
         output(stdout_target, "stdout")?,
         output(stderr_target, "stderr")?,
     ];
-    Ok((
-        ProcessEnds(ends),
-        Streams {
-            copiers,
-            stdin_open,
-        },
-    ))
+    let streams = Streams {
+        copiers,
+        stdin_open,
+        begun,
+    };
+    Ok((ProcessEnds(ends), streams))
 }
 
 /// Connects a terminal's master side and starts copying.
@@ -137,13 +139,21 @@ pub async fn console(
         owner.clone(),
         "stdout",
     ));
+    let begun = watch::Sender::new(true);
     Ok(Streams {
         copiers,
         stdin_open,
+        begun,
     })
 }
 
 impl Streams {
+    /// Starts passing output on. Until then what comes through the pipes is not the process's but
+    /// that of the program which makes it.
+    pub fn begin(&self) {
+        self.begun.send_replace(true);
+    }
+
     /// Closes the process's standard input.
     pub fn close_stdin(&self) {
         self.stdin_open.send_replace(false);

@@ -81,6 +81,7 @@ impl Process {
 
     /// Gives the streams to the process.
     pub fn connect(&self, streams: Streams, console: Option<Console>) {
+        streams.begin();
         let mut state = self.lock();
         state.streams = Some(streams);
         state.console = console;

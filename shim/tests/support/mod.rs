@@ -93,6 +93,11 @@ impl Containerd {
         self.path(name).display().to_string()
     }
 
+    /// An id of this test's own: runc's state is shared by all containerds of the machine.
+    pub fn unique(&self, id: &str) -> String {
+        format!("{id}-{}-{}", self.name, std::process::id())
+    }
+
     /// A number of this test's own, for names that the machine has only once.
     fn number(&self) -> u32 {
         std::process::id() % 199 + self.name.bytes().map(u32::from).sum::<u32>() % 50
@@ -137,6 +142,7 @@ impl Containerd {
             "root:x:0:0:root:/:/bin/sh\napp:x:1000:1000::/:/bin/sh\n",
         )
         .unwrap();
+        std::fs::write(root.join("etc/group"), "root:x:0:\n").unwrap();
         for program in PROGRAMS {
             let from = std::fs::canonicalize(which(program).unwrap()).unwrap();
             std::fs::copy(&from, root.join("bin").join(program)).unwrap();
