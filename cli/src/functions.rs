@@ -70,6 +70,9 @@ pub async fn find(
     Ok(Some(serde_json::from_slice(&body)?))
 }
 
+/// How long a request for instances is given.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
 /// Sets the number of instances that a function is to keep.
 pub async fn request_scale(
     gateway: &Gateway,
@@ -94,9 +97,14 @@ pub async fn scale(
     replicas: u64,
     deadline: Duration,
 ) -> anyhow::Result<()> {
-    request_scale(gateway, name, namespace, replicas).await?;
     let end = Instant::now() + deadline;
+    let mut asked: Option<Instant> = None;
     loop {
+        // Asked again from time to time: what did not fit at first may fit now.
+        if asked.is_none_or(|asked| asked.elapsed() > ASK_AGAIN) {
+            request_scale(gateway, name, namespace, replicas).await?;
+            asked = Some(Instant::now());
+        }
         let Some(function) = find(gateway, name, namespace).await? else {
             bail!("The function {name} was removed while it was scaled");
         };
