@@ -147,6 +147,19 @@ impl ShimClient {
         Ok(steps(self.outcome(answer).await?.steps))
     }
 
+    /// Mounts the root of a tenancy to come.
+    pub async fn stage(&self, template: &str, generation: u64, rootfs: &[Mount]) -> Result<()> {
+        let mut request = proto::StageRequest::new();
+        request.request_id = request_id();
+        request.template_id = template.to_owned();
+        request.generation = generation;
+        request.rootfs = wire_mounts(rootfs);
+        let client = self.client().await?;
+        let answer = client.stage(context(QUICK), &request).await;
+        self.outcome(answer).await?;
+        Ok(())
+    }
+
     /// Deletes a template.
     pub async fn delete_template(&self, id: &str) -> Result<()> {
         let mut request = proto::DeleteTemplateRequest::new();

@@ -5,7 +5,8 @@
 //! the call's path and used again after a tenancy, since moving a task between cgroups of version 1
 //! takes long.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -26,6 +27,9 @@ use crate::sandbox::{Seat, TemplateRef, Tenancy};
 /// Seats kept after tenancies have given them back.
 const SEATS_MAX: usize = 32;
 
+/// Roots kept mounted for tenancies to come, for each template.
+const STAGED_MAX: usize = 8;
+
 /// How templates are started.
 pub const METHODS: [&str; 2] = ["template", "copy"];
 
@@ -36,6 +40,8 @@ pub struct Templates {
     cgroup_parent: String,
     pool: OnceLock<Pool>,
     standing: Mutex<HashMap<TemplateRef, Arc<Standing>>>,
+    /// Held while a zygote is built, so that none is built twice.
+    building: Mutex<()>,
     next_seat: AtomicU64,
 }
 
@@ -45,6 +51,8 @@ struct Standing {
     zygote_cgroup: TenancyCgroup,
     limits: Mutex<Limits>,
     seats: Mutex<Vec<Arc<Seat>>>,
+    /// Roots mounted ahead, by the mounts they were made of.
+    staged: Mutex<VecDeque<(Vec<Mount>, OwnedFd)>>,
     wanted: usize,
     // Keeps the pages in the pool for as long as the zygote may be built again from them.
     _reader: TemplateReader,
@@ -58,6 +66,7 @@ impl Templates {
             cgroup_parent,
             pool: OnceLock::new(),
             standing: Mutex::default(),
+            building: Mutex::default(),
             next_seat: AtomicU64::new(0),
         }
     }
@@ -67,6 +76,15 @@ impl Templates {
         Fingerprint::of_this_machine()
             .map(|fingerprint| fingerprint.to_string())
             .map_err(ShimError::engine("describe this machine"))
+    }
+
+    /// The newest generation in place of 0.
+    pub fn resolve(&self, template: TemplateRef) -> Result<TemplateRef> {
+        if template.generation != 0 {
+            return Ok(template);
+        }
+        let generation = self.reader(template)?.info().generation;
+        Ok(TemplateRef { generation, ..template })
     }
 
     /// Makes sure that a template's zygote stands and its seats are there.
@@ -101,8 +119,7 @@ impl Templates {
     ) -> Result<(Arc<Seat>, bool)> {
         let rootfs = layers_only(active);
         let standing = self.stand(template, &rootfs, limits, self.config.sandbox.spare_agents)?;
-        let ready = lock(&standing.seats).pop();
-        let (seat, was_ready) = match ready {
+        let (seat, was_ready) = match standing.take_living() {
             Some(seat) => (seat, true),
             None => match self.make_seat(template, &standing, limits) {
                 Ok(seat) => (seat, false),
@@ -115,9 +132,7 @@ impl Templates {
                 Err(err) => return Err(err),
             },
         };
-        seat.cgroup
-            .update(limits)
-            .map_err(ShimError::engine("set the tenancy's limits"))?;
+        seat.limit(limits)?;
         Ok((seat, was_ready))
     }
 
@@ -158,6 +173,37 @@ impl Templates {
             stdio: tenancy.stdio,
         };
         dump::dump(&request, writer).map_err(dump_error)
+    }
+
+    /// Mounts a tenancy's root ahead of its start.
+    pub fn stage(&self, template: TemplateRef, rootfs: Vec<Mount>) -> Result<()> {
+        let standing = lock(&self.standing).get(&template).cloned();
+        let standing = standing.ok_or_else(|| ShimError::NotFound {
+            kind: "prepared template",
+            id: template.id.to_string(),
+        })?;
+        let root = overlay_from_mounts(&rootfs)
+            .map_err(ShimError::engine("mount the root of a tenancy to come"))?;
+        let mut staged = lock(&standing.staged);
+        staged.push_back((rootfs, root));
+        if staged.len() > STAGED_MAX {
+            staged.pop_front();
+        }
+        Ok(())
+    }
+
+    /// The root of a tenancy: the one mounted ahead, or mounted now.
+    pub fn root(&self, template: TemplateRef, rootfs: &[Mount]) -> Result<OwnedFd> {
+        let standing = lock(&self.standing).get(&template).cloned();
+        if let Some(standing) = standing {
+            let mut staged = lock(&standing.staged);
+            if let Some(at) = staged.iter().position(|(mounts, _)| mounts == rootfs)
+                && let Some((_, root)) = staged.remove(at)
+            {
+                return Ok(root);
+            }
+        }
+        overlay_from_mounts(rootfs).map_err(ShimError::engine("mount the tenancy's root"))
     }
 
     /// Lets the zygote learn from a tenancy that is about to end which pages its calls touched.
@@ -257,14 +303,17 @@ impl Templates {
         limits: &Limits,
         wanted: usize,
     ) -> Result<Arc<Standing>> {
-        if let Some(standing) = lock(&self.standing).get(&template) {
-            return Ok(Arc::clone(standing));
+        let known = || lock(&self.standing).get(&template).cloned();
+        if let Some(standing) = known() {
+            return Ok(standing);
+        }
+        let _building = lock(&self.building);
+        if let Some(standing) = known() {
+            return Ok(standing);
         }
         let built = Arc::new(self.build(template, rootfs, limits, wanted)?);
-        // Whoever built it first at the same time wins; the other one goes.
-        Ok(Arc::clone(
-            lock(&self.standing).entry(template).or_insert(built),
-        ))
+        lock(&self.standing).insert(template, Arc::clone(&built));
+        Ok(built)
     }
 
     fn build(
@@ -303,6 +352,7 @@ impl Templates {
                     zygote_cgroup: cgroup,
                     limits: Mutex::new(limits.clone()),
                     seats: Mutex::default(),
+                    staged: Mutex::default(),
                     wanted,
                     _reader: reader,
                 })
@@ -343,7 +393,7 @@ impl Templates {
             let _ = cgroup.kill_all().and_then(|()| cgroup.remove());
             return Err(ShimError::engine("move an agent into its cgroup")(err));
         }
-        Ok(Arc::new(Seat::with_agent(cgroup, template, agent)))
+        Seat::with_agent(cgroup, template, limits.clone(), agent).map(Arc::new)
     }
 
     fn forget(&self, template: TemplateRef) {
@@ -371,6 +421,19 @@ impl Templates {
 }
 
 impl Standing {
+    /// A ready seat whose agent lives.
+    fn take_living(&self) -> Option<Arc<Seat>> {
+        loop {
+            let seat = lock(&self.seats).pop()?;
+            if seat.agent_lives() {
+                return Some(seat);
+            }
+            if let Err(err) = seat.remove() {
+                tracing::warn!("A spare cgroup stays until the next sweep: {}", err.chain());
+            }
+        }
+    }
+
     fn end(self) {
         let seats = self
             .seats

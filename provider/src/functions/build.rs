@@ -131,7 +131,7 @@ impl Functions {
             self.spawn_free(revision);
             return;
         }
-        refill_spares(self.host.containerd(), revision);
+        refill_spares(&self.host, revision);
         if let Some(old) = old {
             old.retire();
             self.spawn_free(&old);

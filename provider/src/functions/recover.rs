@@ -69,7 +69,7 @@ pub async fn recover(functions: &Arc<Functions>, namespaces: &[String]) -> Resul
         }
     }
     for function in functions.list(None) {
-        refill_spares(functions.host.containerd(), &function.current());
+        refill_spares(&functions.host, &function.current());
     }
     Ok(())
 }

@@ -471,7 +471,7 @@ impl SandboxOps for Host {
                     sandbox,
                     self.function_record(sandbox, revision, &spare.tenancy, spec_json),
                 );
-                refill_spares(&self.containerd, revision);
+                refill_spares(self, revision);
                 Ok((spare.tenancy, steps))
             }
             Err(err) => {
@@ -540,14 +540,27 @@ pub async fn make_spare(
 }
 
 /// Tops up the snapshots made ahead of a revision with a template, off the call's path.
-pub fn refill_spares(containerd: &Containerd, revision: &Arc<Revision>) {
-    if revision.template().is_none() || revision.spares() >= SPARES || revision.retired() {
+pub fn refill_spares(host: &Host, revision: &Arc<Revision>) {
+    let Some(template) = revision.template() else {
+        return;
+    };
+    if revision.spares() >= SPARES || revision.retired() {
         return;
     }
-    let (containerd, revision) = (containerd.clone(), Arc::clone(revision));
+    let (containerd, revision) = (host.containerd.clone(), Arc::clone(revision));
+    let shim = host.shim(&revision.record.function.namespace);
     tokio::spawn(async move {
         match make_spare(&containerd, &revision).await {
-            Ok(spare) => revision.add_spare(spare),
+            Ok(spare) => {
+                // A root that is not mounted ahead is mounted at the start.
+                if let Err(err) = shim
+                    .stage(&template.id, template.generation, &spare.mounts)
+                    .await
+                {
+                    tracing::debug!("No root was mounted ahead: {err}");
+                }
+                revision.add_spare(spare);
+            }
             Err(err) => tracing::warn!("No snapshot was made ahead: {err}"),
         }
     });

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use oci_spec::runtime::{LinuxSeccomp, Spec};
 use trenv_sandbox::Rootfs;
 use trenv_sandbox::cgroup::Limits;
-use trenv_sandbox::rootfs::{Mount, overlay_from_mounts, sync_upper};
+use trenv_sandbox::rootfs::{Mount, sync_upper};
 use trenv_sandbox_proto as proto;
 use trenv_snapshot::zygote::{StartRequest, Started};
 
@@ -240,8 +240,7 @@ impl SandboxContainer {
                 }
             });
         }
-        let first = Arc::clone(&self.first);
-        first.finish_streams(STREAMS_LIMIT).await;
+        self.first.leave_streams(STREAMS_LIMIT);
         match self.lock().unfit {
             None => Ok(()),
             Some(capability) => Err(ShimError::WrongState {
@@ -326,8 +325,7 @@ impl SandboxContainer {
     fn enter(&self, plan: &Plan) -> Result<Vec<(&'static str, Duration)>> {
         let begun = Instant::now();
         let root = Rootfs {
-            overlay: overlay_from_mounts(&plan.rootfs)
-                .map_err(ShimError::engine("mount the tenancy's root"))?,
+            overlay: self.all.templates.root(plan.template, &plan.rootfs)?,
             parts: plan.root.parts()?,
             read_only: plan.root.read_only,
             hostname: plan.root.hostname.clone(),

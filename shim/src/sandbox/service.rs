@@ -136,6 +136,23 @@ impl proto::Sandbox for SandboxService {
             .await
     }
 
+    async fn stage(
+        &self,
+        _: &TtrpcContext,
+        request: proto::StageRequest,
+    ) -> Reply<proto::StageResponse> {
+        let all = Arc::clone(&self.all);
+        self.all
+            .requests
+            .once("Stage", &request.request_id.clone(), async move {
+                let template = template_ref(&request.template_id, request.generation)?;
+                let rootfs = mounts_of(&request.rootfs);
+                blocking(move || all.templates.stage(template, rootfs)).await?;
+                Ok(proto::StageResponse::default())
+            })
+            .await
+    }
+
     async fn delete_template(
         &self,
         _: &TtrpcContext,
