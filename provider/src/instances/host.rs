@@ -140,11 +140,6 @@ impl Host {
         self.containerd.namespace(namespace)
     }
 
-    /// containerd itself.
-    pub fn containerd(&self) -> &Containerd {
-        &self.containerd
-    }
-
     async fn take_or_make_spare(&self, revision: &Revision) -> Result<Spare, ContainerdError> {
         match revision.take_spare() {
             Some(spare) => Ok(spare),
