@@ -8,6 +8,13 @@ readonly own_socket=$run/containerd/containerd.sock
 readonly system_socket=/run/containerd/containerd.sock
 readonly unit=/etc/systemd/system/trenv-provider.service
 
+# setting SECTION KEY DEFAULT: a text value of the configuration.
+setting() {
+    local value
+    value=$(sed -n "/^\\[$1\\]/,/^\\[/s/^$2 *= *\"\\(.*\\)\"/\\1/p" "$config" | head -n 1)
+    echo "${value:-$3}"
+}
+
 has_systemd() {
     [ -d /run/systemd/system ]
 }
@@ -20,7 +27,7 @@ answers() {
 containerd_address() {
     local configured=
     if [ -e "$config" ]; then
-        configured=$(sed -n '/^\[containerd\]/,/^\[/s/^address *= *"\(.*\)"/\1/p' "$config" | head -n 1)
+        configured=$(setting containerd address "")
     fi
     if [ -n "$configured" ]; then
         echo "$configured"
@@ -70,9 +77,7 @@ provider_answers() {
 }
 
 provider_listen() {
-    local listen
-    listen=$(sed -n '/^\[provider\]/,/^\[/s/^listen *= *"\(.*\)"/\1/p' "$config" | head -n 1)
-    echo "${listen:-127.0.0.1:8080}"
+    setting provider listen 127.0.0.1:8080
 }
 
 start_provider() {
@@ -181,20 +186,22 @@ remove_sandboxes() {
 }
 
 remove_everything() {
-    local name bridge
+    local name bridge=trenv0 parent=trenv table=trenv
     if [ -e "$config" ]; then
-        bridge=$(sed -n '/^\[network\]/,/^\[/s/^bridge *= *"\(.*\)"/\1/p' "$config" | head -n 1)
+        bridge=$(setting network bridge "$bridge")
+        parent=$(setting sandbox cgroup_parent "$parent")
     fi
-    bridge=${bridge:-trenv0}
+    [ "$bridge" = trenv0 ] || table=trenv_${bridge//-/_}
     if command -v nft >/dev/null; then
-        nft delete table inet trenv 2>/dev/null || nft delete table ip trenv 2>/dev/null || true
+        nft delete table ip "$table" 2>/dev/null || true
     fi
-    for name in $(ip netns list 2>/dev/null | awk '/^trenv-/ { print $1 }'); do
-        ip netns delete "$name" || true
-    done
     if [ -e "/sys/class/net/$bridge" ]; then
         ip link delete "$bridge" || true
     fi
+    # Empty by now: a cgroup with processes in it cannot be removed, and stays.
+    for name in /sys/fs/cgroup/"$parent" /sys/fs/cgroup/*/"$parent"; do
+        [ ! -d "$name" ] || find "$name" -depth -type d -exec rmdir {} + 2>/dev/null || true
+    done
     # What is still mounted below our directories goes before the directories do.
     awk -v run="$run/" -v state="$state/" \
         'index($5, run) == 1 || index($5, state) == 1 { print $5 }' /proc/self/mountinfo |

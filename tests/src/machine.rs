@@ -409,8 +409,9 @@ impl Machine {
         }
         let bridge = &self.marks.bridge;
         let _ = Command::new("ip").args(["link", "delete", bridge]).output();
+        let table = format!("trenv_{bridge}");
         let _ = Command::new("nft")
-            .args(["delete", "table", "ip", bridge])
+            .args(["delete", "table", "ip", &table])
             .output();
         for mount in self.leftovers().mounts().iter().rev() {
             let _ = nix::mount::umount2(Path::new(mount), nix::mount::MntFlags::MNT_DETACH);
