@@ -66,7 +66,10 @@ pub struct Tasks {
 }
 
 enum Slot {
-    Creating,
+    /// `unwanted` when it was deleted before it was there.
+    Creating {
+        unwanted: bool,
+    },
     Created(Arc<dyn Container>),
 }
 
@@ -80,7 +83,7 @@ impl Tasks {
                 id: id.into(),
             });
         }
-        slots.insert(id.to_owned(), Slot::Creating);
+        slots.insert(id.to_owned(), Slot::Creating { unwanted: false });
         Ok(Reservation {
             tasks: self,
             id: id.to_owned(),
@@ -96,6 +99,18 @@ impl Tasks {
                 kind: "task",
                 id: id.into(),
             }),
+        }
+    }
+
+    /// Has a container that is being created deleted as soon as it is there; false when none is
+    /// being created. containerd deletes so when its own client went away during the creation.
+    pub fn give_up(&self, id: &str) -> bool {
+        match self.lock().get_mut(id) {
+            Some(Slot::Creating { unwanted }) => {
+                *unwanted = true;
+                true
+            }
+            _ => false,
         }
     }
 
@@ -122,12 +137,18 @@ pub struct Reservation<'a> {
 }
 
 impl Reservation<'_> {
-    /// Puts the created container into the table.
-    pub fn keep(mut self, container: Arc<dyn Container>) {
+    /// Puts the created container into the table; gives it back when it is not wanted any more.
+    #[must_use]
+    pub fn keep(mut self, container: Arc<dyn Container>) -> Option<Arc<dyn Container>> {
+        let mut slots = self.tasks.lock();
+        if matches!(slots.get(&self.id), Some(Slot::Creating { unwanted: true })) {
+            drop(slots);
+            return Some(container);
+        }
+        slots.insert(self.id.clone(), Slot::Created(container));
+        drop(slots);
         self.kept = true;
-        self.tasks
-            .lock()
-            .insert(self.id.clone(), Slot::Created(container));
+        None
     }
 }
 

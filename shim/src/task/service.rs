@@ -305,7 +305,13 @@ async fn create(
     let pid = container.process("")?.pid();
     let first = container.process("")?;
     let _turn = first.turn.lock().await;
-    reservation.keep(container);
+    if let Some(unwanted) = reservation.keep(container) {
+        unwanted.delete("").await?;
+        return Err(ShimError::NotFound {
+            kind: "task",
+            id: request.id,
+        });
+    }
     shim.publisher.publish(&event::TaskCreate {
         container_id: request.id,
         bundle: request.bundle,
@@ -359,6 +365,9 @@ async fn start(shim: Arc<Shim>, request: api::StartRequest) -> Result<api::Start
 }
 
 async fn delete(shim: Arc<Shim>, request: api::DeleteRequest) -> Result<api::DeleteResponse> {
+    if request.exec_id.is_empty() && shim.tasks.give_up(&request.id) {
+        tracing::info!("{} was deleted while it was being created", request.id);
+    }
     let container: Arc<dyn Container> = shim.tasks.get(&request.id)?;
     let (pid, exit) = container.delete(&request.exec_id).await?;
     if request.exec_id.is_empty() {
