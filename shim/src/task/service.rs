@@ -304,8 +304,9 @@ async fn create(
     let container = shim.create_container(&request).await?;
     let pid = container.process("")?.pid();
     let first = container.process("")?;
-    let _turn = first.turn.lock().await;
+    let turn = first.turn.lock().await;
     if let Some(unwanted) = reservation.keep(container) {
+        drop(turn);
         unwanted.delete("").await?;
         return Err(ShimError::NotFound {
             kind: "task",
