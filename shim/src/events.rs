@@ -76,6 +76,20 @@ pub fn timestamp(at: SystemTime) -> MessageField<Timestamp> {
 impl Publisher {
     /// Starts the sender of this shim.
     pub fn start(flags: &Flags) -> Self {
+        let target = match std::env::var("TTRPC_ADDRESS") {
+            Ok(address) if !address.is_empty() => Target::Ttrpc {
+                address,
+                client: None,
+            },
+            _ => Target::Binary {
+                binary: flags.publish_binary.clone(),
+                address: flags.address.clone(),
+            },
+        };
+        Self::start_to(flags, target)
+    }
+
+    fn start_to(flags: &Flags, target: Target) -> Self {
         let (queue, receiver) = mpsc::unbounded_channel();
         let publisher = Self {
             queue,
@@ -84,16 +98,7 @@ impl Publisher {
             namespace: flags.namespace.as_str().into(),
         };
         let sender = Sender {
-            target: match std::env::var("TTRPC_ADDRESS") {
-                Ok(address) if !address.is_empty() => Target::Ttrpc {
-                    address,
-                    client: None,
-                },
-                _ => Target::Binary {
-                    binary: flags.publish_binary.clone(),
-                    address: flags.address.clone(),
-                },
-            },
+            target,
             waiting: Arc::clone(&publisher.waiting),
             empty: Arc::clone(&publisher.empty),
         };
@@ -274,5 +279,69 @@ async fn publish_by_binary(binary: &str, address: &str, envelope: &Envelope) -> 
         Err(ShimError::Fault(format!(
             "{binary} publish ended with {status}"
         )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+    use std::ffi::OsString;
+    use std::sync::Mutex;
+
+    use containerd_shim_protos::api::Empty;
+    use containerd_shim_protos::shim_async::{Events, create_events};
+    use ttrpc::asynchronous::{Server, TtrpcContext};
+
+    /// Takes events as containerd does, but refuses every third one once.
+    struct Sink {
+        taken: Mutex<Vec<u32>>,
+        refused: Mutex<HashMap<u32, bool>>,
+    }
+
+    #[async_trait::async_trait]
+    impl Events for Sink {
+        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            let exit = message::TaskExit::parse_from_bytes(&request.envelope.event.value).unwrap();
+            let refused = self.refused.lock().unwrap().insert(exit.pid, true);
+            if exit.pid % 3 == 0 && refused.is_none() {
+                return Err(ShimError::Fault("not now".into()).into());
+            }
+            self.taken.lock().unwrap().push(exit.pid);
+            Ok(Empty::default())
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn events_wait_for_containerd_and_keep_their_order() {
+        let directory = tempfile::tempdir().unwrap();
+        let address = directory.path().join("c.sock.ttrpc").display().to_string();
+        let line = ["-namespace", "n"].map(OsString::from);
+        let flags = Flags::parse(line).unwrap();
+        let publisher = Publisher::start_to(
+            &flags,
+            Target::Ttrpc {
+                address: address.clone(),
+                client: None,
+            },
+        );
+        for pid in 0..20 {
+            publisher.publish(&message::TaskExit {
+                pid,
+                ..message::TaskExit::default()
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let sink = Arc::new(Sink {
+            taken: Mutex::default(),
+            refused: Mutex::default(),
+        });
+        let mut server = Server::new()
+            .bind(&format!("unix://{address}"))
+            .unwrap()
+            .register_service(create_events(sink.clone()));
+        server.start().await.unwrap();
+        publisher.flush(Duration::from_secs(20)).await;
+        assert_eq!(*sink.taken.lock().unwrap(), (0..20).collect::<Vec<u32>>());
     }
 }

@@ -171,6 +171,7 @@ mod tests {
     use std::process::Command;
 
     #[tokio::test]
+    #[allow(clippy::zombie_processes)]
     async fn a_childs_code_and_signal_are_reported() {
         for (script, expected) in [("exit 7", 7), ("kill -9 $$", 137)] {
             let child = Command::new("/bin/sh")

@@ -84,7 +84,10 @@ impl Templates {
             return Ok(template);
         }
         let generation = self.reader(template)?.info().generation;
-        Ok(TemplateRef { generation, ..template })
+        Ok(TemplateRef {
+            generation,
+            ..template
+        })
     }
 
     /// Makes sure that a template's zygote stands and its seats are there.
@@ -138,6 +141,7 @@ impl Templates {
 
     /// Takes an empty seat back after a tenancy.
     pub fn give_back(&self, seat: Arc<Seat>) -> Result<()> {
+        seat.new_oom_kills();
         let standing = seat
             .template
             .and_then(|template| lock(&self.standing).get(&template).cloned());

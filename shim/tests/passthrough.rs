@@ -1,5 +1,7 @@
 //! Containers without our annotation: the stock shim is the oracle.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::io::Write;

@@ -1,5 +1,7 @@
 //! The life of a template: snapshot of a cold function, start in another sandbox, reset, again.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
 //! Sandboxes through containerd: cold functions, idle sandboxes, and what they leave: nothing.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::time::Duration;

@@ -10,12 +10,13 @@ mod options;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::events::task::TaskOOM;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::LinuxNamespaceType;
 
@@ -48,6 +49,9 @@ pub struct RuncContainer {
     shim: Arc<Shim>,
     own_pid_namespace: bool,
     paused: AtomicBool,
+    groups: OnceLock<Groups>,
+    /// Processes that the kernel has killed for want of memory, as far as containerd knows.
+    oom_kills: AtomicU64,
     first: Arc<Process>,
     execs: Mutex<HashMap<String, Exec>>,
     /// This value itself, for the watchers that it starts.
@@ -78,6 +82,8 @@ impl RuncContainer {
             owner: shim.owner(&request.id),
             shim: Arc::clone(shim),
             paused: AtomicBool::new(false),
+            groups: OnceLock::new(),
+            oom_kills: AtomicU64::new(0),
             first: Process::new("", uris(request), 0),
             execs: Mutex::default(),
             this: Weak::clone(this),
@@ -157,6 +163,12 @@ impl RuncContainer {
         let pid = read_pid(pid_file)?;
         let child = Child::watch(pid.cast_signed())?;
         process.set_pid(pid);
+        if process.exec_id.is_empty()
+            && let Ok(groups) = Groups::of_process(pid)
+        {
+            // Only the first process comes here, and only once.
+            let _ = self.groups.set(groups);
+        }
         let container = Arc::clone(self);
         let process = Arc::clone(process);
         tokio::spawn(async move {
@@ -167,6 +179,15 @@ impl RuncContainer {
     }
 
     async fn ended(&self, process: &Process, exit: Exit) {
+        if let Some(groups) = self.groups.get() {
+            let kills = groups.oom_kills();
+            if self.oom_kills.swap(kills, Ordering::Relaxed) < kills {
+                self.shim.publisher.publish(&TaskOOM {
+                    container_id: self.id.clone(),
+                    ..TaskOOM::default()
+                });
+            }
+        }
         if process.exec_id.is_empty() && !self.own_pid_namespace {
             // Nothing but the first process's end says that the others shall go too.
             let _ = self.runc.kill(9, true).await;
@@ -385,28 +406,23 @@ impl Connection {
 
 /// Signals one process by pid; a process that is gone is "not found".
 pub fn signal_process(pid: u32, signal: u32) -> Result<()> {
+    let gone = || ShimError::NotFound {
+        kind: "process",
+        id: pid.to_string(),
+    };
+    // 0 and negative numbers would mean whole groups.
     let target = i32::try_from(pid)
         .ok()
-        .and_then(rustix::process::Pid::from_raw);
+        .filter(|pid| *pid > 0)
+        .ok_or_else(gone)?;
     // SAFETY: kill(2) takes plain numbers; a wrong signal is an error, not undefined behaviour.
-    let done = match target {
-        Some(pid) => unsafe { libc::kill(pid.as_raw_nonzero().get(), signal.cast_signed()) },
-        None => {
-            return Err(ShimError::NotFound {
-                kind: "process",
-                id: pid.to_string(),
-            });
-        }
-    };
+    let done = unsafe { libc::kill(target, signal.cast_signed()) };
     if done == 0 {
         return Ok(());
     }
     let err = std::io::Error::last_os_error();
     if err.raw_os_error() == Some(libc::ESRCH) {
-        return Err(ShimError::NotFound {
-            kind: "process",
-            id: pid.to_string(),
-        });
+        return Err(gone());
     }
     Err(ShimError::Io {
         action: format!("send signal {signal} to {pid}"),

@@ -108,7 +108,7 @@ impl SandboxContainer {
             }
         };
         steps.add("cgroup", begun.elapsed());
-        let template = plan.template;
+        let template = seat.template;
         let spec_json = plan.spec_json.clone();
         let pids = match self.restore(plan, seat, &mut steps).await {
             Ok(pids) => pids,
@@ -264,6 +264,7 @@ impl SandboxContainer {
                     .map(Seat::plain)
                     .map(Arc::new);
             }
+            let template = this.all.templates.resolve(template)?;
             let (seat, ready) = this.all.templates.seat(template, &rootfs, &limits)?;
             if !ready {
                 tracing::info!(
@@ -286,36 +287,42 @@ impl SandboxContainer {
     ) -> Result<Vec<i32>> {
         let until = Instant::now() + plan.deadline;
         let begun = Instant::now();
+        let plan = Arc::new(plan);
+        let entering = {
+            let (this, plan) = (Arc::clone(self), Arc::clone(&plan));
+            blocking(move || this.enter(&plan))
+        };
         let uris = self.all.function_uris(&self.id, &self.first.uris);
-        let (ends, streams) = stdio::pipes(&uris, &self.owner, Overflow::Drop).await?;
-        steps.add("streams", begun.elapsed());
+        let streams = async {
+            let streams = stdio::pipes(&uris, &self.owner, Overflow::Drop).await;
+            (streams, begun.elapsed())
+        };
+        // Neither needs the other, and both wait for the kernel.
+        let (entered, (streams, connecting)) = tokio::join!(entering, streams);
+        let (parts, (ends, streams)) = (entered?, streams?);
+        steps.add("rootfs", begun.elapsed());
+        steps.parts("rootfs", parts);
+        steps.parts("rootfs", [("streams_meanwhile", connecting)]);
         let stdio = identify(&ends.0);
         let _starting = self.starting();
-        let this = Arc::clone(self);
-        let mut timed = std::mem::take(steps);
-        let (timed, plan, seat, root, started) = blocking(move || {
-            let begun = Instant::now();
-            let parts = this.enter(&plan)?;
-            timed.add("rootfs", begun.elapsed());
-            timed.parts("rootfs", parts.iter().map(|(name, took)| (*name, *took)));
-            let begun = Instant::now();
-            let started = this.start_tree(&plan, &seat, &ends, until)?;
-            timed.add("restore", begun.elapsed());
-            timed.parts("restore", started.steps.iter().copied());
-            let pid = started.pids.first().copied().unwrap_or_default();
-            let root = Root::of_host_pid(pid)?;
-            Ok((timed, plan, seat, root, started))
+        let begun = Instant::now();
+        let (this, wanted, place) = (Arc::clone(self), Arc::clone(&plan), Arc::clone(&seat));
+        let (root, started) = blocking(move || {
+            let started = this.start_tree(&wanted, &place, &ends, until)?;
+            let root = Root::of_host_pid(started.pids.first().copied().unwrap_or_default())?;
+            Ok((root, started))
         })
         .await?;
-        *steps = timed;
+        steps.add("restore", begun.elapsed());
+        steps.parts("restore", started.steps.iter().copied());
         self.first.connect(streams, None);
         let tenancy = Tenancy {
-            id: plan.tenancy,
+            id: plan.tenancy.clone(),
             seat,
             root,
             stdio,
-            mounts: plan.rootfs,
-            seccomp: plan.seccomp,
+            mounts: plan.rootfs.clone(),
+            seccomp: plan.seccomp.clone(),
             restored: started.pids.clone(),
         };
         self.settle_ready(tenancy, "the function was started from its template")?;
@@ -363,7 +370,7 @@ impl SandboxContainer {
     }
 
     /// What need not be done before the answer.
-    fn after_start(self: &Arc<Self>, template: TemplateRef, spec_json: String) {
+    fn after_start(self: &Arc<Self>, template: Option<TemplateRef>, spec_json: String) {
         let this = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
             if !spec_json.is_empty() {
@@ -375,6 +382,7 @@ impl SandboxContainer {
                     tracing::warn!("{} tells the last tenancy's spec: {err}", path.display());
                 }
             }
+            let Some(template) = template else { return };
             if let Err(err) = this.all.templates.refill(template) {
                 tracing::warn!(
                     "The next start of {} has no seat ready: {}",

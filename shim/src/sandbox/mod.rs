@@ -9,6 +9,7 @@ mod container;
 mod requests;
 mod service;
 mod spec;
+mod task;
 mod tenancy;
 mod watch;
 

@@ -119,9 +119,11 @@ impl proto::Sandbox for SandboxService {
                 let limits = limits_of(request.limits.as_ref());
                 let seats = request.spares as usize;
                 let begun = std::time::Instant::now();
-                let resident_bytes =
-                    blocking(move || all.templates.prepare(template, &rootfs, &limits, seats))
-                        .await?;
+                let resident_bytes = blocking(move || {
+                    let template = all.templates.resolve(template)?;
+                    all.templates.prepare(template, &rootfs, &limits, seats)
+                })
+                .await?;
                 let took = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
                 Ok(proto::PrepareResponse {
                     steps: vec![proto::Step {

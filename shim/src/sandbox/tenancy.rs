@@ -2,12 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::LinuxSeccomp;
-use trenv_sandbox::cgroup::TenancyCgroup;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::Mount;
 use trenv_snapshot::TaskGroup;
 use trenv_snapshot::zygote::Agent;
@@ -27,6 +29,11 @@ pub struct Seat {
     pub template: Option<TemplateRef>,
     agent_pid: Option<i32>,
     agent: Mutex<Option<Agent>>,
+    /// Tells whether the agent still lives.
+    agent_pidfd: Option<OwnedFd>,
+    limits: Mutex<Option<Limits>>,
+    /// The kernel never sets this counter back.
+    oom_kills: AtomicU64,
 }
 
 /// A template and its generation.
@@ -37,25 +44,67 @@ pub struct TemplateRef {
 }
 
 impl Seat {
-    /// A seat for a process that does not come from a template.
+    /// A seat for a process that does not come from a zygote's agent.
     pub fn plain(cgroup: TenancyCgroup) -> Self {
         Self {
             cgroup,
             template: None,
             agent_pid: None,
             agent: Mutex::new(None),
+            agent_pidfd: None,
+            limits: Mutex::new(None),
+            oom_kills: AtomicU64::new(0),
         }
     }
 
-    /// A seat with the agent that will clone into it.
-    pub fn with_agent(cgroup: TenancyCgroup, template: TemplateRef, agent: Agent) -> Self {
+    /// A seat with the agent that will clone into it, and the limits that its cgroup has.
+    pub fn with_agent(
+        cgroup: TenancyCgroup,
+        template: TemplateRef,
+        limits: Limits,
+        agent: Agent,
+    ) -> Result<Self> {
         let inside = cgroup.dir_fd().is_none().then(|| agent.pid());
-        Self {
+        let pidfd = open_pidfd(agent.pid())?;
+        Ok(Self {
             cgroup,
             template: Some(template),
             agent_pid: inside,
             agent: Mutex::new(Some(agent)),
+            agent_pidfd: Some(pidfd),
+            limits: Mutex::new(Some(limits)),
+            oom_kills: AtomicU64::new(0),
+        })
+    }
+
+    /// Whether the agent can still be asked for a start.
+    pub fn agent_lives(&self) -> bool {
+        self.agent_pidfd
+            .as_ref()
+            .is_some_and(|pidfd| !has_ended(pidfd))
+    }
+
+    /// Sets the tenancy's limits, unless the cgroup has them already.
+    pub fn limit(&self, limits: &Limits) -> Result<()> {
+        let mut known = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.as_ref() == Some(limits) {
+            return Ok(());
         }
+        *known = None;
+        self.cgroup
+            .update(limits)
+            .map_err(ShimError::engine("set the tenancy's limits"))?;
+        *known = Some(limits.clone());
+        Ok(())
+    }
+
+    /// Changes the limits of a living tenancy.
+    pub fn update(&self, limits: &Limits) -> Result<()> {
+        // Whatever they are now, the next tenancy sets its own.
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.cgroup
+            .update(limits)
+            .map_err(ShimError::engine("set the tenancy's limits"))
     }
 
     /// Works with the agent, one at a time.
@@ -131,6 +180,12 @@ impl Seat {
         Ok(())
     }
 
+    /// Whether the kernel has killed a process here for want of memory since the last question.
+    pub fn new_oom_kills(&self) -> bool {
+        let kills = Groups::of_dirs(&self.cgroup.dirs()).map_or(0, |groups| groups.oom_kills());
+        self.oom_kills.swap(kills, Ordering::Relaxed) < kills
+    }
+
     /// Figures of the tenancy's cgroup.
     pub fn metrics(&self) -> Result<Any> {
         Groups::of_dirs(&self.cgroup.dirs())?.metrics()
@@ -164,10 +219,7 @@ impl Root {
     /// The root process of a restored tree.
     pub fn of_host_pid(pid: i32) -> Result<Self> {
         let action = || ShimError::io(format!("look at the restored process {pid}"));
-        let number = rustix::process::Pid::from_raw(pid).ok_or(rustix::io::Errno::SRCH);
-        let pidfd = number
-            .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()))
-            .map_err(|errno| action()(io::Error::from(errno)))?;
+        let pidfd = open_pidfd(pid)?;
         let status =
             std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(|err| action()(err))?;
         let inside = status
@@ -184,17 +236,7 @@ impl Root {
 
     /// Signals the process; the descriptor makes sure that it is still the same one.
     pub fn signal(&self, signal: u32) -> Result<()> {
-        let alive = rustix::event::poll(
-            &mut [rustix::event::PollFd::new(
-                &self.pidfd,
-                rustix::event::PollFlags::IN,
-            )],
-            Some(&rustix::event::Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            }),
-        );
-        if alive.is_ok_and(|ended| ended > 0) {
+        if has_ended(&self.pidfd) {
             return Err(ShimError::NotFound {
                 kind: "process",
                 id: self.pid.to_string(),
@@ -216,6 +258,23 @@ pub struct Tenancy {
     pub seccomp: Option<LinuxSeccomp>,
     /// Host pids of a tree that came from a template, in the template's order.
     pub restored: Vec<i32>,
+}
+
+fn open_pidfd(pid: i32) -> Result<OwnedFd> {
+    rustix::process::Pid::from_raw(pid)
+        .ok_or(rustix::io::Errno::SRCH)
+        .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()))
+        .map_err(ShimError::io(format!("open the process {pid}")))
+}
+
+/// A pidfd is readable once its process has ended.
+fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 /// Device and inode of each stream, by which a dump knows them again.

@@ -107,6 +107,18 @@ impl Groups {
         }
     }
 
+    /// How many processes the kernel has killed here for want of memory.
+    pub fn oom_kills(&self) -> u64 {
+        let file = match self {
+            Self::V1(paths) => paths
+                .get("memory")
+                .map(|path| path.join("memory.oom_control")),
+            Self::V2(path) => Some(path.join("memory.events")),
+        };
+        file.and_then(|file| table(&file).get("oom_kill").copied())
+            .unwrap_or(0)
+    }
+
     /// Reads the figures.
     pub fn metrics(&self) -> Result<Any> {
         let (type_url, value) = match self {

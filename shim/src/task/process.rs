@@ -149,6 +149,14 @@ impl Process {
         });
     }
 
+    /// As [`Process::finish_streams`], without waiting: the process may get new streams at once.
+    pub fn leave_streams(&self, limit: Duration) {
+        if let Some(streams) = self.lock().streams.take() {
+            tokio::spawn(streams.finish(limit));
+        }
+        self.lock().console = None;
+    }
+
     /// Lets the copiers pass on what is left, then closes the streams.
     pub async fn finish_streams(&self, limit: Duration) {
         let (streams, console) = {
