@@ -10,6 +10,7 @@ mod guard;
 mod host;
 mod ops;
 mod plan;
+mod prepare;
 mod ready;
 mod scheduler;
 mod table;
