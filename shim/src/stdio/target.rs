@@ -134,7 +134,7 @@ pub async fn open_outputs(
         let err = (!stderr.is_empty()).then_some(err);
         return Ok((Some(out), err));
     }
-    Ok((open_output(stdout).await?, open_output(stderr).await?))
+    Ok((open_output(stdout)?, open_output(stderr)?))
 }
 
 fn parse_some(uri: &str) -> Result<Option<Location>> {
@@ -145,7 +145,7 @@ fn parse_some(uri: &str) -> Result<Option<Location>> {
     }
 }
 
-async fn open_output(uri: &str) -> Result<Option<Target>> {
+fn open_output(uri: &str) -> Result<Option<Target>> {
     match parse_some(uri)? {
         None => Ok(None),
         Some(Location::Fifo(path)) if is_fifo(&path) => {
@@ -156,7 +156,7 @@ async fn open_output(uri: &str) -> Result<Option<Target>> {
                 .map_err(ShimError::io(format!("open the fifo {}", path.display())))?;
             Ok(Some(Target::Stream(Box::new(fifo))))
         }
-        Some(Location::Fifo(path) | Location::File(path)) => Ok(Some(append(&path).await?)),
+        Some(Location::Fifo(path) | Location::File(path)) => Ok(Some(append(&path)?)),
         Some(Location::Program { .. }) => Err(ShimError::InvalidArgument(
             "A logging program must be named for standard output; it then serves both streams"
                 .into(),
@@ -168,21 +168,24 @@ fn is_fifo(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo())
 }
 
-/// A file that output is appended to.
-pub async fn append(path: &Path) -> Result<Target> {
-    let action = || ShimError::io(format!("open {} for output", path.display()));
-    if let Some(directory) = path.parent() {
-        tokio::fs::create_dir_all(directory)
-            .await
-            .map_err(action())?;
-    }
-    tokio::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(path)
-        .await
-        .map(Target::File)
-        .map_err(action())
+/// A file that output is appended to. Opened at once, not by another thread: this is on the path of
+/// a start, and a hop costs more than the open.
+fn append(path: &Path) -> Result<Target> {
+    let open = || {
+        std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+    };
+    let file = open().or_else(|err| match path.parent() {
+        Some(directory) if err.kind() == std::io::ErrorKind::NotFound => {
+            std::fs::create_dir_all(directory)?;
+            open()
+        }
+        _ => Err(err),
+    });
+    file.map(|file| Target::File(tokio::fs::File::from_std(file)))
+        .map_err(ShimError::io(format!("open {} for output", path.display())))
 }
 
 #[cfg(test)]
