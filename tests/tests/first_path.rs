@@ -59,6 +59,9 @@ fn restored_memory_is_whole_many_times_over() -> anyhow::Result<()> {
     machine.deploy("hello-python")?;
     for turn in 0..20 {
         machine.scale("hello-python", 0)?;
+        for sandbox in machine.sandboxes()? {
+            machine.idle(&sandbox.id)?;
+        }
         let reply = machine.anonymous("GET", "/function/hello-python?check=1", &[])?;
         assert_eq!(reply.status, 200, "turn {turn}: {}", reply.text());
         assert_eq!(reply.start(), "repurposed", "turn {turn}");

@@ -10,7 +10,8 @@ use crate::metadata::Metadata;
 /// neither may name `snapshot`, `sandbox` or `cni`.
 const LAYERS: &[(&str, &[&str])] = &[
     ("trenv-config", &[]),
-    ("trenv-pool", &[]),
+    // Its command reads where the pool is.
+    ("trenv-pool", &["trenv-config"]),
     ("trenv-restorer", &[]),
     ("trenv-snapshot", &["trenv-pool", "trenv-restorer"]),
     ("trenv-cni", &[]),
