@@ -8,7 +8,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -53,7 +53,10 @@ struct Standing {
     seats: Mutex<Vec<Arc<Seat>>>,
     /// Roots mounted ahead, by the mounts they were made of.
     staged: Mutex<VecDeque<(Vec<Mount>, OwnedFd)>>,
-    wanted: usize,
+    /// Seats to keep ready.
+    wanted: AtomicUsize,
+    /// The layers, for building the zygote anew.
+    rootfs: Vec<Mount>,
     // Keeps the pages in the pool for as long as the zygote may be built again from them.
     _reader: TemplateReader,
     _unswept: Unswept,
@@ -105,7 +108,8 @@ impl Templates {
         };
         let standing = self.stand(template, rootfs, limits, seats)?;
         *lock(&standing.limits) = limits.clone();
-        self.fill(template, &standing)?;
+        standing.wanted.fetch_max(seats, Ordering::Relaxed);
+        let standing = self.fill_or_rebuild(template, standing)?;
         self.forget_older(template);
         standing
             .zygote
@@ -129,7 +133,8 @@ impl Templates {
                 Err(ShimError::Engine { source, .. }) if is_gone(source.as_ref()) => {
                     // Somebody killed the zygote: build it anew, once.
                     self.forget(template);
-                    let standing = self.stand(template, &rootfs, limits, standing.wanted)?;
+                    let wanted = standing.wanted.load(Ordering::Relaxed);
+                    let standing = self.stand(template, &rootfs, limits, wanted)?;
                     (self.make_seat(template, &standing, limits)?, false)
                 }
                 Err(err) => return Err(err),
@@ -146,7 +151,7 @@ impl Templates {
             .template
             .and_then(|template| lock(&self.standing).get(&template).cloned());
         if let Some(standing) = standing
-            && lock(&standing.seats).len() < SEATS_MAX.max(standing.wanted)
+            && lock(&standing.seats).len() < SEATS_MAX.max(standing.wanted.load(Ordering::Relaxed))
             && seat
                 .cgroup
                 .reset_counters()
@@ -161,7 +166,10 @@ impl Templates {
     /// Makes seats until as many are ready as shall be.
     pub fn refill(&self, template: TemplateRef) -> Result<()> {
         let standing = lock(&self.standing).get(&template).cloned();
-        standing.map_or(Ok(()), |standing| self.fill(template, &standing))
+        match standing {
+            Some(standing) => self.fill_or_rebuild(template, standing).map(drop),
+            None => Ok(()),
+        }
     }
 
     /// Writes a tenancy's template to the pool and ends its processes. After an error they go on.
@@ -357,7 +365,8 @@ impl Templates {
                     limits: Mutex::new(limits.clone()),
                     seats: Mutex::default(),
                     staged: Mutex::default(),
-                    wanted,
+                    wanted: AtomicUsize::new(wanted),
+                    rootfs: rootfs.to_vec(),
                     _reader: reader,
                 })
             }
@@ -369,8 +378,28 @@ impl Templates {
         }
     }
 
+    /// Makes the missing seats; a zygote that somebody killed is built anew, once.
+    fn fill_or_rebuild(
+        &self,
+        template: TemplateRef,
+        standing: Arc<Standing>,
+    ) -> Result<Arc<Standing>> {
+        match self.fill(template, &standing) {
+            Ok(()) => Ok(standing),
+            Err(ShimError::Engine { source, .. }) if is_gone(source.as_ref()) => {
+                self.forget(template);
+                let limits = lock(&standing.limits).clone();
+                let wanted = standing.wanted.load(Ordering::Relaxed);
+                let standing = self.stand(template, &standing.rootfs, &limits, wanted)?;
+                self.fill(template, &standing)?;
+                Ok(standing)
+            }
+            Err(err) => Err(err),
+        }
+    }
+
     fn fill(&self, template: TemplateRef, standing: &Standing) -> Result<()> {
-        while lock(&standing.seats).len() < standing.wanted {
+        while lock(&standing.seats).len() < standing.wanted.load(Ordering::Relaxed) {
             let limits = lock(&standing.limits).clone();
             let seat = self.make_seat(template, standing, &limits)?;
             lock(&standing.seats).push(seat);
@@ -416,10 +445,7 @@ impl Templates {
             .map(|(_, gone)| gone)
             .collect();
         for standing in gone {
-            // A start that still holds it ends it later; its cgroup then goes with the next sweep.
-            if let Some(standing) = Arc::into_inner(standing) {
-                standing.end();
-            }
+            standing.end();
         }
     }
 }
@@ -438,22 +464,18 @@ impl Standing {
         }
     }
 
-    fn end(self) {
-        let seats = self
-            .seats
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner);
-        for seat in seats {
+    /// Ends the zygote and its seats, whoever still holds this.
+    fn end(&self) {
+        for seat in std::mem::take(&mut *lock(&self.seats)) {
             if let Err(err) = seat.remove() {
                 tracing::warn!("A spare cgroup stays until the next sweep: {}", err.chain());
             }
         }
-        drop(self.zygote);
-        if let Err(err) = self
+        let gone = self
             .zygote_cgroup
             .kill_all()
-            .and_then(|()| self.zygote_cgroup.remove())
-        {
+            .and_then(|()| self.zygote_cgroup.remove());
+        if let Err(err) = gone {
             tracing::warn!("The cgroup of a zygote stays until the next sweep: {err}");
         }
     }

@@ -263,3 +263,105 @@ fn check_ready(
     assert!(text.starts_with(&format!("{tenancy}\n")), "{text}");
     assert!(text.contains("tick"), "the function is seen: {text}");
 }
+
+/// Pids in the cgroups of zygotes.
+fn zygotes(containerd: &Containerd) -> Vec<i32> {
+    let parents = std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten();
+    let mut pids: Vec<i32> = parents
+        .map(|one| {
+            one.path()
+                .join(containerd.cgroup_parent())
+                .join("default/zygotes")
+        })
+        .filter_map(|zygotes| std::fs::read_dir(zygotes).ok())
+        .flat_map(|zygotes| zygotes.flatten())
+        .filter_map(|zygote| std::fs::read_to_string(zygote.path().join("cgroup.procs")).ok())
+        .flat_map(|list| {
+            list.lines()
+                .filter_map(|pid| pid.parse().ok())
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    pids.sort_unstable();
+    pids.dedup();
+    pids
+}
+
+#[test]
+fn a_killed_zygote_is_built_again_and_goes_with_a_killed_shim() {
+    let Some(containerd) = containerd("zygote") else {
+        return;
+    };
+    containerd.run_function("f", COUNTER);
+    std::thread::sleep(Duration::from_millis(500));
+    let (runtime, sandboxes) = client(&containerd.shim_address());
+    let request = proto::SnapshotRequest {
+        request_id: "snap".into(),
+        sandbox_id: "f".into(),
+        key: "counter".into(),
+        ..proto::SnapshotRequest::default()
+    };
+    let snapshot = runtime
+        .block_on(sandboxes.snapshot(limit(), &request))
+        .unwrap_or_else(|err| panic!("{err}\n{}", containerd.logs()));
+    let start = |name: &str| {
+        let request = proto::RepurposeRequest {
+            request_id: name.into(),
+            sandbox_id: "f".into(),
+            tenancy: name.into(),
+            template_id: snapshot.template_id.clone(),
+            rootfs: active(&containerd, name),
+            ..proto::RepurposeRequest::default()
+        };
+        runtime.block_on(sandboxes.repurpose(limit(), &request))
+    };
+    let reset = |name: &str| {
+        let request = proto::ResetRequest {
+            request_id: name.into(),
+            sandbox_id: "f".into(),
+            ..proto::ResetRequest::default()
+        };
+        runtime
+            .block_on(sandboxes.reset(limit(), &request))
+            .unwrap();
+    };
+    // Without Prepare, and by the newest generation.
+    start("first").unwrap_or_else(|err| panic!("{err}\n{}", containerd.logs()));
+    reset("first");
+    let [zygote] = zygotes(&containerd)[..] else {
+        panic!("one zygote expected: {:?}", zygotes(&containerd));
+    };
+    let pid = nix::unistd::Pid::from_raw(zygote);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    for round in 0..5 {
+        let name = format!("after{round}");
+        start(&name).unwrap_or_else(|err| panic!("{err}\n{}", containerd.logs()));
+        reset(&name);
+    }
+    // Its agents go on without it; more of them need a new one.
+    let prepare = proto::PrepareRequest {
+        request_id: "prepare".into(),
+        template_id: snapshot.template_id.clone(),
+        rootfs: active(&containerd, "view"),
+        spares: 4,
+        ..proto::PrepareRequest::default()
+    };
+    runtime
+        .block_on(sandboxes.prepare(limit(), &prepare))
+        .unwrap_or_else(|err| panic!("{err}\n{}", containerd.logs()));
+    assert_eq!(zygotes(&containerd).len(), 1);
+    assert_ne!(zygotes(&containerd), [zygote]);
+    start("last").unwrap();
+
+    let [shim] = containerd.shims()[..] else {
+        panic!("one shim expected");
+    };
+    let pid = nix::unistd::Pid::from_raw(shim);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    containerd.until("containerd forgets the task", || {
+        containerd.ctr(&["task", "ls", "-q"]).is_empty()
+    });
+    containerd.assert_clean();
+    assert_eq!(zygotes(&containerd), [0; 0]);
+    containerd.ctr(&["container", "rm", "f"]);
+}
