@@ -49,8 +49,6 @@ fn become_zygote() -> Result<()> {
     for cgroup in cgroups {
         std::fs::write(cgroup, "0").with_context(|| format!("Failed to enter {cgroup}"))?;
     }
-    // Inherited by every instance.
-    std::fs::write("/proc/self/oom_score_adj", "0").context("Failed to reset oom_score_adj")?;
     let kernel_mappings = kernel_mappings()?;
     let zero = File::open("/dev/zero").context("Failed to open /dev/zero")?;
     let home = rustix::process::pidfd_open(

@@ -62,6 +62,7 @@ fn program_of(
     program.verb(verb::MARK, [mark::RUNS]);
     let parent_bounding = match process.parent {
         None => {
+            leave_protection(process, region, &mut program);
             files::make(manifest, control, region, &mut program)?;
             files::fill_tmpfs(manifest, region, &mut program);
             u64::MAX
@@ -123,6 +124,25 @@ fn program_of(
     program.verb(verb::RELEASE, [gate]);
     program.verb(verb::SIGRETURN, [put_frame(main, region)]);
     Ok(region.put_program(&program))
+}
+
+/// The zygote is as safe from the OOM killer as the shim; an instance is not. A value below the
+/// zygote's cannot be had without CAP_SYS_RESOURCE and is left out.
+fn leave_protection(process: &Process, region: &mut Region, program: &mut Program) {
+    program.about(region.sentence("setting oom_score_adj".into()));
+    let path = region.put_text("/proc/self/oom_score_adj");
+    let value = process.oom_score_adj.to_string();
+    let bytes = region.put(value.as_bytes(), 1);
+    let here = libc::AT_FDCWD as u64;
+    program
+        .call(libc::SYS_openat, [here, path, libc::O_WRONLY as u64, 0])
+        .or_not()
+        .into(0);
+    program
+        .call(libc::SYS_write, [0, bytes, value.len() as u64])
+        .from(0, 0)
+        .or_not();
+    program.call(libc::SYS_close, [0]).from(0, 0).or_not();
 }
 
 /// The process's place among sessions and process groups.
