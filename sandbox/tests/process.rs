@@ -94,14 +94,7 @@ fn a_process_has_what_its_spec_gives_it() {
     assert_eq!(code, 0, "{text}");
     let lines: Vec<&str> = text.lines().map(str::trim).collect();
     let mut wanted = vec![
-        "1000",
-        "1000",
-        "1000 5 6",
-        "/srv/dir",
-        "0022",
-        "256",
-        "512",
-        "seen / 2",
+        "1000", "1000", "1000 5 6", "/srv/dir", "0022", "256", "512", "seen / 2",
     ];
     // The shell is a child of nobody special: it ignores and blocks nothing.
     wanted.extend(["SigBlk:\t0000000000000000", "SigIgn:\t0000000000000000"]);
