@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -62,6 +62,8 @@ pub enum ZygoteError {
     Deadline(Duration),
     #[error("The zygote has ended; the next start builds it anew")]
     Gone,
+    #[error("The template has {} instances on this host, which is the most; let some end", wire::MAX_AGENTS - 1)]
+    TooMany,
 }
 
 fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> ZygoteError {
@@ -84,9 +86,36 @@ pub struct Zygote {
     child: Mutex<Child>,
     pid: i32,
     control: Mutex<OwnedFd>,
-    sentences: std::sync::Arc<Vec<String>>,
+    sentences: Arc<Vec<String>>,
     processes: usize,
     working_set: Mutex<WorkingSet>,
+    stacks: Arc<Mutex<Stacks>>,
+}
+
+/// Which agents' stacks are in use.
+#[derive(Debug)]
+struct Stacks {
+    /// The first that was never used.
+    next: u32,
+    /// Those of agents that were dropped; free once the agent has ended.
+    left: Vec<(u32, OwnedFd)>,
+}
+
+impl Stacks {
+    fn take(&mut self) -> Option<u32> {
+        let ended = self.left.iter().position(|(_, agent)| {
+            let mut poll = [PollFd::new(agent.as_fd(), PollFlags::POLLIN)];
+            nix::poll::poll(&mut poll, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        });
+        if let Some(ended) = ended {
+            return Some(self.left.swap_remove(ended).0);
+        }
+        let taken = self.next;
+        (u64::from(taken) < wire::MAX_AGENTS).then(|| {
+            self.next += 1;
+            taken
+        })
+    }
 }
 
 impl Zygote {
@@ -115,9 +144,13 @@ impl Zygote {
             pid: i32::try_from(child.id()).unwrap_or_default(),
             child: Mutex::new(child),
             control: Mutex::new(ours),
-            sentences: std::sync::Arc::new(plan.sentences),
+            sentences: Arc::new(plan.sentences),
             processes: plan.processes,
             working_set: Mutex::new(WorkingSet::new(plan.stored, plan.file_pages, plan.tables)),
+            stacks: Arc::new(Mutex::new(Stacks {
+                next: 1,
+                left: Vec::new(),
+            })),
         };
         let control = lock(&zygote.control);
         let message = receive(
@@ -180,7 +213,13 @@ impl Zygote {
     pub fn agent(&self) -> Result<Agent, ZygoteError> {
         let (ours, theirs) = socket_pair()?;
         let control = lock(&self.control);
-        send(control.as_fd(), wire::request::AGENT, &[theirs.as_fd()])?;
+        let number = lock(&self.stacks).take().ok_or(ZygoteError::TooMany)?;
+        send(
+            control.as_fd(),
+            wire::request::AGENT,
+            number,
+            &[theirs.as_fd()],
+        )?;
         drop(theirs);
         let deadline = Duration::from_secs(5);
         // Both answer that they wait for requests; a failure comes on the zygote's own socket.
@@ -192,9 +231,20 @@ impl Zygote {
         drop(control);
         let (message, pid) = receive(ours.as_fd(), Instant::now() + deadline, deadline)?;
         zygote_error(&message, &self.sentences)?;
+        let process = rustix::process::Pid::from_raw(pid).ok_or(ZygoteError::Gone)?;
+        let agent = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty())
+            .map_err(|errno| ZygoteError::Io {
+                doing: "opening an agent".into(),
+                source: errno.into(),
+            })?;
         Ok(Agent {
             control: ours,
             pid,
+            _turn: Some(Turn {
+                number,
+                agent: Some(agent),
+                stacks: Arc::clone(&self.stacks),
+            }),
             sentences: self.sentences.clone(),
             processes: self.processes,
             idle: true,
@@ -220,6 +270,7 @@ pub fn start_copy(
     let mut agent = Agent {
         control: control.map_err(io_error("keeping the control socket"))?,
         pid: zygote.pid,
+        _turn: None,
         sentences: zygote.sentences.clone(),
         processes: zygote.processes,
         idle: true,
@@ -241,11 +292,29 @@ impl Drop for Zygote {
 /// A task of a zygote that clones the tree into sandboxes, one after another.
 #[derive(Debug)]
 pub struct Agent {
+    // Closing it ends the agent; what follows is dropped afterwards.
     control: OwnedFd,
     pid: i32,
-    sentences: std::sync::Arc<Vec<String>>,
+    _turn: Option<Turn>,
+    sentences: Arc<Vec<String>>,
     processes: usize,
     idle: bool,
+}
+
+/// An agent's hold on its stacks.
+#[derive(Debug)]
+struct Turn {
+    number: u32,
+    agent: Option<OwnedFd>,
+    stacks: Arc<Mutex<Stacks>>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if let Some(agent) = self.agent.take() {
+            lock(&self.stacks).left.push((self.number, agent));
+        }
+    }
 }
 
 /// Where a tree is to be cloned to.
@@ -291,7 +360,7 @@ impl Agent {
         let mut descriptors = vec![input, output, error, request.init];
         descriptors.extend(request.cgroup);
         self.idle = false;
-        send(control, wire::request::START, &descriptors)?;
+        send(control, wire::request::START, 0, &descriptors)?;
         let mut pids = vec![0; self.processes];
         let mut marks = [0; MARKS];
         let mut restored = 0;
@@ -479,16 +548,14 @@ fn socket_pair() -> Result<(OwnedFd, OwnedFd), ZygoteError> {
 fn send(
     control: BorrowedFd<'_>,
     kind: u32,
+    agent: u32,
     descriptors: &[BorrowedFd<'_>],
 ) -> Result<(), ZygoteError> {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-    let request = Request {
-        kind,
-        descriptors: descriptors.len() as u32,
-    };
+    let request = Request { kind, agent };
     let mut bytes = [0u8; 8];
     bytes[..4].copy_from_slice(&request.kind.to_ne_bytes());
-    bytes[4..].copy_from_slice(&request.descriptors.to_ne_bytes());
+    bytes[4..].copy_from_slice(&request.agent.to_ne_bytes());
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(descriptors));

@@ -170,6 +170,21 @@ fn a_start_that_fails_says_at_which_step() -> TestResult {
 }
 
 #[test]
+fn agents_that_end_make_room_for_others() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    ask(&mut first, "count");
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let mut agent = zygote.agent()?;
+    for _ in 0..1500 {
+        agent = zygote.agent()?;
+    }
+    assert_eq!(ask(&mut bed.start(&mut agent)?, "count")[0], "1");
+    Ok(())
+}
+
+#[test]
 fn what_calls_write_is_copied_ahead() -> TestResult {
     let bed = Bed::new()?;
     let program = bed.compile("counter")?;

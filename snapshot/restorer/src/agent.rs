@@ -101,10 +101,7 @@ unsafe fn serve(header: *mut Header, index: u64) -> ! {
         };
         // SAFETY: the header is the planner's.
         unsafe { send(header, &idle) };
-        let mut wanted = Request {
-            kind: 0,
-            descriptors: 0,
-        };
+        let mut wanted = Request { kind: 0, agent: 0 };
         // SAFETY: the header is the planner's; `wanted` outlives the call.
         let received = unsafe { receive(control, &mut wanted) };
         if received <= 0 {
@@ -114,7 +111,7 @@ unsafe fn serve(header: *mut Header, index: u64) -> ! {
             // SAFETY: the descriptors of a start lie where `receive` put them.
             request::START => unsafe { start(header, index) },
             // SAFETY: the new agent's socket lies where `receive` put it.
-            request::AGENT => unsafe { another(header) },
+            request::AGENT => unsafe { another(header, u64::from(wanted.agent)) },
             _ => {}
         }
         // SAFETY: closes what came with the request; the agent keeps its socket and its home.
@@ -272,15 +269,13 @@ unsafe extern "C" fn helper(header: u64, _: u64) -> ! {
 ///
 /// # Safety
 /// As [`serve`]; only the zygote itself makes agents.
-unsafe fn another(header: *mut Header) {
-    // SAFETY: each agent gets stacks of its own by its index.
+unsafe fn another(header: *mut Header, index: u64) {
+    // SAFETY: the owner of the socket gives each living agent an index, and so stacks, of its own.
     unsafe {
-        let index = (*header).agents;
-        if index >= MAX_AGENTS {
+        if index == 0 || index >= MAX_AGENTS {
             report_failure(header, 4, -11);
             return;
         }
-        (*header).agents = index + 1;
         let args = CloneArgs {
             flags: CLONE_VM,
             exit_signal: SIGCHLD,

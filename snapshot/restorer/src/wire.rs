@@ -4,7 +4,7 @@
 pub const MAGIC: u64 = 0x7473_6572_766e_6572;
 
 /// Zygote agents at most, the zygote's own thread included.
-pub const MAX_AGENTS: u64 = 64;
+pub const MAX_AGENTS: u64 = 1024;
 
 /// Bytes of one stack; an agent has two, its own and that of the process it clones in between.
 pub const STACK: u64 = 16 << 10;
@@ -54,8 +54,6 @@ pub struct Header {
     pub stacks: u64,
     /// Descriptor of the control socket.
     pub control: u64,
-    /// Agents made so far.
-    pub agents: u64,
     /// Ranges to keep when the zygote's own program is unmapped: the vdso and its data pages.
     pub keep: [Range; 2],
     /// Pid, in the sandbox, of the process between agent and root.
@@ -142,8 +140,8 @@ pub mod request {
 #[repr(C)]
 pub struct Request {
     pub kind: u32,
-    /// Descriptors that travel beside it.
-    pub descriptors: u32,
+    /// For [`request::AGENT`]: which stacks the new agent takes, from 1; the zygote's own are 0.
+    pub agent: u32,
 }
 
 /// Kinds of [`Report`].

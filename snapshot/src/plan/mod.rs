@@ -124,7 +124,6 @@ impl Plan {
             root_pid: manifest.processes[0].pid as u64,
             stacks,
             control,
-            agents: 1,
             keep: [Range { start: 0, end: 0 }; 2],
             helper_pid: helper as u64,
             marks: [0; MARKS],
@@ -202,15 +201,12 @@ fn header_words(header: &Header) -> Vec<u8> {
         root_pid,
         stacks,
         control,
-        agents,
         keep,
         helper_pid,
         marks,
     } = *header;
     let [first, second] = keep;
-    let mut words = vec![
-        magic, base, length, build, root, root_pid, stacks, control, agents,
-    ];
+    let mut words = vec![magic, base, length, build, root, root_pid, stacks, control];
     words.extend([first.start, first.end, second.start, second.end, helper_pid]);
     words.extend(marks);
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
