@@ -48,9 +48,10 @@ tests() {
     log=$(mktemp)
     cargo test --locked --no-fail-fast "$@" -- --test-threads=1 2>&1 | tee "$log"
     status=${PIPESTATUS[0]}
-    count=$(sum 's/^test result: .* \([0-9]*\) passed;.*/\1/p' "$log")
+    # The usual harness, and those of our own that end with "N passed, N failed".
+    count=$(sum 's/^test result: .* \([0-9]*\) passed;.*/\1/p; s/^\([0-9]*\) passed, [0-9]* failed.*/\1/p' "$log")
     passed=$((passed + count))
-    count=$(sum 's/^test result: .* \([0-9]*\) failed;.*/\1/p' "$log")
+    count=$(sum 's/^test result: .* \([0-9]*\) failed;.*/\1/p; s/^[0-9]* passed, \([0-9]*\) failed.*/\1/p' "$log")
     failed=$((failed + count))
     if [ "$count" -gt 0 ]; then
         while read -r name; do
