@@ -146,6 +146,32 @@ impl Peers {
     }
 }
 
+/// A socket that shares a listener's address without listening is what a closed connection leaves:
+/// it cannot be bound there again.
+pub fn check_ports(objects: &[Object]) -> Result<(), DumpError> {
+    let streams = |listening: bool| {
+        objects.iter().filter_map(move |object| match &object.kind {
+            ObjectKind::Socket(socket)
+                if socket.kind == libc::SOCK_STREAM
+                    && matches!(socket.domain, libc::AF_INET | libc::AF_INET6)
+                    && socket.listen.is_some() == listening
+                    && !socket.address.is_empty() =>
+            {
+                Some(port(&socket.address))
+            }
+            _ => None,
+        })
+    };
+    for closed in streams(false) {
+        if streams(true).any(|listener| listener == closed) {
+            return Err(DumpError::Refused(format!(
+                "it holds the socket of a TCP connection to its port {closed} that was closed"
+            )));
+        }
+    }
+    Ok(())
+}
+
 fn option(fd: &OwnedFd, level: i32, name: i32) -> nix::Result<Vec<u8>> {
     let mut value = vec![0u8; 4];
     let mut length = 4;
@@ -313,6 +339,25 @@ mod tests {
                 .contains(&format!("connection to {address}")),
             "{err}"
         );
+    }
+
+    #[test]
+    fn a_closed_connection_beside_its_listener_is_refused() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        // Closing with unread data resets the connection.
+        std::io::Write::write_all(&mut &accepted, b"unread").unwrap();
+        drop(client);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let mut peers = Peers::default();
+        let objects = [listener.into(), OwnedFd::from(accepted)].map(|fd| Object {
+            flags: 2,
+            kind: ObjectKind::Socket(peers.read(&fd, 1, 0, "descriptor 3").unwrap()),
+        });
+        let err = check_ports(&objects).unwrap_err().to_string();
+        assert!(err.contains("TCP connection"), "{err}");
+        assert!(check_ports(&objects[..1]).is_ok());
     }
 
     #[test]
