@@ -407,7 +407,7 @@ fn steps(begun: u64, marks: &[u64; MARKS]) -> Vec<(&'static str, Duration)> {
 }
 
 fn now() -> u64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME).map_or(0, |now| {
         now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
     })
 }

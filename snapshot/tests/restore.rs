@@ -228,3 +228,29 @@ fn a_hundred_starts_in_a_row() -> TestResult {
     }
     Ok(())
 }
+
+/// Timers set before the dump must not all be overdue after the restore.
+#[test]
+fn the_monotonic_clock_goes_on_from_the_dump() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("clock")?;
+    let mut first = bed.run(&[&program])?;
+    let before: i64 = first.ask("time").parse()?;
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    let mut second = bed.start(&mut zygote.agent()?)?;
+    let after: i64 = second.ask("time").parse()?;
+    assert!(
+        (before..before + 3000).contains(&after),
+        "{before} ms before, {after} ms after"
+    );
+    // A dump of the restored program goes by its clock, not by the machine's.
+    let zygote = bed.zygote(&bed.dump(second)?)?;
+    let mut third = bed.start(&mut zygote.agent()?)?;
+    let later: i64 = third.ask("time").parse()?;
+    assert!(
+        (after..after + 3000).contains(&later),
+        "{after} ms before, {later} ms after"
+    );
+    Ok(())
+}

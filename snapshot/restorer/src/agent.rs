@@ -198,13 +198,13 @@ unsafe fn start(header: *mut Header, index: u64) {
     // helper runs on a stack of its own while this task sleeps in vfork.
     unsafe {
         let control = (*header).control;
-        (*header).marks[0] = sys::now();
+        (*header).marks[0] = sys::now(sys::REALTIME);
         let entered = syscall(nr::SETNS, &[control + fd::INIT, NAMESPACES, 0, 0, 0, 0]);
         if entered < 0 {
             report_failure(header, 1, entered);
             return;
         }
-        (*header).marks[1] = sys::now();
+        (*header).marks[1] = sys::now(sys::REALTIME);
         let pid = (*header).helper_pid as i32;
         let args = CloneArgs {
             flags: CLONE_VM | CLONE_VFORK,

@@ -7,12 +7,16 @@ pub mod nr {
     pub const SENDTO: u64 = 44;
     pub const RECVMSG: u64 = 47;
     pub const MUNMAP: u64 = 11;
+    pub const WRITE: u64 = 1;
+    pub const CLOSE: u64 = 3;
     pub const MADVISE: u64 = 28;
     pub const RT_SIGRETURN: u64 = 15;
     pub const WAIT4: u64 = 61;
     pub const FUTEX: u64 = 202;
     pub const CLOCK_GETTIME: u64 = 228;
     pub const EXIT_GROUP: u64 = 231;
+    pub const OPENAT: u64 = 257;
+    pub const UNSHARE: u64 = 272;
     pub const DUP3: u64 = 292;
     pub const SETNS: u64 = 308;
     pub const CLONE3: u64 = 435;
@@ -104,11 +108,21 @@ pub unsafe fn clone_onto(
     result
 }
 
-/// Nanoseconds of CLOCK_MONOTONIC.
+/// CLOCK_REALTIME.
+pub const REALTIME: u64 = 0;
+/// CLOCK_MONOTONIC.
+pub const MONOTONIC: u64 = 1;
+
+/// Nanoseconds of a clock.
 #[must_use]
-pub fn now() -> u64 {
+pub fn now(clock: u64) -> u64 {
     let mut time = [0u64; 2];
-    // SAFETY: clock_gettime(CLOCK_MONOTONIC) writes two words to `time`, which outlives the call.
-    unsafe { syscall(nr::CLOCK_GETTIME, &[1, (&raw mut time) as u64, 0, 0, 0, 0]) };
+    // SAFETY: clock_gettime writes two words to `time`, which outlives the call.
+    unsafe {
+        syscall(
+            nr::CLOCK_GETTIME,
+            &[clock, (&raw mut time) as u64, 0, 0, 0, 0],
+        )
+    };
     time[0].wrapping_mul(1_000_000_000).wrapping_add(time[1])
 }

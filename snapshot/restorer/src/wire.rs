@@ -94,6 +94,10 @@ pub mod verb {
     /// Copy, ahead of its writes, what the table of ranges at `args[0]` names: a count, then pairs of
     /// address and length. The table may be changed in a standing zygote.
     pub const COPY_AHEAD: u16 = 10;
+    /// Enter a time namespace in which CLOCK_MONOTONIC stands at `args[0]` nanoseconds now, so that
+    /// timers go on from the dump instead of all being overdue. Without time namespaces (kernels
+    /// before 5.6) the clock stays as it is.
+    pub const CONTINUE_CLOCK: u16 = 11;
 }
 
 /// How a system call's result is judged.
@@ -162,7 +166,7 @@ pub struct Report {
     pub process: u32,
     pub what: u32,
     pub errno: i32,
-    /// CLOCK_MONOTONIC, nanoseconds.
+    /// CLOCK_REALTIME, nanoseconds: the one clock that is the same in every time namespace.
     pub marks: [u64; MARKS],
 }
 

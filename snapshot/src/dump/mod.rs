@@ -280,7 +280,7 @@ fn capture(request: &DumpRequest<'_>, tree: &mut StoppedTree) -> Result<Manifest
     let mut manifest = Manifest {
         version: VERSION,
         fingerprint: Fingerprint::of_this_machine()?.to_string(),
-        monotonic: monotonic()?,
+        monotonic: monotonic(request.root_pid)?,
         processes: Vec::new(),
         objects: Vec::new(),
         tmpfs: tmpfs::read(request.root_pid)?,
@@ -305,10 +305,20 @@ fn capture(request: &DumpRequest<'_>, tree: &mut StoppedTree) -> Result<Manifest
     Ok(manifest)
 }
 
-fn monotonic() -> Result<u64, DumpError> {
+/// CLOCK_MONOTONIC as the tree sees it, nanoseconds.
+fn monotonic(root: i32) -> Result<u64, DumpError> {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .map_err(DumpError::errno("reading the clock"))?;
-    Ok(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+    let now = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
+    // A kernel without time namespaces has no such file.
+    let offsets = proc_text(&format!("/proc/{root}/timens_offsets")).unwrap_or_default();
+    let offset = offsets.lines().find_map(|line| {
+        let mut words = line.strip_prefix("monotonic")?.split_whitespace();
+        let seconds: i64 = words.next()?.parse().ok()?;
+        let nanoseconds: i64 = words.next()?.parse().ok()?;
+        Some(seconds * 1_000_000_000 + nanoseconds)
+    });
+    Ok((now + offset.unwrap_or(0)).unsigned_abs())
 }
 
 /// Reads one file of /proc.

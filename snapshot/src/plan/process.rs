@@ -63,6 +63,7 @@ fn program_of(
     let parent_bounding = match process.parent {
         None => {
             leave_protection(process, region, &mut program);
+            program.verb(verb::CONTINUE_CLOCK, [manifest.monotonic]);
             files::make(manifest, control, region, &mut program)?;
             files::fill_tmpfs(manifest, region, &mut program);
             u64::MAX
