@@ -144,3 +144,20 @@ fn a_function_that_dies_in_a_call_gives_502_and_the_next_call_is_served() -> any
     })?;
     machine.stop()
 }
+
+#[test]
+fn an_image_may_be_removed_while_its_function_serves() -> anyhow::Result<()> {
+    let machine = Machine::start()?;
+    let described = machine.deploy("hello-python")?;
+    let image = described["image"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(machine.call("hello-python")?.status, 200);
+    machine.ctr(&["images", "rm", "--sync", &image])?;
+    // The layers are held by a lease: new tenancies and new sandboxes are made of them as before.
+    for _ in 0..3 {
+        machine.scale("hello-python", 0)?;
+        let reply = machine.anonymous("GET", "/function/hello-python?check=1", &[])?;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        assert_eq!(reply.json()?["intact"], true);
+    }
+    machine.stop()
+}
