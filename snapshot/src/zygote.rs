@@ -5,24 +5,29 @@
 //! makes another task in the same address space, for a tenancy cgroup of its own; each
 //! [`Agent::start`] clones the tree into one sandbox.
 
+mod channel;
+mod loader;
+
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Child;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use trenv_pool::TemplateReader;
-use trenv_restorer::wire::{self, MARKS, Report, Request};
+use trenv_restorer::wire::{self, MARKS, Report};
 
 use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::manifest::{Manifest, ManifestError};
-use crate::plan::{KEEP_OFFSET, Plan, PlanError};
+use crate::plan::{Plan, PlanError};
 use crate::working_set::WorkingSet;
+use channel::{receive, send, socket_pair};
+use loader::Loader;
+pub use loader::fd as loader_fd;
 
 /// How long building a zygote may take.
 const BUILD_DEADLINE: Duration = Duration::from_secs(60);
@@ -429,203 +434,6 @@ fn step_error(message: &Report, sentences: &[String]) -> ZygoteError {
         step: step.unwrap_or_else(|| "an unknown step".into()),
         source: io::Error::from_raw_os_error(message.errno),
     }
-}
-
-/// Hands the plan to `trenv-zygote`.
-struct Loader {
-    region: OwnedFd,
-    arguments: Vec<String>,
-}
-
-/// Descriptors that `trenv-zygote` begins with.
-pub mod loader_fd {
-    pub const CONTROL: i32 = 3;
-    pub const REGION: i32 = 4;
-    pub const PAGES: i32 = 5;
-    pub const ROOTFS: i32 = 6;
-}
-
-impl Loader {
-    fn of(plan: &Plan, request: &ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
-        use std::io::Write;
-        let region =
-            nix::sys::memfd::memfd_create("trenv-restorer", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
-                .map_err(errno("making the restorer's region"))?;
-        let mut file = std::fs::File::from(region);
-        file.write_all(&plan.bytes)
-            .map_err(io_error("writing the restorer's region"))?;
-        file.set_len(plan.length)
-            .map_err(io_error("writing the restorer's region"))?;
-        let words: Vec<String> = plan
-            .vdso_words
-            .iter()
-            .map(|word| format!("{word:x}"))
-            .collect();
-        let numbers = [
-            plan.base,
-            plan.code,
-            plan.length,
-            plan.entry,
-            plan.stack,
-            plan.header,
-        ];
-        let mut arguments: Vec<String> = numbers.iter().map(|n| format!("{n:x}")).collect();
-        arguments.push(format!("{:x}", plan.header + KEEP_OFFSET));
-        arguments.push(plan.control.to_string());
-        arguments.push(words.join(","));
-        arguments.extend(
-            request
-                .cgroups
-                .iter()
-                .map(|path| path.display().to_string()),
-        );
-        Ok(Self {
-            region: file.into(),
-            arguments,
-        })
-    }
-
-    fn start(
-        &mut self,
-        binary: &Path,
-        control: &OwnedFd,
-        request: &ZygoteRequest<'_>,
-    ) -> Result<Child, ZygoteError> {
-        use std::os::unix::process::CommandExt;
-        // Duplicates above the wanted numbers, so that none is overwritten before it is moved.
-        let high = |fd: BorrowedFd<'_>| {
-            nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64))
-                .map_err(errno("preparing the zygote's descriptors"))
-                // SAFETY: fcntl just made this descriptor, nobody else owns it.
-                .map(|number| unsafe { OwnedFd::from_raw_fd(number) })
-        };
-        let handed = [
-            (high(control.as_fd())?, loader_fd::CONTROL),
-            (high(self.region.as_fd())?, loader_fd::REGION),
-            (high(request.template.fd())?, loader_fd::PAGES),
-            (high(request.rootfs.as_fd())?, loader_fd::ROOTFS),
-        ];
-        let mut command = Command::new(binary);
-        command
-            .args(&self.arguments)
-            .env_clear()
-            .stdin(std::process::Stdio::null());
-        // The kernel writes into a registered rseq area, and the zygote unmaps its own program.
-        command.env("GLIBC_TUNABLES", "glibc.pthread.rseq=0");
-        command.stdout(std::process::Stdio::null());
-        // SAFETY: between fork and exec only dup2 is called, which is async-signal-safe.
-        unsafe {
-            command.pre_exec(move || {
-                for (from, to) in &handed {
-                    if libc::dup2(from.as_raw_fd(), *to) < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
-                }
-                Ok(())
-            })
-        };
-        command.spawn().map_err(|source| ZygoteError::Io {
-            doing: format!("starting {}", binary.display()),
-            source,
-        })
-    }
-}
-
-fn socket_pair() -> Result<(OwnedFd, OwnedFd), ZygoteError> {
-    let (ours, theirs) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .map_err(errno("making a control socket"))?;
-    // Reports carry their sender's pid in our terms.
-    nix::sys::socket::setsockopt(&ours, nix::sys::socket::sockopt::PassCred, &true)
-        .map_err(errno("making a control socket"))?;
-    Ok((ours, theirs))
-}
-
-fn send(
-    control: BorrowedFd<'_>,
-    kind: u32,
-    agent: u32,
-    descriptors: &[BorrowedFd<'_>],
-) -> Result<(), ZygoteError> {
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-    let request = Request { kind, agent };
-    let mut bytes = [0u8; 8];
-    bytes[..4].copy_from_slice(&request.kind.to_ne_bytes());
-    bytes[4..].copy_from_slice(&request.agent.to_ne_bytes());
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
-    let parts = [io::IoSlice::new(&bytes)];
-    match sendmsg(control, &parts, &mut ancillary, SendFlags::NOSIGNAL) {
-        Ok(_) => Ok(()),
-        Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => Err(ZygoteError::Gone),
-        Err(errno) => Err(ZygoteError::Io {
-            doing: "asking the zygote for a start".into(),
-            source: errno.into(),
-        }),
-    }
-}
-
-/// One report and the host pid of its sender.
-fn receive(
-    control: BorrowedFd<'_>,
-    deadline: Instant,
-    allowed: Duration,
-) -> Result<(Report, i32), ZygoteError> {
-    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match nix::poll::poll(&mut [PollFd::new(control, PollFlags::POLLIN)], timeout) {
-            Ok(0) => return Err(ZygoteError::Deadline(allowed)),
-            Ok(_) => break,
-            Err(Errno::EINTR) => {}
-            Err(err) => return Err(errno("waiting for the zygote")(err)),
-        }
-    }
-    let mut bytes = [0u8; size_of::<Report>()];
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut parts = [io::IoSliceMut::new(&mut bytes)];
-    let got = recvmsg(control, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
-        .map_err(|err| ZygoteError::Io {
-            doing: "hearing from the zygote".into(),
-            source: err.into(),
-        })?
-        .bytes;
-    if got == 0 {
-        return Err(ZygoteError::Gone);
-    }
-    if got != size_of::<Report>() {
-        return Err(ZygoteError::Io {
-            doing: "hearing from the zygote".into(),
-            source: io::ErrorKind::InvalidData.into(),
-        });
-    }
-    let pid = ancillary.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmCredentials(credentials) => {
-            Some(credentials.pid.as_raw_nonzero().get())
-        }
-        _ => None,
-    });
-    let word =
-        |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-    let mut marks = [0; MARKS];
-    for (mark, bytes) in marks.iter_mut().zip(bytes[16..].chunks_exact(8)) {
-        *mark = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
-    }
-    let report = Report {
-        kind: word(0),
-        process: word(4),
-        what: word(8),
-        errno: word(12) as i32,
-        marks,
-    };
-    Ok((report, pid.unwrap_or_default()))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

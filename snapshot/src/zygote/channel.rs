@@ -1,0 +1,110 @@
+//! Messages between the shim's side and a zygote or agent: requests with descriptors one way,
+//! reports with their sender's pid the other.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use trenv_restorer::wire::{MARKS, Report, Request};
+
+use super::{ZygoteError, errno};
+
+pub fn socket_pair() -> Result<(OwnedFd, OwnedFd), ZygoteError> {
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .map_err(errno("making a control socket"))?;
+    // Reports carry their sender's pid in our terms.
+    nix::sys::socket::setsockopt(&ours, nix::sys::socket::sockopt::PassCred, &true)
+        .map_err(errno("making a control socket"))?;
+    Ok((ours, theirs))
+}
+
+pub fn send(
+    control: BorrowedFd<'_>,
+    kind: u32,
+    agent: u32,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<(), ZygoteError> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let request = Request { kind, agent };
+    let mut bytes = [0u8; 8];
+    bytes[..4].copy_from_slice(&request.kind.to_ne_bytes());
+    bytes[4..].copy_from_slice(&request.agent.to_ne_bytes());
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+    let parts = [io::IoSlice::new(&bytes)];
+    match sendmsg(control, &parts, &mut ancillary, SendFlags::NOSIGNAL) {
+        Ok(_) => Ok(()),
+        Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => Err(ZygoteError::Gone),
+        Err(errno) => Err(ZygoteError::Io {
+            doing: "asking the zygote for a start".into(),
+            source: errno.into(),
+        }),
+    }
+}
+
+/// One report and the host pid of its sender.
+pub fn receive(
+    control: BorrowedFd<'_>,
+    deadline: Instant,
+    allowed: Duration,
+) -> Result<(Report, i32), ZygoteError> {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match nix::poll::poll(&mut [PollFd::new(control, PollFlags::POLLIN)], timeout) {
+            Ok(0) => return Err(ZygoteError::Deadline(allowed)),
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(err) => return Err(errno("waiting for the zygote")(err)),
+        }
+    }
+    let mut bytes = [0u8; size_of::<Report>()];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [io::IoSliceMut::new(&mut bytes)];
+    let got = recvmsg(control, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+        .map_err(|err| ZygoteError::Io {
+            doing: "hearing from the zygote".into(),
+            source: err.into(),
+        })?
+        .bytes;
+    if got == 0 {
+        return Err(ZygoteError::Gone);
+    }
+    if got != size_of::<Report>() {
+        return Err(ZygoteError::Io {
+            doing: "hearing from the zygote".into(),
+            source: io::ErrorKind::InvalidData.into(),
+        });
+    }
+    let pid = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmCredentials(credentials) => {
+            Some(credentials.pid.as_raw_nonzero().get())
+        }
+        _ => None,
+    });
+    let word =
+        |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let mut marks = [0; MARKS];
+    for (mark, bytes) in marks.iter_mut().zip(bytes[16..].chunks_exact(8)) {
+        *mark = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
+    }
+    let report = Report {
+        kind: word(0),
+        process: word(4),
+        what: word(8),
+        errno: word(12) as i32,
+        marks,
+    };
+    Ok((report, pid.unwrap_or_default()))
+}
