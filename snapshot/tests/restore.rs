@@ -5,6 +5,7 @@
 mod harness;
 
 use harness::{Bed, TestResult};
+use trenv_snapshot::zygote::Zygote;
 
 /// Counter, heap checksum, pid, sum over threads, a value kept in a vector register.
 fn ask(instance: &mut harness::Instance, line: &str) -> Vec<String> {
@@ -13,6 +14,14 @@ fn ask(instance: &mut harness::Instance, line: &str) -> Vec<String> {
         .split_whitespace()
         .map(str::to_owned)
         .collect()
+}
+
+/// A zygote of the counter, which has answered one question.
+fn counted_once(bed: &Bed) -> Result<Zygote, Box<dyn std::error::Error>> {
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    ask(&mut first, "count");
+    bed.zygote(&bed.dump(first)?)
 }
 
 #[test]
@@ -105,10 +114,7 @@ fn a_copy_is_the_same_program() -> TestResult {
 #[test]
 fn a_restored_program_is_snapshotted_again() -> TestResult {
     let bed = Bed::new()?;
-    let program = bed.compile("counter")?;
-    let mut first = bed.run(&[&program])?;
-    ask(&mut first, "count");
-    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let zygote = counted_once(&bed)?;
     let mut second = bed.start(&mut zygote.agent()?)?;
     let written = ask(&mut second, "write");
     let zygote = bed.zygote(&bed.dump(second)?)?;
@@ -148,10 +154,7 @@ fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult 
 #[test]
 fn a_start_that_fails_says_at_which_step() -> TestResult {
     let bed = Bed::new()?;
-    let program = bed.compile("counter")?;
-    let mut first = bed.run(&[&program])?;
-    ask(&mut first, "count");
-    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let zygote = counted_once(&bed)?;
     let mut agent = zygote.agent()?;
     let taken = bed.start(&mut agent)?;
     // The same sandbox once more: the root's pid is taken.
@@ -172,10 +175,7 @@ fn a_start_that_fails_says_at_which_step() -> TestResult {
 #[test]
 fn agents_that_end_make_room_for_others() -> TestResult {
     let bed = Bed::new()?;
-    let program = bed.compile("counter")?;
-    let mut first = bed.run(&[&program])?;
-    ask(&mut first, "count");
-    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let zygote = counted_once(&bed)?;
     let mut agent = zygote.agent()?;
     for _ in 0..1500 {
         agent = zygote.agent()?;
@@ -187,10 +187,7 @@ fn agents_that_end_make_room_for_others() -> TestResult {
 #[test]
 fn what_calls_write_is_copied_ahead() -> TestResult {
     let bed = Bed::new()?;
-    let program = bed.compile("counter")?;
-    let mut first = bed.run(&[&program])?;
-    ask(&mut first, "count");
-    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let zygote = counted_once(&bed)?;
     let mut agent = zygote.agent()?;
     let mut faults_of_a_call = || -> Result<u64, Box<dyn std::error::Error>> {
         let mut instance = bed.start(&mut agent)?;

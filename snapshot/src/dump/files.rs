@@ -198,7 +198,6 @@ impl<'a> Files<'a> {
                     mask: info.hex("sigmask")?,
                 });
             }
-            "anon_inode:[pidfd]" | "pidfd:[" => return self.pid_of(info, number, pid),
             "anon_inode:inotify" if info.text.contains("inotify wd:") => {
                 return refuse("an inotify that watches something");
             }

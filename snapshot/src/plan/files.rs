@@ -9,7 +9,6 @@ use super::PlanError;
 use super::region::{Program, Region};
 use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
 
-const O_ACCESS: u32 = libc::O_ACCMODE as u32;
 /// Status flags that F_SETFL can set.
 const SETTABLE: u32 =
     (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME) as u32;
@@ -49,6 +48,10 @@ pub fn make(
                     libc::SYS_dup3,
                     [control + fd::STDIO + u64::from(*stream), at, 0],
                 );
+                let settable = u64::from(object.flags & SETTABLE);
+                if settable != 0 {
+                    program.call(libc::SYS_fcntl, [at, libc::F_SETFL as u64, settable]);
+                }
             }
             ObjectKind::Path { path, position } => {
                 program.about(region.sentence(format!("opening {path}")));
@@ -316,11 +319,6 @@ pub fn install(
             0
         };
         program.call(libc::SYS_dup3, [at, descriptor.number as u64, how]);
-        let is_stdio = matches!(object.kind, ObjectKind::Stdio(_));
-        if is_stdio && object.flags & SETTABLE & !O_ACCESS != 0 {
-            let flags = u64::from(object.flags & SETTABLE);
-            program.call(libc::SYS_fcntl, [at, libc::F_SETFL as u64, flags]);
-        }
     }
     program.about(region.sentence("closing what was needed for the start only".into()));
     let rest = u64::from(u32::MAX);

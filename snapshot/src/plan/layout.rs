@@ -117,8 +117,8 @@ impl Placement {
         ranges
     }
 
-    /// Mappings of process `index` that were staged.
-    pub fn staged(&self, index: usize) -> impl Iterator<Item = &Placed> {
+    /// Where the mappings of process `index` lie.
+    pub fn of_process(&self, index: usize) -> impl Iterator<Item = &Placed> {
         self.placed
             .iter()
             .filter(move |place| place.process == index)

@@ -332,7 +332,7 @@ mod tests {
             placement.resident, 1,
             "the process with the most mappings lies in place"
         );
-        let staged = placement.staged(0).next().unwrap();
+        let staged = placement.of_process(0).next().unwrap();
         assert_ne!(staged.at, 0x40_0000);
         assert_eq!(
             placement.foreign(0, &manifest),

@@ -86,7 +86,7 @@ fn program_of(
             program.verb(verb::FORK, [other.pid as u64, its]);
         }
     }
-    move_memory(index, manifest, placement, region, &mut program);
+    move_memory(index, manifest, placement, control, region, &mut program);
     program.verb(verb::COPY_AHEAD, [tables[index]]);
     program.verb(verb::MARK, [mark::MEMORY]);
     files::install(manifest, process, control, region, &mut program);
@@ -184,6 +184,7 @@ fn move_memory(
     index: usize,
     manifest: &Manifest,
     placement: &Placement,
+    control: u64,
     region: &mut Region,
     program: &mut Program,
 ) {
@@ -210,7 +211,7 @@ fn move_memory(
             }
         }
     }
-    for place in placement.staged(index) {
+    for place in placement.of_process(index) {
         let mapping = &process.mappings[place.mapping];
         if place.at != mapping.start {
             program.about(region.sentence(format!(
@@ -236,15 +237,13 @@ fn move_memory(
     }
     if index != placement.resident {
         let resident = &manifest.processes[placement.resident];
-        let exe = (resident.exe != process.exe).then_some(fd::OBJECTS - 1);
+        let exe = (resident.exe != process.exe).then_some(control + fd::OBJECTS - 1);
         if let Some(number) = exe {
             program.about(region.sentence(format!("opening {}", process.exe)));
             memory::open(&process.exe, region, program);
-            let number = files::control_descriptor(manifest) + number;
             program.call(libc::SYS_dup3, [0, number, 0]).from(0, 0);
             program.call(libc::SYS_close, [0]).from(0, 0);
         }
-        let exe = exe.map(|number| files::control_descriptor(manifest) + number);
         describe_memory(process, exe, region, program);
     }
 }
