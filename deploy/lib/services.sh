@@ -19,8 +19,9 @@ has_systemd() {
     [ -d /run/systemd/system ]
 }
 
+# answers SOCKET: ctr alone would wait 10 s for a socket that is not there.
 answers() {
-    ctr -a "$1" version >/dev/null 2>&1
+    [ -S "$1" ] && ctr -a "$1" version >/dev/null 2>&1
 }
 
 # The socket of the containerd that the configuration names, else of the one in use.
