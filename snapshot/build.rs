@@ -1,4 +1,4 @@
-//! Builds the free-standing restorer and flattens it into the image that zygotes map.
+//! Builds the free-standing restorer, flattened into the image that zygotes map, and the loader.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,14 +9,22 @@ fn main() -> Result<(), Failure> {
     println!("cargo:rerun-if-changed=restorer/src");
     println!("cargo:rerun-if-changed=build.rs");
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
-    let elf = out.join("restorer.elf");
+    let restorer = compile("restorer", "restorer/src/blob.rs", &out)?;
+    let (image, entry) = flatten(&std::fs::read(restorer)?)?;
+    std::fs::write(out.join("restorer.image"), image)?;
+    std::fs::write(out.join("restorer.entry"), entry.to_string())?;
+    let loader = compile("loader", "restorer/src/loader.rs", &out)?;
+    // Refused if the kernel alone could not start it.
+    flatten(&std::fs::read(loader)?)?;
+    Ok(())
+}
+
+/// Compiles a program that needs neither a C library nor relocation.
+fn compile(name: &str, source: &str, out: &Path) -> Result<PathBuf, Failure> {
+    let elf = out.join(format!("{name}.elf"));
     let status = Command::new(std::env::var("RUSTC")?)
-        .args([
-            "--edition=2024",
-            "--crate-type=bin",
-            "--crate-name=restorer",
-            "-Adead_code",
-        ])
+        .args(["--edition=2024", "--crate-type=bin", "-Adead_code"])
+        .args(["--crate-name", name])
         .args(["--target", &std::env::var("TARGET")?])
         .args([
             "-Cpanic=abort",
@@ -36,17 +44,14 @@ fn main() -> Result<(), Failure> {
         ])
         .arg("-o")
         .arg(&elf)
-        .arg(Path::new("restorer/src/blob.rs"))
+        .arg(Path::new(source))
         .status()?;
     if !status.success() {
         return Err(
-            format!("The restorer does not compile ({status}); see the messages above").into(),
+            format!("The {name} does not compile ({status}); see the messages above").into(),
         );
     }
-    let (image, entry) = flatten(&std::fs::read(&elf)?)?;
-    std::fs::write(out.join("restorer.image"), image)?;
-    std::fs::write(out.join("restorer.entry"), entry.to_string())?;
-    Ok(())
+    Ok(elf)
 }
 
 /// Lays the loadable segments out as they lie in memory (elf(5)).

@@ -35,14 +35,15 @@ const PRESENT: u64 = 1 << 63;
 pub struct WorkingSet {
     stored: Vec<Stored>,
     files: Vec<Stored>,
-    tables: Vec<u64>,
+    /// None for a process that loads its own pages.
+    tables: Vec<Option<u64>>,
     /// Per process: how many of the instances looked at wrote a page.
     written: Vec<BTreeMap<u64, usize>>,
     rounds: usize,
 }
 
 impl WorkingSet {
-    pub fn new(stored: Vec<Stored>, files: Vec<Stored>, tables: Vec<u64>) -> Self {
+    pub fn new(stored: Vec<Stored>, files: Vec<Stored>, tables: Vec<Option<u64>>) -> Self {
         let written = vec![BTreeMap::new(); tables.len()];
         Self {
             stored,
@@ -88,13 +89,14 @@ impl WorkingSet {
         // A tenancy without a call wrote next to nothing: the majority decides.
         let enough = self.rounds.div_ceil(2);
         for (table, written) in self.tables.iter().zip(&self.written) {
+            let Some(table) = table else { continue };
             let pages = written.iter().filter(|(_, times)| **times >= enough);
             let ranges = ranges(pages.map(|(page, _)| *page));
             // A clone made in between copies nothing ahead.
             memory.write_all_at(&0u64.to_ne_bytes(), *table)?;
             let words = ranges.iter().flat_map(|(start, length)| [*start, *length]);
             let bytes: Vec<u8> = words.flat_map(u64::to_ne_bytes).collect();
-            memory.write_all_at(&bytes, table + 8)?;
+            memory.write_all_at(&bytes, *table + 8)?;
             memory.write_all_at(&(ranges.len() as u64).to_ne_bytes(), *table)?;
         }
         Ok(())

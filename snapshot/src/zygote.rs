@@ -2,8 +2,9 @@
 //!
 //! [`Zygote::build`] plans the address space and starts `trenv-zygote`, which takes its place in
 //! the function's file system, maps the restorer's region and becomes the zygote. [`Zygote::agent`]
-//! makes another task in the same address space, for a tenancy cgroup of its own; each
-//! [`Agent::start`] clones the tree into one sandbox.
+//! makes another task in the same address space, for a tenancy cgroup of its own; [`Agent::make_clone`]
+//! copies the address space there, ahead of a start; [`PreparedClone::start`] gives that copy to the tree in
+//! a sandbox.
 
 mod channel;
 mod loader;
@@ -28,6 +29,8 @@ use crate::working_set::WorkingSet;
 use channel::{receive, send, socket_pair};
 use loader::Loader;
 pub use loader::fd as loader_fd;
+
+pub use crate::plan::build_fd;
 
 /// How long building a zygote may take.
 const BUILD_DEADLINE: Duration = Duration::from_secs(60);
@@ -91,10 +94,17 @@ pub struct Zygote {
     child: Mutex<Child>,
     pid: i32,
     control: Mutex<OwnedFd>,
-    sentences: Arc<Vec<String>>,
-    processes: usize,
+    tree: Arc<Tree>,
     working_set: Mutex<WorkingSet>,
     stacks: Arc<Mutex<Stacks>>,
+}
+
+/// What a start has to know of the tree.
+#[derive(Debug)]
+struct Tree {
+    sentences: Vec<String>,
+    processes: usize,
+    oom_score_adj: i32,
 }
 
 /// Which agents' stacks are in use.
@@ -108,10 +118,7 @@ struct Stacks {
 
 impl Stacks {
     fn take(&mut self) -> Option<u32> {
-        let ended = self.left.iter().position(|(_, agent)| {
-            let mut poll = [PollFd::new(agent.as_fd(), PollFlags::POLLIN)];
-            nix::poll::poll(&mut poll, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
-        });
+        let ended = self.left.iter().position(|(_, agent)| has_ended(agent));
         if let Some(ended) = ended {
             return Some(self.left.swap_remove(ended).0);
         }
@@ -149,8 +156,11 @@ impl Zygote {
             pid: i32::try_from(child.id()).unwrap_or_default(),
             child: Mutex::new(child),
             control: Mutex::new(ours),
-            sentences: Arc::new(plan.sentences),
-            processes: plan.processes,
+            tree: Arc::new(Tree {
+                sentences: plan.sentences,
+                processes: plan.processes,
+                oom_score_adj: plan.oom_score_adj,
+            }),
             working_set: Mutex::new(WorkingSet::new(plan.stored, plan.file_pages, plan.tables)),
             stacks: Arc::new(Mutex::new(Stacks {
                 next: 1,
@@ -163,7 +173,7 @@ impl Zygote {
             Instant::now() + BUILD_DEADLINE,
             BUILD_DEADLINE,
         )?;
-        zygote_error(&message.0, &zygote.sentences)?;
+        zygote_error(&message.0, &zygote.tree)?;
         drop(control);
         // The pages are in the zygote now; a second copy in the page cache serves nobody.
         // SAFETY: advice about a descriptor; no memory is passed.
@@ -210,8 +220,8 @@ impl Zygote {
             .map_err(io_error("reading page maps"))
     }
 
-    /// Makes an agent. On cgroup v1 move [`Agent::pid`] into the tenancy's cgroups before its
-    /// first start.
+    /// Makes an agent. On cgroup v1 move [`Agent::pid`] into the tenancy's cgroups before it makes a
+    /// clone.
     ///
     /// # Errors
     /// When the zygote has ended or has as many agents as it can have.
@@ -226,33 +236,24 @@ impl Zygote {
             &[theirs.as_fd()],
         )?;
         drop(theirs);
-        let deadline = Duration::from_secs(5);
         // Both answer that they wait for requests; a failure comes on the zygote's own socket.
-        let first = receive(control.as_fd(), Instant::now() + deadline, deadline)?;
-        if first.0.kind == wire::report::FAILED {
-            receive(control.as_fd(), Instant::now() + deadline, deadline)?;
+        let (first, _) = receive_soon(&control)?;
+        if first.kind == wire::report::FAILED {
+            receive_soon(&control)?;
         }
-        zygote_error(&first.0, &self.sentences)?;
+        zygote_error(&first, &self.tree)?;
         drop(control);
-        let (message, pid) = receive(ours.as_fd(), Instant::now() + deadline, deadline)?;
-        zygote_error(&message, &self.sentences)?;
-        let process = rustix::process::Pid::from_raw(pid).ok_or(ZygoteError::Gone)?;
-        let agent = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty())
-            .map_err(|errno| ZygoteError::Io {
-                doing: "opening an agent".into(),
-                source: errno.into(),
-            })?;
+        let (message, pid) = receive_soon(&ours)?;
+        zygote_error(&message, &self.tree)?;
         Ok(Agent {
             control: ours,
             pid,
-            _turn: Some(Turn {
+            _turn: Turn {
                 number,
-                agent: Some(agent),
+                agent: Some(open_pidfd(pid)?),
                 stacks: Arc::clone(&self.stacks),
-            }),
-            sentences: self.sentences.clone(),
-            processes: self.processes,
-            idle: true,
+            },
+            tree: Arc::clone(&self.tree),
         })
     }
 }
@@ -272,15 +273,12 @@ pub fn start_copy(
     let zygote = Zygote::build(zygote)?;
     let copied = begun.elapsed();
     let control = lock(&zygote.control).try_clone();
-    let mut agent = Agent {
-        control: control.map_err(io_error("keeping the control socket"))?,
-        pid: zygote.pid,
-        _turn: None,
-        sentences: zygote.sentences.clone(),
-        processes: zygote.processes,
-        idle: true,
-    };
-    let mut started = agent.start(request)?;
+    let clone = PreparedClone::of(
+        control.map_err(io_error("keeping the control socket"))?,
+        zygote.pid,
+        Arc::clone(&zygote.tree),
+    )?;
+    let mut started = clone.start(request)?;
     started.steps.insert(0, ("copy", copied));
     Ok(started)
 }
@@ -294,16 +292,24 @@ impl Drop for Zygote {
     }
 }
 
-/// A task of a zygote that clones the tree into sandboxes, one after another.
+/// A task of a zygote that makes clones of it, one after another.
 #[derive(Debug)]
 pub struct Agent {
     // Closing it ends the agent; what follows is dropped afterwards.
     control: OwnedFd,
     pid: i32,
-    _turn: Option<Turn>,
-    sentences: Arc<Vec<String>>,
-    processes: usize,
-    idle: bool,
+    _turn: Turn,
+    tree: Arc<Tree>,
+}
+
+/// A copy of a zygote's memory, in which what calls write is copied already. It waits for its one
+/// start; dropping it ends it.
+#[derive(Debug)]
+pub struct PreparedClone {
+    control: OwnedFd,
+    pid: i32,
+    pidfd: OwnedFd,
+    tree: Arc<Tree>,
 }
 
 /// An agent's hold on its stacks.
@@ -328,8 +334,6 @@ pub struct StartRequest<'a> {
     /// pidfd of the sandbox's pid 1.
     pub init: BorrowedFd<'a>,
     pub stdio: [BorrowedFd<'a>; 3],
-    /// Directory of the tenancy's cgroup on cgroup v2; none where the agent sits in it already.
-    pub cgroup: Option<BorrowedFd<'a>>,
     pub deadline: Duration,
 }
 
@@ -348,48 +352,115 @@ impl Agent {
         self.pid
     }
 
-    /// Clones the tree into a sandbox and waits until every process of it is restored.
+    /// Makes a clone, in the agent's own cgroup or in that of the given directory (cgroup v2).
+    ///
+    /// # Errors
+    /// When the zygote has ended, or memory for another process is wanting.
+    pub fn make_clone(
+        &mut self,
+        cgroup: Option<BorrowedFd<'_>>,
+    ) -> Result<PreparedClone, ZygoteError> {
+        let (ours, theirs) = socket_pair()?;
+        let mut descriptors = vec![theirs.as_fd()];
+        descriptors.extend(cgroup);
+        send(self.control.as_fd(), wire::request::CLONE, 0, &descriptors)?;
+        drop(theirs);
+        // Both answer that they wait for requests; a failure comes on the agent's own socket.
+        let (first, _) = receive_soon(&self.control)?;
+        if first.kind == wire::report::FAILED {
+            receive_soon(&self.control)?;
+        }
+        zygote_error(&first, &self.tree)?;
+        let (message, pid) = receive_soon(&ours)?;
+        zygote_error(&message, &self.tree)?;
+        PreparedClone::of(ours, pid, Arc::clone(&self.tree))
+    }
+}
+
+impl PreparedClone {
+    fn of(control: OwnedFd, pid: i32, tree: Arc<Tree>) -> Result<Self, ZygoteError> {
+        // A value below the zygote's cannot be had without CAP_SYS_RESOURCE and is left out: the
+        // zygote is as safe from the OOM killer as its owner, an instance is not.
+        let path = format!("/proc/{pid}/oom_score_adj");
+        let _ = std::fs::write(path, tree.oom_score_adj.to_string());
+        Ok(Self {
+            control,
+            pid,
+            pidfd: open_pidfd(pid)?,
+            tree,
+        })
+    }
+
+    /// Host pid of the clone.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Whether it still waits for its start.
+    #[must_use]
+    pub fn lives(&self) -> bool {
+        !has_ended(&self.pidfd)
+    }
+
+    /// Gives the clone's memory to the tree in a sandbox and waits until every process of it is
+    /// restored.
     ///
     /// # Errors
     /// When a step failed: what was made of the tree must then be killed with its cgroup.
-    pub fn start(&mut self, request: &StartRequest<'_>) -> Result<Started, ZygoteError> {
+    pub fn start(self, request: &StartRequest<'_>) -> Result<Started, ZygoteError> {
         let begun = now();
         let deadline = Instant::now() + request.deadline;
         let control = self.control.as_fd();
-        while !self.idle {
-            // The last start's agent comes home after its tree has reported.
-            let (message, _) = receive(control, deadline, request.deadline)?;
-            self.idle = message.kind == wire::report::IDLE;
-        }
         let [input, output, error] = request.stdio;
-        let mut descriptors = vec![input, output, error, request.init];
-        descriptors.extend(request.cgroup);
-        self.idle = false;
+        let descriptors = [input, output, error, request.init];
         send(control, wire::request::START, 0, &descriptors)?;
-        let mut pids = vec![0; self.processes];
+        let processes = self.tree.processes;
+        let mut pids = vec![0; processes];
         let mut marks = [0; MARKS];
         let mut restored = 0;
-        while restored < self.processes {
+        while restored < processes {
             let (message, pid) = receive(control, deadline, request.deadline)?;
-            match message.kind {
-                wire::report::RESTORED => {
-                    if let Some(place) = pids.get_mut(message.process as usize) {
-                        *place = pid;
-                    }
-                    if message.process == 0 {
-                        marks = message.marks;
-                    }
-                    restored += 1;
-                }
-                wire::report::IDLE => self.idle = true,
-                _ => return Err(step_error(&message, &self.sentences)),
+            if message.kind != wire::report::RESTORED {
+                return Err(step_error(&message, &self.tree));
             }
+            if let Some(place) = pids.get_mut(message.process as usize) {
+                *place = pid;
+            }
+            // Each step ends with the last process to take it.
+            for (mark, one) in marks.iter_mut().zip(message.marks) {
+                *mark = one.max(*mark);
+            }
+            restored += 1;
         }
         Ok(Started {
             pids,
             steps: steps(begun, &marks),
         })
     }
+}
+
+/// How long a zygote or an agent may take to answer what needs no page from the pool.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+
+fn receive_soon(control: &OwnedFd) -> Result<(Report, i32), ZygoteError> {
+    let deadline = Instant::now() + ANSWER_DEADLINE;
+    receive(control.as_fd(), deadline, ANSWER_DEADLINE)
+}
+
+fn open_pidfd(pid: i32) -> Result<OwnedFd, ZygoteError> {
+    let process = rustix::process::Pid::from_raw(pid).ok_or(ZygoteError::Gone)?;
+    match rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()) {
+        Ok(pidfd) => Ok(pidfd),
+        Err(rustix::io::Errno::SRCH) => Err(ZygoteError::Gone),
+        Err(errno) => Err(io_error("opening a process of the zygote")(errno.into())),
+    }
+}
+
+/// A pidfd is readable once its process has ended.
+fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut poll = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    nix::poll::poll(&mut poll, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 fn steps(begun: u64, marks: &[u64; MARKS]) -> Vec<(&'static str, Duration)> {
@@ -417,17 +488,17 @@ fn now() -> u64 {
     })
 }
 
-fn zygote_error(message: &Report, sentences: &[String]) -> Result<(), ZygoteError> {
+fn zygote_error(message: &Report, tree: &Tree) -> Result<(), ZygoteError> {
     if message.kind == wire::report::FAILED {
-        Err(step_error(message, sentences))
+        Err(step_error(message, tree))
     } else {
         Ok(())
     }
 }
 
-fn step_error(message: &Report, sentences: &[String]) -> ZygoteError {
+fn step_error(message: &Report, tree: &Tree) -> ZygoteError {
     let step = match message.what.checked_sub(wire::OWN_SENTENCES) {
-        Some(index) => sentences.get(index as usize).cloned(),
+        Some(index) => tree.sentences.get(index as usize).cloned(),
         None => Some(wire::own_sentence(message.what).to_owned()),
     };
     ZygoteError::Step {

@@ -1,20 +1,23 @@
-//! The loop of a zygote and of its agents.
+//! The loop of a zygote, of its agents and of its clones.
 //!
-//! All agents share the zygote's address space. A start goes: agent (waits in the tenancy's cgroup)
-//! -> setns into the sandbox -> helper, born inside its pid namespace, sharing the address space ->
-//! root of the tree, which copies the address space; the helper exits, so that the root's parent is
-//! the sandbox's pid 1.
+//! Agents share the zygote's address space; each waits in the cgroup of a tenancy to come. There it
+//! makes a clone: a process with a copy of the address space, in which what calls write is copied
+//! already. A start gives the clone's memory away: clone -> setns into the sandbox -> helper, born
+//! inside its pid namespace -> root of the tree, both sharing the clone's address space. Helper and
+//! clone end, so that the root's parent is the sandbox's pid 1 and the memory the tree's alone.
+//! Nothing is copied on the way.
 
-use crate::interpreter::{fail, leave, run, send};
-use crate::sys::{self, CloneArgs, nr, syscall};
-use crate::wire::{Header, MAX_AGENTS, Op, Range, Report, Request, STACK, fd, report, request};
+use crate::interpreter::{fail, leave, run, send, task};
+use crate::sys::{self, CLONE_VM, CloneArgs, SIGCHLD, nr, syscall};
+use crate::wire::{
+    Header, MAX_AGENTS, Op, Range, Report, Request, STACK, fd, report, request, task_fd,
+};
 
-const CLONE_VM: u64 = 0x100;
 const CLONE_VFORK: u64 = 0x4000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const NAMESPACES: u64 = 0x2_0000 | 0x0400_0000 | 0x0800_0000 | 0x2000_0000 | 0x4000_0000;
-const SIGCHLD: u64 = 17;
 const WALL: u64 = 0x4000_0000;
+const F_GETFD: u64 = 1;
 const MSG_CMSG_CLOEXEC: u64 = 0x4000_0000;
 const SOL_SOCKET: i32 = 1;
 const SCM_RIGHTS: i32 = 1;
@@ -43,25 +46,37 @@ struct MessageHeader {
     flags: u64,
 }
 
-/// Where a fresh zygote comes in: on its own stack in the region, with nothing else needed.
+/// Where a fresh address space comes in, a zygote's or that of a process under load: on a stack in
+/// the region, with nothing else needed but the kernel's mappings around `vdso`.
 ///
 /// # Safety
 /// `header` must be the region's header; the caller's program is unmapped.
-pub unsafe extern "C" fn zygote(header: *mut Header) -> ! {
-    // SAFETY: the header is the planner's; the ranges to keep are the region and the vdso.
+pub unsafe extern "C" fn enter(header: *mut Header, vdso: u64) -> ! {
+    // SAFETY: the header is the planner's, and so are the words that it names.
     unsafe {
+        let start = vdso - (*header).vdso_offset;
+        let words = (*header).vdso_words as *const u64;
+        for index in 0..*words {
+            let word = *words.add(1 + index as usize) as *mut u64;
+            *word += start;
+        }
         let region = Range {
             start: (*header).base,
             end: (*header).base + (*header).length,
         };
-        let mut keep = [region, (*header).keep[0], (*header).keep[1]];
-        keep.sort_unstable_by_key(|range| range.start);
+        let kernel = Range {
+            start,
+            end: start + (*header).vdso_length,
+        };
+        let keep = if region.start < kernel.start {
+            [region, kernel]
+        } else {
+            [kernel, region]
+        };
         let mut from = 0;
         for range in keep {
             unmap(header, from, range.start);
-            if range.end > from {
-                from = range.end;
-            }
+            from = range.end;
         }
         unmap(header, from, TASK_END);
         run(header, (*header).build as *const Op);
@@ -80,11 +95,6 @@ unsafe fn unmap(header: *mut Header, start: u64, end: u64) {
             unsafe { fail(header, 6, result) };
         }
     }
-}
-
-unsafe extern "C" fn agent(header: u64, index: u64) -> ! {
-    // SAFETY: the zygote gives its header and a fresh index.
-    unsafe { serve(header as *mut Header, index) }
 }
 
 /// Serves requests until the socket closes.
@@ -110,8 +120,10 @@ unsafe fn serve(header: *mut Header, index: u64) -> ! {
         match wanted.kind {
             // SAFETY: the descriptors of a start lie where `receive` put them.
             request::START => unsafe { start(header, index) },
-            // SAFETY: the new agent's socket lies where `receive` put it.
+            // SAFETY: the new task's socket lies where `receive` put it.
             request::AGENT => unsafe { another(header, u64::from(wanted.agent)) },
+            // SAFETY: as above.
+            request::CLONE => unsafe { clone(header) },
             _ => {}
         }
         // SAFETY: closes what came with the request; the agent keeps its socket and its home.
@@ -189,11 +201,11 @@ unsafe fn receive(control: u64, wanted: &mut Request) -> i64 {
     got
 }
 
-/// Clones the tree's root into the sandbox whose pid 1 came with the request.
+/// Gives this address space to the tree's root, in the sandbox whose pid 1 came with the request.
 ///
 /// # Safety
-/// As [`serve`].
-unsafe fn start(header: *mut Header, index: u64) {
+/// As [`serve`]; nobody else may share the address space.
+unsafe fn start(header: *mut Header, index: u64) -> ! {
     // SAFETY: the header is the planner's, the descriptors were put in place by `receive`; the
     // helper runs on a stack of its own while this task sleeps in vfork.
     unsafe {
@@ -201,68 +213,68 @@ unsafe fn start(header: *mut Header, index: u64) {
         (*header).marks[0] = sys::now(sys::REALTIME);
         let entered = syscall(nr::SETNS, &[control + fd::INIT, NAMESPACES, 0, 0, 0, 0]);
         if entered < 0 {
-            report_failure(header, 1, entered);
-            return;
+            fail(header, 1, entered);
         }
         (*header).marks[1] = sys::now(sys::REALTIME);
+        syscall(nr::SET_TID_ADDRESS, &[(*header).clone_left, 0, 0, 0, 0, 0]);
         let pid = (*header).helper_pid as i32;
-        let args = CloneArgs {
-            flags: CLONE_VM | CLONE_VFORK,
-            exit_signal: SIGCHLD,
-            stack: (*header).stacks + (2 * index + 1) * STACK,
-            stack_size: STACK,
-            set_tid: (&raw const pid) as u64,
-            set_tid_size: 1,
-            ..CloneArgs::default()
-        };
+        let stack_end = (*header).stacks + (2 * index + 2) * STACK;
+        let mut args = CloneArgs::sharing(&pid, stack_end, (*header).helper_left);
+        args.flags |= CLONE_VFORK;
         let made = sys::clone_onto(&args, helper, header as u64, 0);
         if made < 0 {
-            report_failure(header, 2, made);
-        } else {
-            syscall(nr::WAIT4, &[made as u64, 0, WALL, 0, 0, 0]);
+            fail(header, 2, made);
         }
-        // Back home, so that the sandbox's mounts and network are not held by this agent.
-        syscall(nr::SETNS, &[control + fd::HOME, NAMESPACES, 0, 0, 0, 0]);
+        // It would be a stranger's child for a moment otherwise.
+        syscall(nr::WAIT4, &[made as u64, 0, WALL, 0, 0, 0]);
+        leave(0)
     }
 }
 
 unsafe extern "C" fn helper(header: u64, _: u64) -> ! {
     let header = header as *mut Header;
-    // SAFETY: the header is the planner's; the root gets a copy of everything, this stack included.
+    // SAFETY: the header is the planner's, and so is the root's stack, which nobody else uses.
     unsafe {
         let pid = (*header).root_pid as i32;
-        let mut args = CloneArgs {
-            exit_signal: SIGCHLD,
-            set_tid: (&raw const pid) as u64,
-            set_tid_size: 1,
-            ..CloneArgs::default()
-        };
-        let cgroup = (*header).control + fd::CGROUP;
-        // F_GETFD tells whether a cgroup came with the request.
-        if syscall(72, &[cgroup, 1, 0, 0, 0, 0]) >= 0 {
-            args.flags = CLONE_INTO_CGROUP;
-            args.cgroup = cgroup;
-        }
-        let root = syscall(
-            nr::CLONE3,
-            &[
-                (&raw const args) as u64,
-                size_of::<CloneArgs>() as u64,
-                0,
-                0,
-                0,
-                0,
-            ],
-        );
-        if root == 0 {
-            run(header, (*header).root as *const Op);
-            leave(0);
-        }
+        let args = CloneArgs::sharing(&pid, (*header).root_stack, (*header).root_left);
+        let root = sys::clone_onto(&args, task, header as u64, (*header).root);
         if root < 0 {
             report_failure(header, 3, root);
         }
     }
     leave(0)
+}
+
+/// Makes a clone of the address space, which takes the socket that came with the request and waits
+/// for its start.
+///
+/// # Safety
+/// As [`serve`].
+unsafe fn clone(header: *mut Header) {
+    // SAFETY: the header is the planner's; the clone goes on here with a copy of everything, this
+    // stack included.
+    unsafe {
+        let control = (*header).control;
+        let mut args = CloneArgs {
+            exit_signal: SIGCHLD,
+            ..CloneArgs::default()
+        };
+        let cgroup = control + task_fd::CGROUP;
+        if syscall(nr::FCNTL, &[cgroup, F_GETFD, 0, 0, 0, 0]) >= 0 {
+            args.flags = CLONE_INTO_CGROUP;
+            args.cgroup = cgroup;
+        }
+        let length = size_of::<CloneArgs>() as u64;
+        let made = syscall(nr::CLONE3, &[(&raw const args) as u64, length, 0, 0, 0, 0]);
+        if made == 0 {
+            take_socket(header);
+            run(header, (*header).prepare as *const Op);
+            serve(header, 0)
+        }
+        if made < 0 {
+            report_failure(header, 7, made);
+        }
+    }
 }
 
 /// Makes another agent, which takes the socket that came with the request.
@@ -291,19 +303,26 @@ unsafe fn another(header: *mut Header, index: u64) {
 }
 
 unsafe extern "C" fn fresh_agent(header: u64, index: u64) -> ! {
-    let region = header as *mut Header;
+    let header = header as *mut Header;
     // SAFETY: this task has its own descriptor table; its socket came with the request.
     unsafe {
-        let control = (*region).control;
-        syscall(
-            nr::DUP3,
-            &[control + fd::STDIO, control + fd::CONTROL, 0, 0, 0, 0],
-        );
-        syscall(
-            nr::CLOSE_RANGE,
-            &[control + fd::STDIO, u64::from(u32::MAX), 0, 0, 0, 0],
-        );
-        agent(header, index)
+        take_socket(header);
+        serve(header, index)
+    }
+}
+
+/// Makes the socket that came with a request this task's own.
+///
+/// # Safety
+/// The task must have a descriptor table of its own.
+unsafe fn take_socket(header: *mut Header) {
+    // SAFETY: numbers only; the header is the planner's.
+    unsafe {
+        let control = (*header).control;
+        let (socket, own) = (control + task_fd::SOCKET, control + fd::CONTROL);
+        syscall(nr::DUP3, &[socket, own, 0, 0, 0, 0]);
+        let rest = u64::from(u32::MAX);
+        syscall(nr::CLOSE_RANGE, &[control + fd::STDIO, rest, 0, 0, 0, 0]);
     }
 }
 

@@ -10,15 +10,17 @@ mod wire;
 
 use core::arch::{asm, global_asm};
 
-// The image's entry: rdi holds the region's header, rsi the top of the first agent's stack.
+// The image's entry: rdi holds the region's header, rsi the end of a stack in it, rdx the address
+// of the vdso.
 global_asm!(
     ".globl _start",
     "_start:",
     "mov rsp, rsi",
+    "mov rsi, rdx",
     "xor ebp, ebp",
-    "call {zygote}",
+    "call {enter}",
     "ud2",
-    zygote = sym agent::zygote,
+    enter = sym agent::enter,
 );
 
 #[panic_handler]

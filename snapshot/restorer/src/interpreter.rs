@@ -3,21 +3,20 @@
 use core::arch::asm;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use crate::sys::{self, CloneArgs, nr, syscall};
+use crate::sys::{self, CLONE_VM, CloneArgs, SIGCHLD, nr, syscall};
 use crate::wire::{Header, IMMEDIATE, MOST_RANGES, Op, Report, SLOTS, check, fd, report, verb};
 
-const CLONE_VM: u64 = 0x100;
 const CLONE_FS: u64 = 0x200;
 const CLONE_FILES: u64 = 0x400;
 const CLONE_SIGHAND: u64 = 0x800;
 const CLONE_THREAD: u64 = 0x1_0000;
 const CLONE_SYSVSEM: u64 = 0x4_0000;
 const CLONE_SETTLS: u64 = 0x8_0000;
+const CLONE_NEWTIME: u64 = 0x80;
 const MADV_POPULATE_WRITE: u64 = 23;
 const FUTEX_WAIT: u64 = 0;
 const FUTEX_WAKE: u64 = 1;
 const MSG_NOSIGNAL: u64 = 0x4000;
-const SIGCHLD: u64 = 17;
 
 /// Runs the program at `ops` to its end.
 ///
@@ -87,6 +86,16 @@ pub unsafe fn run(header: *mut Header, ops: *const Op) {
                     unsafe { fail(header, op.what, child) };
                 }
             }
+            verb::SHARE => {
+                let pid = op.args[0] as i32;
+                let args = CloneArgs::sharing(&pid, op.args[2], op.args[3]);
+                // SAFETY: the planner gives every process a stack of its own; `task` never returns.
+                let made = unsafe { sys::clone_onto(&args, task, header as u64, op.args[1]) };
+                if made < 0 {
+                    // SAFETY: the header is valid by this function's contract.
+                    unsafe { fail(header, op.what, made) };
+                }
+            }
             verb::THREAD => {
                 let tid = op.args[0] as i32;
                 let args = CloneArgs {
@@ -104,8 +113,8 @@ pub unsafe fn run(header: *mut Header, ops: *const Op) {
                     set_tid_size: 1,
                     ..CloneArgs::default()
                 };
-                // SAFETY: the planner gives every thread a stack of its own; `thread` never returns.
-                let made = unsafe { sys::clone_onto(&args, thread, header as u64, op.args[1]) };
+                // SAFETY: the planner gives every thread a stack of its own; `task` never returns.
+                let made = unsafe { sys::clone_onto(&args, task, header as u64, op.args[1]) };
                 if made < 0 {
                     // SAFETY: the header is valid by this function's contract.
                     unsafe { fail(header, op.what, made) };
@@ -119,6 +128,8 @@ pub unsafe fn run(header: *mut Header, ops: *const Op) {
                     unsafe { syscall(nr::FUTEX, &[op.args[0], FUTEX_WAIT, 0, 0, 0, 0]) };
                 }
             }
+            // SAFETY: the planner gives the address of an aligned word in the region.
+            verb::WAIT_LEFT => unsafe { wait_left(op.args[0]) },
             verb::RELEASE => {
                 // SAFETY: the planner gives the address of an aligned word in the region.
                 let word = unsafe { AtomicU32::from_ptr(op.args[0] as *mut u32) };
@@ -156,7 +167,14 @@ pub unsafe fn run(header: *mut Header, ops: *const Op) {
                     *slot = u64::from(value);
                 }
             }
-            verb::CONTINUE_CLOCK => continue_clock(op.args[0]),
+            verb::MAKE_CLOCK => make_clock(op.args[0]),
+            verb::ENTER_CLOCK => {
+                let entered = enter_clock();
+                if entered < 0 {
+                    // SAFETY: the header is valid by this function's contract.
+                    unsafe { fail(header, 8, entered) };
+                }
+            }
             verb::COPY_AHEAD => {
                 let table = op.args[0] as *const u64;
                 // SAFETY: the planner gives a table with room for `MOST_RANGES` pairs.
@@ -195,9 +213,25 @@ pub unsafe fn run(header: *mut Header, ops: *const Op) {
     }
 }
 
-/// Enters a time namespace in which CLOCK_MONOTONIC stands at `wanted` now (time_namespaces(7)).
-fn continue_clock(wanted: u64) {
-    const CLONE_NEWTIME: u64 = 0x80;
+/// Waits until the kernel has cleared a word (CLONE_CHILD_CLEARTID of clone(2)).
+///
+/// # Safety
+/// `word` must be the address of an aligned 32-bit word that stays.
+unsafe fn wait_left(word: u64) {
+    // SAFETY: by this function's contract.
+    let left = unsafe { AtomicU32::from_ptr(word as *mut u32) };
+    loop {
+        let value = left.load(Ordering::Acquire);
+        if value == 0 {
+            return;
+        }
+        // SAFETY: waits while the word has this value; any early return is caught by the loop.
+        unsafe { syscall(nr::FUTEX, &[word, FUTEX_WAIT, u64::from(value), 0, 0, 0]) };
+    }
+}
+
+/// Makes a time namespace in which CLOCK_MONOTONIC stands at `wanted` now (time_namespaces(7)).
+fn make_clock(wanted: u64) {
     // SAFETY: takes numbers only; fails where the kernel has no time namespaces.
     if unsafe { syscall(nr::UNSHARE, &[CLONE_NEWTIME, 0, 0, 0, 0, 0]) } < 0 {
         return;
@@ -216,34 +250,47 @@ fn continue_clock(wanted: u64) {
     line.text(b" ");
     line.number(offset.rem_euclid(1_000_000_000) as u64);
     line.text(b"\n");
-    // SAFETY: paths and line outlive the calls. A step that fails leaves the clock as it is.
+    // SAFETY: path and line outlive the calls. A step that fails leaves the clock as it is.
     unsafe {
         let write_only = 1;
-        let offsets = open(c"/proc/self/timens_offsets", write_only);
+        let offsets = open(c"/proc/self/timens_offsets", write_only) as u64;
+        let length = line.length as u64;
         syscall(
             nr::WRITE,
-            &[
-                offsets,
-                line.bytes.as_ptr() as u64,
-                line.length as u64,
-                0,
-                0,
-                0,
-            ],
+            &[offsets, line.bytes.as_ptr() as u64, length, 0, 0, 0],
         );
         syscall(nr::CLOSE, &[offsets, 0, 0, 0, 0, 0]);
+    }
+}
+
+/// Enters the time namespace that was made for this process's children, or for this process by its
+/// parent. Those who left the address space may still be on their way out of it.
+fn enter_clock() -> i64 {
+    const EUSERS: i64 = -87;
+    // SAFETY: the path outlives the call; the rest are numbers.
+    unsafe {
         let namespace = open(c"/proc/self/ns/time_for_children", 0);
-        syscall(nr::SETNS, &[namespace, CLONE_NEWTIME, 0, 0, 0, 0]);
-        syscall(nr::CLOSE, &[namespace, 0, 0, 0, 0, 0]);
+        if namespace < 0 {
+            // No time namespaces here.
+            return 0;
+        }
+        let enter = [namespace as u64, CLONE_NEWTIME, 0, 0, 0, 0];
+        let mut result = syscall(nr::SETNS, &enter);
+        while result == EUSERS {
+            syscall(nr::SCHED_YIELD, &[0; 6]);
+            result = syscall(nr::SETNS, &enter);
+        }
+        syscall(nr::CLOSE, &[namespace as u64, 0, 0, 0, 0, 0]);
+        result
     }
 }
 
 /// # Safety
 /// None beyond that of opening the file.
-unsafe fn open(path: &core::ffi::CStr, how: u64) -> u64 {
+unsafe fn open(path: &core::ffi::CStr, how: u64) -> i64 {
     const HERE: u64 = -100i64 as u64;
     // SAFETY: the path outlives the call.
-    unsafe { syscall(nr::OPENAT, &[HERE, path.as_ptr() as u64, how, 0, 0, 0]) as u64 }
+    unsafe { syscall(nr::OPENAT, &[HERE, path.as_ptr() as u64, how, 0, 0, 0]) }
 }
 
 /// A line of text without a formatter.
@@ -277,7 +324,8 @@ impl Line {
     }
 }
 
-unsafe extern "C" fn thread(header: u64, ops: u64) -> ! {
+/// Where a thread or a process that shares this address space begins.
+pub unsafe extern "C" fn task(header: u64, ops: u64) -> ! {
     // SAFETY: both were taken from the program of this process.
     unsafe { run(header as *mut Header, ops as *const Op) };
     leave(0)

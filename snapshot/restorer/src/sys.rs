@@ -2,6 +2,8 @@
 
 use core::arch::asm;
 
+use crate::wire::STACK;
+
 /// Numbers used by the restorer itself; programs carry theirs with them.
 pub mod nr {
     pub const SENDTO: u64 = 44;
@@ -9,10 +11,15 @@ pub mod nr {
     pub const MUNMAP: u64 = 11;
     pub const WRITE: u64 = 1;
     pub const CLOSE: u64 = 3;
-    pub const MADVISE: u64 = 28;
+    pub const MMAP: u64 = 9;
     pub const RT_SIGRETURN: u64 = 15;
+    pub const PREAD64: u64 = 17;
+    pub const SCHED_YIELD: u64 = 24;
+    pub const MADVISE: u64 = 28;
     pub const WAIT4: u64 = 61;
+    pub const FCNTL: u64 = 72;
     pub const FUTEX: u64 = 202;
+    pub const SET_TID_ADDRESS: u64 = 218;
     pub const CLOCK_GETTIME: u64 = 228;
     pub const EXIT_GROUP: u64 = 231;
     pub const OPENAT: u64 = 257;
@@ -38,6 +45,32 @@ pub struct CloneArgs {
     pub set_tid: u64,
     pub set_tid_size: u64,
     pub cgroup: u64,
+}
+
+pub const CLONE_VM: u64 = 0x100;
+pub const CLONE_CHILD_CLEARTID: u64 = 0x20_0000;
+pub const SIGCHLD: u64 = 17;
+
+impl CloneArgs {
+    /// Arguments for a process with `pid` that shares this address space, on the stack that ends at
+    /// `stack_end`. The kernel clears the word at `left`, unless that is 0, when it has left. `pid`
+    /// must be there until the call.
+    #[must_use]
+    pub fn sharing(pid: &i32, stack_end: u64, left: u64) -> Self {
+        Self {
+            flags: match left {
+                0 => CLONE_VM,
+                _ => CLONE_VM | CLONE_CHILD_CLEARTID,
+            },
+            child_tid: left,
+            exit_signal: SIGCHLD,
+            stack: stack_end - STACK,
+            stack_size: STACK,
+            set_tid: core::ptr::from_ref(pid) as u64,
+            set_tid_size: 1,
+            ..Self::default()
+        }
+    }
 }
 
 /// Makes a system call; negative results are error numbers.

@@ -1,4 +1,5 @@
 //! The region's layout, written by the planner and read by the restorer. All addresses are absolute.
+//! A capsule is such a region, with the pages of one process before it, as a file.
 
 /// First word of a region.
 pub const MAGIC: u64 = 0x7473_6572_766e_6572;
@@ -21,20 +22,33 @@ pub const SLOTS: usize = 16;
 /// Timestamps in a [`Report`].
 pub const MARKS: usize = 6;
 
+/// Processes of a tree that are loaded instead of cloned, at most.
+pub const MAX_LOADED: usize = 8;
+
 /// Descriptors at and above the control descriptor, which lies above all that the tree uses.
 pub mod fd {
-    /// The agent's socket.
+    /// The socket to the zygote's owner.
     pub const CONTROL: u64 = 0;
-    /// pidfd of the zygote, whose namespaces an agent goes back to.
+    /// pidfd of the zygote.
     pub const HOME: u64 = 1;
+    /// The program that a process becomes to be loaded.
+    pub const LOADER: u64 = 2;
+    /// The capsule of each process that is loaded.
+    pub const CAPSULES: u64 = 3;
     /// Standard input, output and error of the tenancy.
-    pub const STDIO: u64 = 2;
+    pub const STDIO: u64 = CAPSULES + super::MAX_LOADED as u64;
     /// pidfd of the sandbox's pid 1.
-    pub const INIT: u64 = 5;
-    /// Directory of the tenancy's cgroup (cgroup v2 only).
-    pub const CGROUP: u64 = 6;
+    pub const INIT: u64 = STDIO + 3;
     /// First of the open files that the tree's root makes for everyone.
-    pub const OBJECTS: u64 = 8;
+    pub const OBJECTS: u64 = INIT + 2;
+}
+
+/// Where a request for a new task has its descriptors.
+pub mod task_fd {
+    /// Its socket.
+    pub const SOCKET: u64 = super::fd::STDIO;
+    /// Directory of the cgroup in which it is born (cgroup v2 only).
+    pub const CGROUP: u64 = super::fd::STDIO + 1;
 }
 
 /// What the region begins with.
@@ -45,20 +59,49 @@ pub struct Header {
     /// Start and length of the whole region.
     pub base: u64,
     pub length: u64,
-    /// Program that fills the address space when a zygote is built.
+    /// Program that fills the address space. A capsule's goes on to be its process.
     pub build: u64,
-    /// Program of the tree's root, and its pid in the sandbox.
+    /// Program that a clone runs ahead of its start.
+    pub prepare: u64,
+    /// Program of the tree's root, its pid in the sandbox, the end of its stack, and the word that the
+    /// kernel clears when it has left the address space (0 if it stays).
     pub root: u64,
     pub root_pid: u64,
+    pub root_stack: u64,
+    pub root_left: u64,
     /// Area of the agents' stacks, and how many agents it was made for.
     pub stacks: u64,
     /// Descriptor of the control socket.
     pub control: u64,
-    /// Ranges to keep when the zygote's own program is unmapped: the vdso and its data pages.
-    pub keep: [Range; 2],
-    /// Pid, in the sandbox, of the process between agent and root.
+    /// Length of the kernel's own mappings (vvar and vdso, in one piece), and of those of them that
+    /// lie below the vdso.
+    pub vdso_length: u64,
+    pub vdso_offset: u64,
+    /// Table of words that take the address of those mappings: a count, then addresses.
+    pub vdso_words: u64,
+    /// Pid, in the sandbox, of the process between clone and root.
     pub helper_pid: u64,
+    /// Words that the kernel clears when the clone and its helper have left the address space.
+    pub clone_left: u64,
+    pub helper_left: u64,
     pub marks: [u64; MARKS],
+}
+
+/// What a capsule begins with; the pages of its process follow, then its region.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Capsule {
+    /// Address of the region, length of its code and of the whole, offset in the file.
+    pub base: u64,
+    pub code: u64,
+    pub length: u64,
+    pub region: u64,
+    /// Entry point, header, end of a stack.
+    pub entry: u64,
+    pub header: u64,
+    pub stack: u64,
+    /// Descriptor of the control socket.
+    pub control: u64,
 }
 
 /// An address range.
@@ -77,6 +120,12 @@ pub mod verb {
     pub const SYSCALL: u16 = 1;
     /// Fork a child with pid `args[0]` that runs the program at `args[1]`.
     pub const FORK: u16 = 2;
+    /// Make a child with pid `args[0]` that runs the program at `args[1]` on the stack that ends at
+    /// `args[2]`, in this address space; the kernel clears the word at `args[3]`, if that is not 0,
+    /// when it has left it.
+    pub const SHARE: u16 = 12;
+    /// Wait until the word at `args[0]` is zero.
+    pub const WAIT_LEFT: u16 = 13;
     /// Make a thread with tid `args[0]`, program `args[1]`, stack top `args[2]`, TLS base `args[3]`.
     pub const THREAD: u16 = 3;
     /// Wait until the word at `args[0]` is not zero.
@@ -94,10 +143,12 @@ pub mod verb {
     /// Copy, ahead of its writes, what the table of ranges at `args[0]` names: a count, then pairs of
     /// address and length. The table may be changed in a standing zygote.
     pub const COPY_AHEAD: u16 = 10;
-    /// Enter a time namespace in which CLOCK_MONOTONIC stands at `args[0]` nanoseconds now, so that
-    /// timers go on from the dump instead of all being overdue. Without time namespaces (kernels
-    /// before 5.6) the clock stays as it is.
-    pub const CONTINUE_CLOCK: u16 = 11;
+    /// Make a time namespace in which CLOCK_MONOTONIC stands at `args[0]` nanoseconds now, for the
+    /// children of this process. Without time namespaces (kernels before 5.6) the clock stays as
+    /// it is.
+    pub const MAKE_CLOCK: u16 = 11;
+    /// Enter that time namespace; the address space must be this process's alone by now.
+    pub const ENTER_CLOCK: u16 = 14;
 }
 
 /// How a system call's result is judged.
@@ -130,16 +181,19 @@ pub struct Op {
     pub expect: u64,
 }
 
-/// What an agent is asked for; descriptors travel beside it.
+/// What a zygote, an agent or a clone is asked for; descriptors travel beside it.
 pub mod request {
-    /// Clone the tree into a sandbox. Descriptors: stdin, stdout, stderr, pidfd of pid 1, and
-    /// the cgroup's directory on cgroup v2.
+    /// Give this task's memory to the tree, in a sandbox, and end. Descriptors: stdin, stdout,
+    /// stderr, pidfd of pid 1.
     pub const START: u32 = 1;
     /// Make another agent. Descriptor: its socket.
     pub const AGENT: u32 = 2;
+    /// Make a clone of the address space that waits for its start. Descriptors: its socket, and the
+    /// cgroup's directory on cgroup v2.
+    pub const CLONE: u32 = 3;
 }
 
-/// A message to an agent.
+/// A request.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Request {
@@ -150,7 +204,7 @@ pub struct Request {
 
 /// Kinds of [`Report`].
 pub mod report {
-    /// The zygote stands, or an agent waits for requests (again).
+    /// A zygote, agent or clone waits for requests (again).
     pub const IDLE: u32 = 1;
     /// A process is restored; `process` says which.
     pub const RESTORED: u32 = 2;
@@ -183,6 +237,9 @@ pub fn own_sentence(what: u32) -> &'static str {
         4 => "making another agent",
         5 => "receiving a request",
         6 => "unmapping the zygote's own program",
+        7 => "cloning the zygote's memory (is the machine or the cgroup out of memory?)",
+        8 => "entering the tree's time namespace",
+        9 => "mapping the capsule of a process",
         _ => "a step without a name",
     }
 }

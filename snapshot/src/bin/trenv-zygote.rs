@@ -2,8 +2,8 @@
 //! becomes the zygote. Started by the shim only; see `trenv_snapshot::zygote`.
 //!
 //! Arguments, in hexadecimal: base, length of the code, length, entry, stack and header of the
-//! region, address of the ranges to keep; in decimal the control descriptor's number; then the
-//! words that take the address of the vdso, and the cgroups to enter.
+//! region; in decimal the control descriptor's number and the count of capsules; then the cgroups to
+//! enter.
 
 use std::arch::asm;
 use std::fs::File;
@@ -12,8 +12,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use anyhow::{Context, Result, bail};
 use nix::libc;
 use nix::sched::CloneFlags;
-use trenv_restorer::wire::{Range, fd};
-use trenv_snapshot::zygote::loader_fd;
+use trenv_restorer::wire::fd;
+use trenv_snapshot::zygote::{build_fd, loader_fd};
 
 fn main() {
     if let Err(err) = become_zygote() {
@@ -31,9 +31,8 @@ fn become_zygote() -> Result<()> {
         entry,
         stack,
         header,
-        keep,
         control,
-        vdso_words,
+        capsules,
         cgroups @ ..,
     ] = arguments.as_slice()
     else {
@@ -41,15 +40,20 @@ fn become_zygote() -> Result<()> {
     };
     let hex = |text: &String| u64::from_str_radix(text, 16).context("Failed to read an address");
     let (base, code, length) = (hex(base)?, hex(code)?, hex(length)?);
-    let (entry, stack, header, keep) = (hex(entry)?, hex(stack)?, hex(header)?, hex(keep)?);
+    let (entry, stack, header) = (hex(entry)?, hex(stack)?, hex(header)?);
     let control: i32 = control
         .parse()
         .context("Failed to read the control descriptor")?;
+    let capsules: i32 = capsules.parse().context("Failed to read a count")?;
 
     for cgroup in cgroups {
         std::fs::write(cgroup, "0").with_context(|| format!("Failed to enter {cgroup}"))?;
     }
-    let kernel_mappings = kernel_mappings()?;
+    // SAFETY: reads the auxiliary vector.
+    let vdso = unsafe { libc::getauxval(libc::AT_SYSINFO_EHDR) };
+    if vdso == 0 {
+        bail!("This process has no vdso");
+    }
     let zero = File::open("/dev/zero").context("Failed to open /dev/zero")?;
     let home = rustix::process::pidfd_open(
         rustix::process::getpid(),
@@ -59,15 +63,7 @@ fn become_zygote() -> Result<()> {
     enter_rootfs()?;
 
     map_region(base, code, length)?;
-    let vdso_start = kernel_mappings.start;
-    for word in vdso_words.split(',').filter(|word| !word.is_empty()) {
-        let at = u64::from_str_radix(word, 16).context("Failed to read an address")?;
-        // SAFETY: the planner gives addresses of words in the region's data, mapped above.
-        unsafe { *(at as *mut u64) += vdso_start };
-    }
-    // SAFETY: as above; the header's first range to keep.
-    unsafe { *(keep as *mut Range) = kernel_mappings };
-    arrange_descriptors(control, &home, &zero)?;
+    arrange_descriptors(control, capsules, &home, &zero)?;
     quiet_signals();
     // SAFETY: the region is complete; the restorer unmaps this program and never comes back.
     unsafe {
@@ -77,35 +73,10 @@ fn become_zygote() -> Result<()> {
             entry = in(reg) entry,
             in("rdi") header,
             in("rsi") stack,
+            in("rdx") vdso,
             options(noreturn),
         )
     }
-}
-
-/// The kernel's own mappings of this process: vvar and vdso, which follow each other.
-fn kernel_mappings() -> Result<Range> {
-    let maps =
-        std::fs::read_to_string("/proc/self/maps").context("Failed to read /proc/self/maps")?;
-    let mut found: Option<Range> = None;
-    for line in maps
-        .lines()
-        .filter(|line| line.ends_with("[vdso]") || line.contains("[vvar"))
-    {
-        let range = line.split(' ').next().unwrap_or_default();
-        let (start, end) = range
-            .split_once('-')
-            .context("Failed to read /proc/self/maps")?;
-        let (start, end) = (
-            u64::from_str_radix(start, 16)?,
-            u64::from_str_radix(end, 16)?,
-        );
-        found = Some(match found {
-            None => Range { start, end },
-            Some(range) if range.end == start => Range { end, ..range },
-            Some(_) => bail!("The kernel's mappings are not next to each other"),
-        });
-    }
-    found.context("This process has no vdso")
 }
 
 /// A mount namespace of its own, with nothing but the function's layers in it.
@@ -161,32 +132,38 @@ fn map_region(base: u64, code: u64, length: u64) -> Result<()> {
         .context("Failed to map the restorer's data")
 }
 
-/// Everything to its number above the control descriptor, and nothing else stays open.
-fn arrange_descriptors(control: i32, home: &OwnedFd, zero: &File) -> Result<()> {
-    // Above every number used, so that no source is overwritten.
-    let spare = control + 32;
-    let places = [
-        (loader_fd::CONTROL, fd::CONTROL as i32),
-        (home.as_raw_fd(), fd::HOME as i32),
-        (loader_fd::PAGES, 2),
-        (zero.as_raw_fd(), 3),
+/// Everything to its number from the control descriptor on, and nothing else stays open.
+fn arrange_descriptors(control: i32, capsules: i32, home: &OwnedFd, zero: &File) -> Result<()> {
+    let to = |number: u64| control + number as i32;
+    let mut places = vec![
+        (loader_fd::CONTROL, to(fd::CONTROL)),
+        (home.as_raw_fd(), to(fd::HOME)),
+        (loader_fd::LOADER, to(fd::LOADER)),
+        (loader_fd::PAGES, to(build_fd::PAGES)),
+        (zero.as_raw_fd(), to(build_fd::ZERO)),
     ];
-    for (index, (from, _)) in places.iter().enumerate() {
-        // SAFETY: plain numbers; the process has no other user of these descriptors.
-        if unsafe { libc::dup2(*from, spare + index as i32) } < 0 {
-            return Err(std::io::Error::last_os_error()).context("Failed to arrange descriptors");
-        }
+    for capsule in 0..capsules {
+        places.push((loader_fd::CAPSULES + capsule, to(fd::CAPSULES) + capsule));
     }
-    for (index, (_, to)) in places.iter().enumerate() {
-        // SAFETY: as above.
-        if unsafe { libc::dup2(spare + index as i32, control + to) } < 0 {
-            return Err(std::io::Error::last_os_error()).context("Failed to arrange descriptors");
-        }
+    // First above every number used, so that no source is overwritten.
+    let spare = to(build_fd::EXE) + 1 + places.len() as i32 + loader_fd::CAPSULES + capsules;
+    for (index, (from, _)) in places.iter().enumerate() {
+        duplicate(*from, spare + index as i32)?;
     }
     // SAFETY: closes descriptors of this process by number; their owners are never used again.
-    unsafe {
-        libc::syscall(libc::SYS_close_range, 0, control - 1, 0);
-        libc::syscall(libc::SYS_close_range, control + 4, u32::MAX, 0);
+    unsafe { libc::syscall(libc::SYS_close_range, 0, spare - 1, 0) };
+    for (index, (_, to)) in places.iter().enumerate() {
+        duplicate(spare + index as i32, *to)?;
+    }
+    // SAFETY: as above.
+    unsafe { libc::syscall(libc::SYS_close_range, spare, u32::MAX, 0) };
+    Ok(())
+}
+
+fn duplicate(from: i32, to: i32) -> Result<()> {
+    // SAFETY: plain numbers; the process has no other user of these descriptors.
+    if unsafe { libc::dup2(from, to) } < 0 {
+        return Err(std::io::Error::last_os_error()).context("Failed to arrange descriptors");
     }
     Ok(())
 }

@@ -1,15 +1,35 @@
-//! Where each process's mappings lie in the zygote, which holds those of the whole tree.
+//! How each process of a tree comes by its memory, and where the zygote holds it.
 //!
-//! The process with the most mappings lies in place. A mapping of another process lies in place
-//! too where nothing else does, and is staged elsewhere otherwise, to be moved by mremap at a start.
+//! One process, the heir, gets the clone of the zygote's memory that was made ahead: its mappings
+//! lie in place there. It is the largest whose ancestors are all small, since a process can only be
+//! made by its parent, and who makes the heir must leave its address space, which only exec does.
+//! So small processes are loaded: they exec and read their few pages from a capsule. Another large
+//! process is forked by its parent, which costs more; its mappings lie in place where nothing else
+//! does, and are staged elsewhere otherwise, to be moved by mremap at a start.
 
 use std::collections::BTreeMap;
+
+use trenv_restorer::wire::MAX_LOADED;
 
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE};
 
 /// Distance kept from every mapping, so that heaps and stacks may grow.
 const MARGIN: u64 = 64 << 30;
 const HUGE: u64 = 2 << 20;
+
+/// Stored pages up to which a process is loaded: copying them costs less than forking the heir.
+const SMALL: u64 = 256;
+
+/// How a process comes by its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// It takes the clone's.
+    Heir,
+    /// It leaves the memory that it shares with its tree and loads its own.
+    Loaded,
+    /// Its parent forks it.
+    Forked,
+}
 
 /// A mapping of process `process`, and where the zygote holds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,8 +43,8 @@ pub struct Placed {
 /// The zygote's address space.
 #[derive(Debug)]
 pub struct Placement {
-    /// The process that lies in place.
-    pub resident: usize,
+    pub heir: usize,
+    pub ways: Vec<Way>,
     /// By address.
     pub placed: Vec<Placed>,
     /// Base of the restorer's region.
@@ -34,12 +54,8 @@ pub struct Placement {
 impl Placement {
     /// Places everything; `region` is the length that the restorer's region may have.
     pub fn of(manifest: &Manifest, region: u64) -> Option<Self> {
-        let resident = (0..manifest.processes.len()).max_by_key(|index| {
-            (
-                manifest.processes[*index].mappings.len(),
-                usize::MAX - index,
-            )
-        })?;
+        let ways = ways(manifest);
+        let heir = ways.iter().position(|way| *way == Way::Heir)?;
         let mut all: Vec<(u64, u64)> = manifest
             .processes
             .iter()
@@ -57,11 +73,11 @@ impl Placement {
             .sum();
         let mut stage = hole(&all, staged_most)?;
         let mut placed: BTreeMap<u64, Placed> = BTreeMap::new();
-        let order = std::iter::once(resident)
-            .chain((0..manifest.processes.len()).filter(|index| *index != resident));
+        let forked = (0..ways.len()).filter(|index| ways[*index] == Way::Forked);
+        let order = std::iter::once(heir).chain(forked);
         for process in order {
             for (index, mapping) in manifest.processes[process].mappings.iter().enumerate() {
-                if process != resident && kernel_owned(mapping) {
+                if process != heir && kernel_owned(mapping) {
                     // The one vdso is moved along, process by process.
                     continue;
                 }
@@ -88,7 +104,8 @@ impl Placement {
             }
         }
         Some(Self {
-            resident,
+            heir,
+            ways,
             placed: placed.into_values().collect(),
             region: region_base,
         })
@@ -117,12 +134,60 @@ impl Placement {
         ranges
     }
 
+    /// The process in whose address space process `index` is made; none for the clone itself.
+    pub fn host(&self, index: usize, manifest: &Manifest) -> Option<usize> {
+        let mut at = manifest.processes[index].parent;
+        while let Some(parent) = at {
+            match self.ways[parent] {
+                Way::Heir => return None,
+                Way::Forked => return Some(parent),
+                Way::Loaded => at = manifest.processes[parent].parent,
+            }
+        }
+        None
+    }
+
     /// Where the mappings of process `index` lie.
     pub fn of_process(&self, index: usize) -> impl Iterator<Item = &Placed> {
         self.placed
             .iter()
             .filter(move |place| place.process == index)
     }
+}
+
+fn ways(manifest: &Manifest) -> Vec<Way> {
+    let count = manifest.processes.len();
+    let size = |index: usize| -> u64 {
+        let runs = &manifest.processes[index].pages;
+        runs.iter().map(|run| run.pages).sum()
+    };
+    let mut small: Vec<bool> = (0..count).map(|index| size(index) <= SMALL).collect();
+    // Each has a descriptor of its own; parents come before their children in a manifest.
+    for index in (0..count)
+        .filter(|index| small[*index])
+        .skip(MAX_LOADED)
+        .collect::<Vec<_>>()
+    {
+        small[index] = false;
+    }
+    let below_small_ones = |index: usize| {
+        let mut at = manifest.processes[index].parent;
+        while let Some(parent) = at.filter(|parent| small[*parent]) {
+            at = manifest.processes[parent].parent;
+        }
+        at.is_none()
+    };
+    let heir = (0..count)
+        .filter(|index| below_small_ones(*index))
+        .max_by_key(|index| (size(*index), count - index))
+        .unwrap_or(0);
+    (0..count)
+        .map(|index| match index {
+            _ if index == heir => Way::Heir,
+            _ if small[index] => Way::Loaded,
+            _ => Way::Forked,
+        })
+        .collect()
 }
 
 /// Whether the kernel made it: vdso and its data pages.

@@ -1,4 +1,4 @@
-//! The program that fills a zygote's address space.
+//! The programs that fill address spaces: a zygote's from the pool, a small process's from its capsule.
 
 use nix::libc;
 use trenv_pool::{Extent, Source};
@@ -6,7 +6,7 @@ use trenv_pool::{Extent, Source};
 use super::layout::{Placed, Placement, kernel_owned};
 use super::region::{Program, Region};
 use super::{PlanError, build_fd, process};
-use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun};
+use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
 
 const HUGE: u64 = 2 << 20;
 /// Pages of a huge page that must be stored for it to be worth one.
@@ -16,80 +16,176 @@ const MAP_DROPPABLE: u64 = 8;
 const READ_WRITE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
 
 /// A part of a page run that lies in one extent.
-struct Piece {
-    address: u64,
-    length: u64,
+#[derive(Debug, Clone, Copy)]
+pub struct Piece {
+    pub address: u64,
+    pub length: u64,
     /// Offset in the pool; none for zero pages.
-    offset: Option<u64>,
+    pub offset: Option<u64>,
 }
 
-/// Builds the program; notes, as offsets in it, the words that hold addresses in the vdso block.
-pub fn build(
-    manifest: &Manifest,
-    placement: &Placement,
-    extents: &[Extent],
-    control: u64,
-    region: &mut Region,
-    vdso_words: &mut Vec<u64>,
-) -> Result<Program, PlanError> {
-    let mut program = Program::default();
-    move_vdso(manifest, placement, region, &mut program, vdso_words);
+/// A piece, and the descriptor and offset that it is read from.
+struct Sourced {
+    address: u64,
+    length: u64,
+    from: (u64, u64),
+}
+
+/// The pieces of each process's pages.
+pub fn pieces(manifest: &Manifest, extents: &[Extent]) -> Result<Vec<Vec<Piece>>, PlanError> {
     let mut pages = Pages { extents, first: 0 };
-    let pieces: Vec<Vec<Piece>> = manifest
+    let pieces = manifest
         .processes
         .iter()
         .map(|process| pages.of(&process.pages))
         .collect::<Result<_, _>>()?;
-    if pages.first
-        != extents
-            .last()
-            .map_or(0, |extent| extent.first_page + extent.pages)
-    {
+    let end = extents.last();
+    if pages.first != end.map_or(0, |extent| extent.first_page + extent.pages) {
         return Err(PlanError::Pages);
     }
+    Ok(pieces)
+}
+
+/// Builds the zygote's program; notes, as offsets in it, the words that hold addresses in the block
+/// of the vdso.
+pub fn build(
+    manifest: &Manifest,
+    placement: &Placement,
+    pieces: &[Vec<Piece>],
+    control: u64,
+    region: &mut Region,
+    vdso_words: &mut Vec<u64>,
+) -> Program {
+    let heir = &manifest.processes[placement.heir];
+    let mut program = Program::default();
+    move_vdso(heir, region, &mut program, vdso_words);
     for place in &placement.placed {
         let process = &manifest.processes[place.process];
         let mapping = &process.mappings[place.mapping];
         if kernel_owned(mapping) {
             continue;
         }
-        map(
-            place,
-            mapping,
-            process.pid,
-            &pieces[place.process],
-            control,
-            region,
-            &mut program,
-        );
+        let anonymous = mapping.kind == MappingKind::Anonymous;
+        let inside = inside(mapping, &pieces[place.process]);
+        let sourced = inside.filter_map(|piece| {
+            let from = match piece.offset {
+                Some(offset) => (control + build_fd::PAGES, offset),
+                // Fresh anonymous memory is zero already.
+                None if anonymous => return None,
+                None => (control + build_fd::ZERO, 0),
+            };
+            Some(Sourced {
+                address: piece.address,
+                length: piece.length,
+                from,
+            })
+        });
+        let sourced: Vec<Sourced> = sourced.collect();
+        map(place, mapping, process.pid, &sourced, region, &mut program);
+        if anonymous && !mapping.flags.no_huge {
+            let stored = inside_stored(mapping, &pieces[place.process]);
+            for at in worth_huge_pages(place, mapping, &stored) {
+                program
+                    .call(libc::SYS_madvise, [at, HUGE, MADV_COLLAPSE])
+                    .or_not();
+            }
+        }
+        protect(place, mapping, &sourced, &mut program);
     }
-    let resident = &manifest.processes[placement.resident];
-    program.about(region.sentence(format!("opening {}", resident.exe)));
-    open(&resident.exe, region, &mut program);
-    program
-        .call(libc::SYS_dup3, [0, control + build_fd::EXE, 0])
-        .from(0, 0);
-    program.call(libc::SYS_close, [0]).from(0, 0);
-    process::describe_memory(
-        resident,
-        Some(control + build_fd::EXE),
-        region,
-        &mut program,
-    );
+    describe(heir, control + build_fd::EXE, region, &mut program);
     let rest = u64::from(u32::MAX);
     program.call(libc::SYS_close_range, [control + build_fd::PAGES, rest, 0]);
-    Ok(program)
+    program
 }
 
-/// The zygote's own vdso goes to where the resident process knows it.
+/// Where the capsule of a process has its pages: what to copy there from the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Copy {
+    pub from: u64,
+    pub to: u64,
+    pub length: u64,
+}
+
+/// Builds the program by which a process fills its own memory from its capsule, which is open as
+/// descriptor 0 and has its pages from `at` on. Notes what to copy there; returns where they end.
+pub fn load(
+    process: &Process,
+    pieces: &[Piece],
+    at: u64,
+    exe: u64,
+    region: &mut Region,
+    program: &mut Program,
+    vdso_words: &mut Vec<u64>,
+) -> (Vec<Copy>, u64) {
+    move_vdso(process, region, program, vdso_words);
+    let (mut copies, mut end) = (Vec::new(), at);
+    for (index, mapping) in process.mappings.iter().enumerate() {
+        if kernel_owned(mapping) {
+            continue;
+        }
+        let mut sourced = Vec::new();
+        for piece in inside(mapping, pieces) {
+            match piece.offset {
+                Some(from) => copies.push(Copy {
+                    from,
+                    to: end,
+                    length: piece.length,
+                }),
+                None if mapping.kind == MappingKind::Anonymous => continue,
+                // A hole of the capsule reads as zeroes.
+                None => {}
+            }
+            sourced.push(Sourced {
+                address: piece.address,
+                length: piece.length,
+                from: (0, end),
+            });
+            end += piece.length;
+        }
+        let place = Placed {
+            process: 0,
+            mapping: index,
+            at: mapping.start,
+            length: mapping.end - mapping.start,
+        };
+        map(&place, mapping, process.pid, &sourced, region, program);
+        protect(&place, mapping, &sourced, program);
+    }
+    describe(process, exe, region, program);
+    program.call(libc::SYS_close, [0]);
+    (copies, end)
+}
+
+/// Opens the executable as `number` for the description of a process's memory.
+fn describe(process: &Process, number: u64, region: &mut Region, program: &mut Program) {
+    program.about(region.sentence(format!("opening {}", process.exe)));
+    open(&process.exe, region, program);
+    program.call(libc::SYS_dup3, [0, number, 0]).from(0, 0);
+    program.call(libc::SYS_close, [0]).from(0, 0);
+    process::describe_memory(process, Some(number), region, program);
+}
+
+fn inside<'a>(mapping: &Mapping, pieces: &'a [Piece]) -> impl Iterator<Item = &'a Piece> {
+    let (start, end) = (mapping.start, mapping.end);
+    pieces
+        .iter()
+        .filter(move |piece| start <= piece.address && piece.address < end)
+}
+
+fn inside_stored<'a>(mapping: &Mapping, pieces: &'a [Piece]) -> Vec<&'a Piece> {
+    inside(mapping, pieces)
+        .filter(|piece| piece.offset.is_some())
+        .collect()
+}
+
+/// The vdso of a fresh address space goes to where the process knows it.
 fn move_vdso(
-    manifest: &Manifest,
-    placement: &Placement,
+    process: &Process,
     region: &mut Region,
     program: &mut Program,
     vdso_words: &mut Vec<u64>,
 ) {
-    let mappings = &manifest.processes[placement.resident].mappings;
+    let mappings = &process.mappings;
     let Some(first) = mappings.iter().find(|mapping| kernel_owned(mapping)) else {
         return;
     };
@@ -97,7 +193,7 @@ fn move_vdso(
     for mapping in mappings.iter().filter(|mapping| kernel_owned(mapping)) {
         let length = mapping.end - mapping.start;
         let how = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-        // The first argument is completed by the loader, which knows where its own vdso lies.
+        // The first argument is completed by the restorer, once it knows where its vdso lies.
         vdso_words.push(program.next_argument());
         let from = mapping.start - first.start;
         program.call(libc::SYS_mremap, [from, length, length, how, mapping.start]);
@@ -109,8 +205,7 @@ fn map(
     place: &Placed,
     mapping: &Mapping,
     pid: i32,
-    pieces: &[Piece],
-    control: u64,
+    pieces: &[Sourced],
     region: &mut Region,
     program: &mut Program,
 ) {
@@ -119,12 +214,8 @@ fn map(
         mapping.start, mapping.end
     );
     program.about(region.sentence(wanted));
-    let inside: Vec<&Piece> = pieces
-        .iter()
-        .filter(|piece| mapping.start <= piece.address && piece.address < mapping.end)
-        .collect();
     let protection = u64::from(mapping.protection);
-    let first = if inside.is_empty() {
+    let first = if pieces.is_empty() {
         protection
     } else {
         READ_WRITE
@@ -180,29 +271,18 @@ fn map(
                 .or_not();
         }
     }
-    for piece in &inside {
+    for piece in pieces {
         let at = place.at + (piece.address - mapping.start);
-        let anonymous = mapping.kind == MappingKind::Anonymous;
-        let (descriptor, offset) = match piece.offset {
-            Some(offset) => (build_fd::PAGES, offset),
-            // Fresh anonymous memory is zero already.
-            None if anonymous => continue,
-            None => (build_fd::ZERO, 0),
-        };
-        program.call(
-            libc::SYS_pread64,
-            [control + descriptor, at, piece.length, offset],
-        );
+        let (descriptor, offset) = piece.from;
+        program.call(libc::SYS_pread64, [descriptor, at, piece.length, offset]);
         program.exactly(piece.length);
     }
-    if mapping.kind == MappingKind::Anonymous && !mapping.flags.no_huge {
-        for at in worth_huge_pages(place, mapping, &inside) {
-            program
-                .call(libc::SYS_madvise, [at, HUGE, MADV_COLLAPSE])
-                .or_not();
-        }
-    }
-    if first != protection {
+}
+
+/// A mapping that was filled gets its own protection.
+fn protect(place: &Placed, mapping: &Mapping, pieces: &[Sourced], program: &mut Program) {
+    let protection = u64::from(mapping.protection);
+    if !pieces.is_empty() && protection != READ_WRITE {
         program.call(libc::SYS_mprotect, [place.at, place.length, protection]);
     }
 }
@@ -218,7 +298,6 @@ fn worth_huge_pages(place: &Placed, mapping: &Mapping, pieces: &[&Piece]) -> Vec
         );
         let stored: u64 = pieces
             .iter()
-            .filter(|piece| piece.offset.is_some())
             .map(|piece| {
                 (piece.address + piece.length)
                     .min(to)

@@ -13,23 +13,28 @@ mod process;
 mod region;
 
 use trenv_pool::Extent;
-use trenv_restorer::wire::{Header, MAGIC, MARKS, MAX_AGENTS, Range, STACK};
+use trenv_restorer::wire::{Capsule, Header, MAGIC, MARKS, MAX_AGENTS, OWN_SENTENCES, STACK, fd};
 
 use crate::manifest::{Manifest, MappingKind, PAGE};
-use layout::Placement;
-use region::Region;
+use layout::{Placement, Way, kernel_owned};
+use memory::Copy;
+use process::Tree;
+pub use region::LOADER;
+use region::{Program, Region};
 
 /// Length that the region may have.
 const REGION_LIMIT: u64 = 64 << 20;
 
 /// Descriptors, from the control descriptor on, that a zygote has while it is built.
 pub mod build_fd {
+    use trenv_restorer::wire::fd;
+
     /// The pool's pages.
-    pub const PAGES: u64 = 2;
+    pub const PAGES: u64 = fd::OBJECTS;
     /// /dev/zero.
-    pub const ZERO: u64 = 3;
-    /// The executable of the resident process, for a moment.
-    pub const EXE: u64 = 4;
+    pub const ZERO: u64 = fd::OBJECTS + 1;
+    /// The executable of the heir, for a moment.
+    pub const EXE: u64 = fd::OBJECTS + 2;
 }
 
 /// What a zygote is made from.
@@ -42,23 +47,35 @@ pub struct Plan {
     pub code: u64,
     /// Length with its stacks.
     pub length: u64,
-    /// Entry point, header, top of the first stack.
+    /// Entry point, header, end of the first stack.
     pub entry: u64,
     pub header: u64,
     pub stack: u64,
     /// Number of the control descriptor.
     pub control: u64,
-    /// Addresses of words to which the address of the zygote's own vvar and vdso is added.
-    pub vdso_words: Vec<u64>,
+    /// The processes that are loaded, in the manifest's order.
+    pub capsules: Vec<CapsulePlan>,
     /// Sentences about steps, by number less the restorer's own.
     pub sentences: Vec<String>,
     pub processes: usize,
+    /// The root's, which it inherits from the clone.
+    pub oom_score_adj: i32,
     /// Where the zygote holds the stored pages of each process.
     pub stored: Vec<Stored>,
     /// The same for private file mappings, whole.
     pub file_pages: Vec<Stored>,
     /// Per process, the table of ranges that a clone copies ahead of its writes.
-    pub tables: Vec<u64>,
+    pub tables: Vec<Option<u64>>,
+}
+
+/// The file from which a process is loaded: its head, its pages, its region.
+#[derive(Debug)]
+pub struct CapsulePlan {
+    pub head: Vec<u8>,
+    pub pages: Vec<Copy>,
+    /// Offset of the region in the file, and its bytes.
+    pub region: u64,
+    pub bytes: Vec<u8>,
 }
 
 /// Pages of a process: where it has them, and where the zygote holds them.
@@ -90,48 +107,64 @@ impl Plan {
     /// When the manifest cannot be laid out.
     pub fn of(manifest: &Manifest, extents: &[Extent]) -> Result<Self, PlanError> {
         let placement = Placement::of(manifest, REGION_LIMIT).ok_or(PlanError::NoRoom)?;
-        let mut region = Region::new(placement.region, REGION_LIMIT);
-        let header = region.put(&[0; size_of::<Header>()], 64);
+        let pieces = memory::pieces(manifest, extents)?;
         let control = files::control_descriptor(manifest);
-        let mut vdso_words = Vec::new();
+        let limits = process::own_limits();
+        let tree = Tree {
+            manifest,
+            placement: &placement,
+            control,
+            limits: &limits,
+        };
+        let mut region = Region::new(placement.region, REGION_LIMIT, OWN_SENTENCES);
+        let header = region.put(&[0; size_of::<Header>()], 64);
+        let mut words = Vec::new();
         let build = memory::build(
             manifest,
             &placement,
-            extents,
+            &pieces,
             control,
             &mut region,
-            &mut vdso_words,
-        )?;
-        let (root, tables) = process::programs(manifest, &placement, control, &mut region)?;
-        let build = region.put_program(&build);
+            &mut words,
+        );
+        let programs = process::programs(tree, &mut region)?;
+        let frame = Frame::of(&build, &words, &mut region);
         let stacks = region.reserve(2 * MAX_AGENTS * STACK);
-        let pids: Vec<i32> = manifest
-            .processes
-            .iter()
-            .flat_map(|p| &p.threads)
-            .map(|thread| thread.tid)
-            .collect();
-        let helper = (300..32_000)
-            .rev()
-            .find(|pid| !pids.contains(pid))
-            .ok_or(PlanError::NoRoom)?;
+        let heir = &manifest.processes[placement.heir];
+        let (vdso_length, vdso_offset) = kernel_block(heir);
         let content = Header {
             magic: MAGIC,
             base: placement.region,
             length: region.length(),
-            build,
-            root,
+            build: frame.build,
+            prepare: programs.prepare,
+            root: programs.root,
             root_pid: manifest.processes[0].pid as u64,
+            root_stack: programs.root_stack,
+            root_left: programs.root_left,
             stacks,
             control,
-            keep: [Range { start: 0, end: 0 }; 2],
-            helper_pid: helper as u64,
+            vdso_length,
+            vdso_offset,
+            vdso_words: frame.vdso_words,
+            helper_pid: helper_pid(manifest)?,
+            clone_left: programs.clone_left,
+            helper_left: programs.helper_left,
             marks: [0; MARKS],
         };
-        let words = header_words(&content);
-        region.set(header, &words);
+        region.set(header, &header_bytes(&content));
+        let mut next = region.next_sentence();
         let (entry, code, length) = (region.entry(), region.code_length(), region.length());
-        let (bytes, sentences) = region.finish()?;
+        let (bytes, mut sentences) = region.finish()?;
+        let mut capsules = Vec::new();
+        for index in 0..manifest.processes.len() {
+            if placement.ways[index] == Way::Loaded {
+                let (capsule, its) = CapsulePlan::of(index, tree, &pieces[index], next)?;
+                next += its.len() as u32;
+                sentences.extend(its);
+                capsules.push(capsule);
+            }
+        }
         Ok(Self {
             base: placement.region,
             bytes,
@@ -141,17 +174,123 @@ impl Plan {
             header,
             stack: stacks + STACK,
             control,
-            vdso_words: vdso_words
-                .into_iter()
-                .map(|offset| build + offset)
-                .collect(),
+            capsules,
             sentences,
             processes: manifest.processes.len(),
+            oom_score_adj: manifest.processes[0].oom_score_adj,
             stored: stored(manifest, &placement),
             file_pages: file_pages(manifest, &placement),
-            tables,
+            tables: programs.tables,
         })
     }
+}
+
+impl CapsulePlan {
+    /// The capsule of a process, and the sentences about its steps.
+    fn of(
+        index: usize,
+        tree: Tree<'_>,
+        pieces: &[memory::Piece],
+        first_sentence: u32,
+    ) -> Result<(Self, Vec<String>), PlanError> {
+        let base = tree.placement.region;
+        let mut region = Region::new(base, REGION_LIMIT, first_sentence);
+        let header = region.put(&[0; size_of::<Header>()], 64);
+        let mut words = Vec::new();
+        let (program, pages, end) =
+            process::capsule_program(index, tree, pieces, &mut region, &mut words);
+        let frame = Frame::of(&program, &words, &mut region);
+        let stack = region.put_stack();
+        let (vdso_length, vdso_offset) = kernel_block(&tree.manifest.processes[index]);
+        let content = Header {
+            magic: MAGIC,
+            base,
+            length: region.length(),
+            build: frame.build,
+            prepare: 0,
+            root: 0,
+            root_pid: 0,
+            root_stack: 0,
+            root_left: 0,
+            stacks: 0,
+            control: tree.control,
+            vdso_length,
+            vdso_offset,
+            vdso_words: frame.vdso_words,
+            helper_pid: 0,
+            clone_left: 0,
+            helper_left: 0,
+            marks: [0; MARKS],
+        };
+        region.set(header, &header_bytes(&content));
+        let at = end.next_multiple_of(PAGE);
+        let head = Capsule {
+            base,
+            code: region.code_length(),
+            length: region.length(),
+            region: at,
+            entry: region.entry(),
+            header,
+            stack,
+            control: tree.control + fd::CONTROL,
+        };
+        let Capsule {
+            base,
+            code,
+            length,
+            region: offset,
+            entry,
+            header,
+            stack,
+            control,
+        } = head;
+        let head = [base, code, length, offset, entry, header, stack, control];
+        let head = head.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let (bytes, sentences) = region.finish()?;
+        let capsule = Self {
+            head,
+            pages,
+            region: at,
+            bytes,
+        };
+        Ok((capsule, sentences))
+    }
+}
+
+/// A program that fills an address space, with the table of its words about the vdso.
+struct Frame {
+    build: u64,
+    vdso_words: u64,
+}
+
+impl Frame {
+    fn of(program: &Program, words: &[u64], region: &mut Region) -> Self {
+        let build = region.put_program(program);
+        let mut table = vec![words.len() as u64];
+        table.extend(words.iter().map(|offset| build + offset));
+        Self {
+            build,
+            vdso_words: region.put_words(&table),
+        }
+    }
+}
+
+/// Length of the kernel's own mappings, and how much of it lies below the vdso.
+fn kernel_block(process: &crate::manifest::Process) -> (u64, u64) {
+    let own = || process.mappings.iter().filter(|one| kernel_owned(one));
+    let length = own().map(|one| one.end - one.start).sum();
+    let below = own().take_while(|one| one.kind != MappingKind::Vdso);
+    (length, below.map(|one| one.end - one.start).sum())
+}
+
+/// A pid that no thread of the tree has.
+fn helper_pid(manifest: &Manifest) -> Result<u64, PlanError> {
+    let threads = manifest.processes.iter().flat_map(|p| &p.threads);
+    let taken: Vec<u64> = threads.map(|thread| thread.tid as u64).collect();
+    (300..32_000)
+        .rev()
+        .find(|pid| !taken.contains(pid))
+        .ok_or(PlanError::NoRoom)
 }
 
 fn stored(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
@@ -188,26 +327,38 @@ fn file_pages(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
     all
 }
 
-/// Offset of [`Header::keep`] in the header: the zygote's loader fills it in.
-pub const KEEP_OFFSET: u64 = std::mem::offset_of!(Header, keep) as u64;
-
-fn header_words(header: &Header) -> Vec<u8> {
+fn header_bytes(header: &Header) -> Vec<u8> {
     let Header {
         magic,
         base,
         length,
         build,
+        prepare,
         root,
         root_pid,
+        root_stack,
+        root_left,
         stacks,
         control,
-        keep,
+        vdso_length,
+        vdso_offset,
+        vdso_words,
         helper_pid,
+        clone_left,
+        helper_left,
         marks,
     } = *header;
-    let [first, second] = keep;
-    let mut words = vec![magic, base, length, build, root, root_pid, stacks, control];
-    words.extend([first.start, first.end, second.start, second.end, helper_pid]);
+    let mut words = vec![magic, base, length, build, prepare, root, root_pid];
+    words.extend([
+        root_stack,
+        root_left,
+        stacks,
+        control,
+        vdso_length,
+        vdso_offset,
+        vdso_words,
+    ]);
+    words.extend([helper_pid, clone_left, helper_left]);
     words.extend(marks);
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
@@ -324,24 +475,67 @@ mod tests {
         (manifest, extents)
     }
 
+    fn ways(sizes: &[u64], parents: &[Option<usize>]) -> Vec<Way> {
+        let (mut manifest, _) = sample();
+        let template = manifest.processes.remove(0);
+        manifest.processes = sizes
+            .iter()
+            .zip(parents)
+            .enumerate()
+            .map(|(index, (pages, parent))| Process {
+                pid: 2 + index as i32,
+                parent: *parent,
+                pages: vec![PageRun {
+                    start: template.mappings[0].start,
+                    pages: *pages,
+                }],
+                ..template.clone()
+            })
+            .collect();
+        Placement::of(&manifest, REGION_LIMIT).unwrap().ways
+    }
+
     #[test]
-    fn mappings_in_the_way_of_the_resident_process_are_staged() {
-        let (manifest, _) = sample();
+    fn the_largest_process_below_small_ones_gets_the_memory() {
+        use Way::{Forked, Heir, Loaded};
+        assert_eq!(ways(&[5000], &[None]), [Heir]);
+        let parents = [None, Some(0), Some(0)];
+        assert_eq!(ways(&[50, 900, 800], &parents), [Loaded, Heir, Forked]);
+        // A large parent cannot make room for its child.
+        assert_eq!(ways(&[300, 9000, 10], &parents), [Heir, Forked, Loaded]);
+        let line = [None, Some(0), Some(1)];
+        assert_eq!(ways(&[50, 20, 900], &line), [Loaded, Loaded, Heir]);
+    }
+
+    #[test]
+    fn processes_are_loaded_only_as_far_as_there_are_descriptors() {
+        let count = trenv_restorer::wire::MAX_LOADED + 3;
+        let mut parents = vec![Some(0); count];
+        parents[0] = None;
+        let mut sizes = vec![5; count];
+        sizes[1] = 5000;
+        let ways = ways(&sizes, &parents);
+        let loaded = ways.iter().filter(|way| **way == Way::Loaded).count();
+        assert_eq!(loaded, count - 3);
+        assert_eq!((ways[0], ways[1]), (Way::Loaded, Way::Heir));
+        assert_eq!(ways[count - 1], Way::Forked);
+    }
+
+    #[test]
+    fn mappings_in_the_way_of_the_heir_are_staged() {
+        let (mut manifest, _) = sample();
+        for process in &mut manifest.processes {
+            process.mappings[0].end = process.mappings[0].start + 300 * PAGE;
+            process.pages[0].pages = 300;
+        }
+        manifest.processes[1].mappings[1].start += 300 * PAGE;
+        manifest.processes[1].mappings[1].end += 300 * PAGE;
         let placement = Placement::of(&manifest, REGION_LIMIT).unwrap();
-        assert_eq!(
-            placement.resident, 1,
-            "the process with the most mappings lies in place"
-        );
-        let staged = placement.of_process(0).next().unwrap();
+        assert_eq!(placement.ways, [Way::Heir, Way::Forked]);
+        let staged = placement.of_process(1).next().unwrap();
         assert_ne!(staged.at, 0x40_0000);
-        assert_eq!(
-            placement.foreign(0, &manifest),
-            vec![(0x40_0000, 0x50_4000)]
-        );
-        assert_eq!(
-            placement.foreign(1, &manifest),
-            vec![(staged.at, staged.at + 4 * PAGE)]
-        );
+        let unmapped = placement.foreign(1, &manifest);
+        assert_eq!(unmapped, vec![(0x40_0000, 0x40_0000 + 300 * PAGE)]);
     }
 
     #[test]

@@ -3,10 +3,10 @@
 use nix::libc;
 use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
-use super::layout::{Placement, kernel_owned};
+use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
 use super::{PlanError, credentials, files, frame, memory};
-use crate::manifest::{Manifest, MappingKind, Process, Thread};
+use crate::manifest::{Manifest, MappingKind, PAGE, Process, Thread};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
 pub mod mark {
@@ -20,78 +20,210 @@ const ARCH_SET_FS: u64 = 0x1002;
 const ARCH_SET_GS: u64 = 0x1001;
 const PR_SET_MM_MAP: u64 = 14;
 
-/// Puts all programs into the region; the root's address is returned, and for each process the
-/// address of its table of pages to copy ahead.
-pub fn programs(
-    manifest: &Manifest,
-    placement: &Placement,
-    control: u64,
-    region: &mut Region,
-) -> Result<(u64, Vec<u64>), PlanError> {
-    let own_limits = own_limits();
-    let table = vec![0; 8 * (1 + 2 * MOST_RANGES)];
-    let tables: Vec<u64> = manifest
-        .processes
-        .iter()
-        .map(|_| region.put(&table, 8))
-        .collect();
-    let root = program_of(
-        0,
-        manifest,
-        placement,
-        control,
-        &own_limits,
-        &tables,
-        region,
-    )?;
-    Ok((root, tables))
+/// Where the programs of a tree are in the region.
+#[derive(Debug)]
+pub struct Programs {
+    pub prepare: u64,
+    pub root: u64,
+    pub root_stack: u64,
+    /// Cleared when the root has left the address space, 0 if it stays.
+    pub root_left: u64,
+    /// Words that the kernel clears when the clone and its helper have left.
+    pub clone_left: u64,
+    pub helper_left: u64,
+    /// For each process that is not loaded, its table of pages to copy ahead.
+    pub tables: Vec<Option<u64>>,
 }
 
+/// What the programs of all processes are made from.
+#[derive(Debug, Clone, Copy)]
+pub struct Tree<'a> {
+    pub manifest: &'a Manifest,
+    pub placement: &'a Placement,
+    /// Number of the control descriptor.
+    pub control: u64,
+    /// Limits of this process, which a zygote inherits.
+    pub limits: &'a [(u64, u64)],
+}
+
+impl Tree<'_> {
+    fn way(&self, index: usize) -> Way {
+        self.placement.ways[index]
+    }
+
+    fn process(&self, index: usize) -> &Process {
+        &self.manifest.processes[index]
+    }
+
+    /// Processes that are made in the address space of `host` and leave it by exec.
+    fn loaded_in(&self, host: Option<usize>) -> Vec<usize> {
+        (0..self.manifest.processes.len())
+            .filter(|index| self.way(*index) == Way::Loaded)
+            .filter(|index| self.placement.host(*index, self.manifest) == host)
+            .collect()
+    }
+
+    /// Number of the descriptor that holds the capsule of a loaded process.
+    fn capsule(&self, index: usize) -> u64 {
+        let before = &self.placement.ways[..index];
+        let loaded = before.iter().filter(|way| **way == Way::Loaded).count();
+        self.control + fd::CAPSULES + loaded as u64
+    }
+
+    /// The capabilities that a process's bounding set still has where it is made.
+    fn inherited_bounding(&self, index: usize) -> u64 {
+        let mut at = self.process(index).parent;
+        while let Some(parent) = at {
+            if self.way(parent) != Way::Loaded {
+                return self.process(parent).threads[0].credentials.bounding;
+            }
+            // Its bounding set is cut after its exec, which would cut its capabilities too.
+            at = self.process(parent).parent;
+        }
+        u64::MAX
+    }
+}
+
+/// Puts the programs that run in the zygote's clones into the region.
+pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanError> {
+    let table = vec![0; 8 * (1 + 2 * MOST_RANGES)];
+    let mut tables = Vec::new();
+    let mut left = Vec::new();
+    for way in &tree.placement.ways {
+        tables.push((*way != Way::Loaded).then(|| region.put(&table, 8)));
+        left.push(region.put_words(&[1]));
+    }
+    let (clone_left, helper_left) = (region.put_words(&[1]), region.put_words(&[1]));
+    let mut prepare = Program::default();
+    if let Some(table) = tables[tree.placement.heir] {
+        prepare.verb(verb::COPY_AHEAD, [table]);
+    }
+    let words = Words {
+        left: &left,
+        clones: [clone_left, helper_left],
+        tables: &tables,
+    };
+    Ok(Programs {
+        prepare: region.put_program(&prepare),
+        root: program_of(0, tree, &words, region)?,
+        root_stack: region.put_stack(),
+        root_left: match tree.way(0) {
+            Way::Loaded => left[0],
+            _ => 0,
+        },
+        clone_left,
+        helper_left,
+        tables,
+    })
+}
+
+/// Addresses of words in the region.
+struct Words<'a> {
+    /// For each process: cleared when it has left the address space in which it was made.
+    left: &'a [u64],
+    /// The same for the clone and its helper.
+    clones: [u64; 2],
+    tables: &'a [Option<u64>],
+}
+
+/// The program of a process in the address space in which it is made; its address.
 fn program_of(
     index: usize,
-    manifest: &Manifest,
-    placement: &Placement,
-    control: u64,
-    own_limits: &[(u64, u64)],
-    tables: &[u64],
+    tree: Tree<'_>,
+    words: &Words<'_>,
     region: &mut Region,
 ) -> Result<u64, PlanError> {
-    let process = &manifest.processes[index];
-    let pid = process.pid;
+    let process = tree.process(index);
     let mut program = Program::default();
-    program.verb(verb::MARK, [mark::RUNS]);
-    let parent_bounding = match process.parent {
-        None => {
-            leave_protection(process, region, &mut program);
-            program.verb(verb::CONTINUE_CLOCK, [manifest.monotonic]);
-            files::make(manifest, control, region, &mut program)?;
-            files::fill_tmpfs(manifest, region, &mut program);
-            u64::MAX
+    if index == 0 {
+        program.verb(verb::MARK, [mark::RUNS]);
+        program.verb(verb::MAKE_CLOCK, [tree.manifest.monotonic]);
+        files::make(tree.manifest, tree.control, region, &mut program)?;
+        files::fill_tmpfs(tree.manifest, region, &mut program);
+    }
+    if tree.way(index) != Way::Loaded {
+        bound(index, tree, region, &mut program);
+    }
+    session(index, tree.manifest, region, &mut program)?;
+    for (child, other) in tree.manifest.processes.iter().enumerate() {
+        if other.parent != Some(index) {
+            continue;
         }
-        Some(parent) => manifest.processes[parent].threads[0].credentials.bounding,
-    };
-    credentials::bound(
-        &process.threads[0].credentials,
-        parent_bounding,
-        region,
-        &mut program,
-    );
-    session(index, manifest, region, &mut program)?;
-    for (child, other) in manifest.processes.iter().enumerate() {
-        if other.parent == Some(index) {
-            let its = program_of(
-                child, manifest, placement, control, own_limits, tables, region,
-            )?;
-            program.about(region.sentence(format!("forking process {}", other.pid)));
-            program.verb(verb::FORK, [other.pid as u64, its]);
+        let its = program_of(child, tree, words, region)?;
+        program.about(region.sentence(format!("making process {}", other.pid)));
+        let pid = other.pid as u64;
+        match tree.way(child) {
+            Way::Forked => program.verb(verb::FORK, [pid, its]),
+            Way::Heir => program.verb(verb::SHARE, [pid, its, region.put_stack(), 0]),
+            Way::Loaded => {
+                let stack = region.put_stack();
+                program.verb(verb::SHARE, [pid, its, stack, words.left[child]])
+            }
+        };
+    }
+    match tree.way(index) {
+        Way::Loaded => {
+            program.about(region.sentence(format!("loading process {}", process.pid)));
+            program.call(libc::SYS_dup3, [tree.capsule(index), 0, 0]);
+            let (name, arguments) = (region.put_text(""), region.put_words(&[0]));
+            let empty_path = libc::AT_EMPTY_PATH as u64;
+            let loader = tree.control + fd::LOADER;
+            program.call(
+                libc::SYS_execveat,
+                [loader, name, arguments, arguments, empty_path],
+            );
+        }
+        Way::Heir => {
+            let others = tree.loaded_in(None).into_iter();
+            let others = others.map(|other| words.left[other]);
+            for word in words.clones.into_iter().chain(others) {
+                program.verb(verb::WAIT_LEFT, [word]);
+            }
+            program.verb(verb::ENTER_CLOCK, []);
+            move_memory(index, tree, region, &mut program);
+            become_process(index, tree, region, &mut program);
+        }
+        Way::Forked => {
+            for other in tree.loaded_in(Some(index)) {
+                program.verb(verb::WAIT_LEFT, [words.left[other]]);
+            }
+            move_memory(index, tree, region, &mut program);
+            if let Some(table) = words.tables[index] {
+                program.verb(verb::COPY_AHEAD, [table]);
+            }
+            become_process(index, tree, region, &mut program);
         }
     }
-    move_memory(index, manifest, placement, control, region, &mut program);
-    program.verb(verb::COPY_AHEAD, [tables[index]]);
+    Ok(region.put_program(&program))
+}
+
+/// The program of a loaded process in its own address space.
+pub fn capsule_program(
+    index: usize,
+    tree: Tree<'_>,
+    pieces: &[memory::Piece],
+    region: &mut Region,
+    vdso_words: &mut Vec<u64>,
+) -> (Program, Vec<memory::Copy>, u64) {
+    let process = tree.process(index);
+    let mut program = Program::default();
+    program.verb(verb::ENTER_CLOCK, []);
+    bound(index, tree, region, &mut program);
+    // Above everything that `files::make` has made.
+    let exe = tree.control + fd::OBJECTS + tree.manifest.objects.len() as u64;
+    let (copies, end) = memory::load(process, pieces, PAGE, exe, region, &mut program, vdso_words);
+    become_process(index, tree, region, &mut program);
+    (program, copies, end)
+}
+
+/// With the memory in place: descriptors, threads, credentials, and the return to where it was.
+fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
+    let (process, manifest, control) = (tree.process(index), tree.manifest, tree.control);
+    let pid = process.pid;
     program.verb(verb::MARK, [mark::MEMORY]);
-    files::install(manifest, process, control, region, &mut program);
+    files::install(manifest, process, control, region, program);
     program.verb(verb::MARK, [mark::FILES]);
-    settle(process, own_limits, region, &mut program);
+    settle(process, tree.limits, region, program);
 
     let gate = region.put_words(&[0]);
     for thread in &process.threads[1..] {
@@ -109,9 +241,9 @@ fn program_of(
     let main = &process.threads[0];
     program.about(region.sentence(format!("setting up the main thread of process {pid}")));
     program.call(libc::SYS_arch_prctl, [ARCH_SET_FS, main.registers.fs_base]);
-    thread_state(main, process, region, &mut program);
-    send_pending(&process.pending, None, pid, region, &mut program);
-    credentials::take(main, manifest, region, &mut program);
+    thread_state(main, process, region, program);
+    send_pending(&process.pending, None, pid, region, program);
+    credentials::take(main, manifest, region, program);
     program.about(region.sentence(format!("making process {pid} dumpable or not")));
     program.call(
         libc::SYS_prctl,
@@ -124,26 +256,11 @@ fn program_of(
         .or_not();
     program.verb(verb::RELEASE, [gate]);
     program.verb(verb::SIGRETURN, [put_frame(main, region)]);
-    Ok(region.put_program(&program))
 }
 
-/// The zygote is as safe from the OOM killer as the shim; an instance is not. A value below the
-/// zygote's cannot be had without CAP_SYS_RESOURCE and is left out.
-fn leave_protection(process: &Process, region: &mut Region, program: &mut Program) {
-    program.about(region.sentence("setting oom_score_adj".into()));
-    let path = region.put_text("/proc/self/oom_score_adj");
-    let value = process.oom_score_adj.to_string();
-    let bytes = region.put(value.as_bytes(), 1);
-    let here = libc::AT_FDCWD as u64;
-    program
-        .call(libc::SYS_openat, [here, path, libc::O_WRONLY as u64, 0])
-        .or_not()
-        .into(0);
-    program
-        .call(libc::SYS_write, [0, bytes, value.len() as u64])
-        .from(0, 0)
-        .or_not();
-    program.call(libc::SYS_close, [0]).from(0, 0).or_not();
+fn bound(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
+    let credentials = &tree.process(index).threads[0].credentials;
+    credentials::bound(credentials, tree.inherited_bounding(index), region, program);
 }
 
 /// The process's place among sessions and process groups.
@@ -180,25 +297,19 @@ fn session(
 }
 
 /// Unmaps what belongs to others and moves what was staged.
-fn move_memory(
-    index: usize,
-    manifest: &Manifest,
-    placement: &Placement,
-    control: u64,
-    region: &mut Region,
-    program: &mut Program,
-) {
-    let process = &manifest.processes[index];
+fn move_memory(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
+    let (manifest, placement) = (tree.manifest, tree.placement);
+    let process = tree.process(index);
     let how = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
     program.about(region.sentence(format!("unmapping what process {} has not", process.pid)));
     for (start, end) in placement.foreign(index, manifest) {
         program.call(libc::SYS_munmap, [start, end - start]);
     }
-    if index != placement.resident {
+    if index != placement.heir {
         // First of all, before anything is moved onto the place where the vdso lies now.
         program.about(region.sentence(format!("moving the vdso of process {}", process.pid)));
-        let resident = &manifest.processes[placement.resident].mappings;
-        let from = resident.iter().filter(|mapping| kernel_owned(mapping));
+        let heir = &manifest.processes[placement.heir].mappings;
+        let from = heir.iter().filter(|mapping| kernel_owned(mapping));
         let to = process
             .mappings
             .iter()
@@ -235,9 +346,9 @@ fn move_memory(
             }
         }
     }
-    if index != placement.resident {
-        let resident = &manifest.processes[placement.resident];
-        let exe = (resident.exe != process.exe).then_some(control + fd::OBJECTS - 1);
+    if index != placement.heir {
+        let heir = &manifest.processes[placement.heir];
+        let exe = (heir.exe != process.exe).then_some(tree.control + fd::OBJECTS - 1);
         if let Some(number) = exe {
             program.about(region.sentence(format!("opening {}", process.exe)));
             memory::open(&process.exe, region, program);
@@ -333,7 +444,7 @@ fn settle(
 }
 
 /// Limits of this process, which a zygote inherits.
-fn own_limits() -> Vec<(u64, u64)> {
+pub fn own_limits() -> Vec<(u64, u64)> {
     (0..16)
         .map(|resource| {
             let mut limit = libc::rlimit {

@@ -1,6 +1,6 @@
 //! Writes the restorer's region: code, programs, data, frames and stacks at fixed addresses.
 
-use trenv_restorer::wire::{IMMEDIATE, Op, check, verb};
+use trenv_restorer::wire::{IMMEDIATE, Op, STACK, check, verb};
 
 use super::PlanError;
 
@@ -8,6 +8,9 @@ use super::PlanError;
 pub const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/restorer.image"));
 /// Offset of the entry point in [`IMAGE`].
 pub const ENTRY: u64 = include!(concat!(env!("OUT_DIR"), "/restorer.entry"));
+
+/// The loader, an executable.
+pub const LOADER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/loader.elf"));
 
 const PAGE: u64 = 4096;
 
@@ -20,11 +23,14 @@ pub struct Region {
     /// Bytes behind the data that begin as zeroes: stacks.
     room: u64,
     limit: u64,
+    /// Number of the first sentence.
+    first: u32,
     sentences: Vec<String>,
 }
 
 impl Region {
-    pub fn new(base: u64, limit: u64) -> Self {
+    /// A region whose sentences are numbered from `first` on.
+    pub fn new(base: u64, limit: u64, first: u32) -> Self {
         let code = (IMAGE.len() as u64).next_multiple_of(PAGE);
         Self {
             base,
@@ -32,6 +38,7 @@ impl Region {
             data: Vec::new(),
             room: 0,
             limit,
+            first,
             sentences: Vec::new(),
         }
     }
@@ -103,9 +110,18 @@ impl Region {
 
     /// Number of a sentence about a step, for a failure's report.
     pub fn sentence(&mut self, text: String) -> u32 {
-        let own = trenv_restorer::wire::OWN_SENTENCES;
         self.sentences.push(text);
-        own + self.sentences.len() as u32 - 1
+        self.next_sentence() - 1
+    }
+
+    /// Number of the sentence that comes next.
+    pub fn next_sentence(&self) -> u32 {
+        self.first + self.sentences.len() as u32
+    }
+
+    /// A stack of its own for a task that this region's programs make; its end.
+    pub fn put_stack(&mut self) -> u64 {
+        self.put(&[0; STACK as usize], 16) + STACK
     }
 
     /// The region's bytes from its base on, stacks left out.

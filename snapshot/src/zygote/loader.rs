@@ -1,19 +1,23 @@
-//! Starting `trenv-zygote`: the restorer's region as a memfd, addresses as arguments, descriptors at
-//! fixed numbers.
+//! Starting `trenv-zygote`: the restorer's region, the loader and the capsules as memfds, addresses as
+//! arguments, descriptors at fixed numbers.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command};
 
 use nix::libc;
 
 use super::{ZygoteError, ZygoteRequest, errno, io_error};
-use crate::plan::{KEEP_OFFSET, Plan};
+use crate::plan::{CapsulePlan, LOADER, Plan};
 
 /// Hands the plan to `trenv-zygote`.
 pub struct Loader {
     region: OwnedFd,
+    loader: OwnedFd,
+    capsules: Vec<OwnedFd>,
     arguments: Vec<String>,
 }
 
@@ -23,24 +27,21 @@ pub mod fd {
     pub const REGION: i32 = 4;
     pub const PAGES: i32 = 5;
     pub const ROOTFS: i32 = 6;
+    pub const LOADER: i32 = 7;
+    pub const CAPSULES: i32 = 8;
 }
 
 impl Loader {
     pub fn of(plan: &Plan, request: &ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
-        use std::io::Write;
-        let region =
-            nix::sys::memfd::memfd_create("trenv-restorer", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
-                .map_err(errno("making the restorer's region"))?;
-        let mut file = std::fs::File::from(region);
-        file.write_all(&plan.bytes)
+        let region = memfd(RESTORER)?;
+        region
+            .write_all_at(&plan.bytes, 0)
+            .and_then(|()| region.set_len(plan.length))
             .map_err(io_error("writing the restorer's region"))?;
-        file.set_len(plan.length)
-            .map_err(io_error("writing the restorer's region"))?;
-        let words: Vec<String> = plan
-            .vdso_words
-            .iter()
-            .map(|word| format!("{word:x}"))
-            .collect();
+        let capsules = plan.capsules.iter();
+        let capsules: Vec<OwnedFd> = capsules
+            .map(|capsule| fill_capsule(capsule, request))
+            .collect::<Result<_, _>>()?;
         let numbers = [
             plan.base,
             plan.code,
@@ -50,9 +51,8 @@ impl Loader {
             plan.header,
         ];
         let mut arguments: Vec<String> = numbers.iter().map(|n| format!("{n:x}")).collect();
-        arguments.push(format!("{:x}", plan.header + KEEP_OFFSET));
         arguments.push(plan.control.to_string());
-        arguments.push(words.join(","));
+        arguments.push(capsules.len().to_string());
         arguments.extend(
             request
                 .cgroups
@@ -60,7 +60,9 @@ impl Loader {
                 .map(|path| path.display().to_string()),
         );
         Ok(Self {
-            region: file.into(),
+            region: region.into(),
+            loader: executable()?,
+            capsules,
             arguments,
         })
     }
@@ -79,12 +81,16 @@ impl Loader {
                 // SAFETY: fcntl just made this descriptor, nobody else owns it.
                 .map(|number| unsafe { OwnedFd::from_raw_fd(number) })
         };
-        let handed = [
+        let mut handed = vec![
             (high(control.as_fd())?, fd::CONTROL),
             (high(self.region.as_fd())?, fd::REGION),
             (high(request.template.fd())?, fd::PAGES),
             (high(request.rootfs.as_fd())?, fd::ROOTFS),
+            (high(self.loader.as_fd())?, fd::LOADER),
         ];
+        for (capsule, number) in self.capsules.iter().zip(fd::CAPSULES..) {
+            handed.push((high(capsule.as_fd())?, number));
+        }
         let mut command = Command::new(binary);
         command
             .args(&self.arguments)
@@ -109,4 +115,55 @@ impl Loader {
             source,
         })
     }
+}
+
+/// The name by which a dump of a restored program knows the region again.
+const RESTORER: &str = "trenv-restorer";
+/// Bytes copied from the pool at once.
+const PART: usize = 1 << 20;
+
+fn memfd(name: &str) -> Result<File, ZygoteError> {
+    nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+        .map(File::from)
+        .map_err(errno("making the restorer's region"))
+}
+
+/// A capsule, with its pages from the pool.
+fn fill_capsule(
+    capsule: &CapsulePlan,
+    request: &ZygoteRequest<'_>,
+) -> Result<OwnedFd, ZygoteError> {
+    let file = memfd(RESTORER)?;
+    let pool = request
+        .template
+        .fd()
+        .try_clone_to_owned()
+        .map(File::from)
+        .map_err(io_error("opening the pool's pages"))?;
+    let mut part = vec![0; PART];
+    let mut fill = || -> io::Result<()> {
+        file.write_all_at(&capsule.head, 0)?;
+        for copy in &capsule.pages {
+            let mut done = 0;
+            while done < copy.length {
+                let length = (copy.length - done).min(PART as u64);
+                let part = &mut part[..length as usize];
+                pool.read_exact_at(part, copy.from + done)?;
+                file.write_all_at(part, copy.to + done)?;
+                done += length;
+            }
+        }
+        file.write_all_at(&capsule.bytes, capsule.region)
+    };
+    fill().map_err(io_error("filling the capsule of a small process"))?;
+    Ok(file.into())
+}
+
+/// The loader, open to be executed: nobody may have it open for writing then (execve(2), ETXTBSY).
+fn executable() -> Result<OwnedFd, ZygoteError> {
+    let doing = "making the loader; is vm.memfd_noexec set to 2?";
+    let file = memfd("trenv-loader")?;
+    file.write_all_at(LOADER, 0).map_err(io_error(doing))?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::open(path).map(OwnedFd::from).map_err(io_error(doing))
 }

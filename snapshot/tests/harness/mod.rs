@@ -233,7 +233,7 @@ impl Bed {
         self.start_by(sandbox, init, |group, request| {
             group.add(agent.pid())?;
             *group.guest.lock().unwrap() = Some(agent.pid());
-            Ok(agent.start(request)?)
+            Ok(agent.make_clone(None)?.start(request)?)
         })
     }
 
@@ -259,7 +259,6 @@ impl Bed {
         let request = StartRequest {
             init: pidfd.as_fd(),
             stdio: [child_in.as_fd(), child_out.as_fd(), error.as_fd()],
-            cgroup: None,
             deadline: Duration::from_secs(10),
         };
         let started = start(&group, &request)?;
