@@ -1,9 +1,10 @@
 //! Templates on this host: their zygotes, the seats kept ready for them, and dumps.
 //!
 //! A template's zygote is built by `Prepare` or at its first start, and stands until the template
-//! is deleted or replaced. Seats (a tenancy cgroup, with an agent of the zygote in it) are made off
-//! the call's path and used again after a tenancy, since moving a task between cgroups of version 1
-//! takes long.
+//! is deleted or replaced. Seats (a tenancy cgroup, with an agent and a clone of the zygote in it)
+//! are made off the call's path and used again after a tenancy, since moving a task between cgroups
+//! of version 1 takes long. Only as many seats as shall be ready have a clone, since a clone holds
+//! a copy of what calls write.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
@@ -51,9 +52,11 @@ struct Standing {
     zygote_cgroup: TenancyCgroup,
     limits: Mutex<Limits>,
     seats: Mutex<Vec<Arc<Seat>>>,
+    /// Held while seats are made ready.
+    filling: Mutex<()>,
     /// Roots mounted ahead, by the mounts they were made of.
     staged: Mutex<VecDeque<(Vec<Mount>, OwnedFd)>>,
-    /// Seats to keep ready.
+    /// Seats to keep ready, with a clone each.
     wanted: AtomicUsize,
     /// The layers, for building the zygote anew.
     rootfs: Vec<Mount>,
@@ -127,7 +130,7 @@ impl Templates {
         let rootfs = layers_only(active);
         let standing = self.stand(template, &rootfs, limits, self.config.sandbox.spare_agents)?;
         let (seat, was_ready) = match standing.take_living() {
-            Some(seat) => (seat, true),
+            Some(found) => found,
             None => match self.make_seat(template, &standing, limits) {
                 Ok(seat) => (seat, false),
                 Err(ShimError::Engine { source, .. }) if is_gone(source.as_ref()) => {
@@ -157,8 +160,10 @@ impl Templates {
                 .reset_counters()
                 .map_err(ShimError::engine("reset the counters"))?
         {
+            let template = seat.template;
             lock(&standing.seats).push(seat);
-            return Ok(());
+            // What the tenancy taught may have ended the clones made before.
+            return template.map_or(Ok(()), |template| self.refill(template));
         }
         seat.remove()
     }
@@ -224,11 +229,17 @@ impl Templates {
             .seat
             .template
             .and_then(|template| lock(&self.standing).get(&template).cloned());
-        if let Some(standing) = standing
-            && let Err(err) = standing.zygote.learn(&tenancy.restored)
-        {
+        let Some(standing) = standing else { return };
+        match standing.zygote.learn(&tenancy.restored) {
+            Ok(false) => {}
+            // Clones made before know less.
+            Ok(true) => lock(&standing.seats)
+                .iter()
+                .for_each(|seat| seat.unprepare()),
             // The tree may have ended by itself; the next tenancy teaches as well.
-            tracing::debug!("Nothing was learnt from the tenancy {}: {err}", tenancy.id);
+            Err(err) => {
+                tracing::debug!("Nothing was learnt from the tenancy {}: {err}", tenancy.id);
+            }
         }
     }
 
@@ -364,6 +375,7 @@ impl Templates {
                     zygote_cgroup: cgroup,
                     limits: Mutex::new(limits.clone()),
                     seats: Mutex::default(),
+                    filling: Mutex::default(),
                     staged: Mutex::default(),
                     wanted: AtomicUsize::new(wanted),
                     rootfs: rootfs.to_vec(),
@@ -399,10 +411,25 @@ impl Templates {
     }
 
     fn fill(&self, template: TemplateRef, standing: &Standing) -> Result<()> {
-        while lock(&standing.seats).len() < standing.wanted.load(Ordering::Relaxed) {
-            let limits = lock(&standing.limits).clone();
-            let seat = self.make_seat(template, standing, &limits)?;
-            lock(&standing.seats).push(seat);
+        // One at a time, so that there are not more clones than are wanted.
+        let _filling = lock(&standing.filling);
+        while standing.prepared() < standing.wanted.load(Ordering::Relaxed) {
+            // Out of the others' reach while its clone is made.
+            let seat = match standing.take_unprepared() {
+                Some(seat) => seat,
+                None => {
+                    let limits = lock(&standing.limits).clone();
+                    self.make_seat(template, standing, &limits)?
+                }
+            };
+            match seat.prepare() {
+                Ok(()) => lock(&standing.seats).push(seat),
+                Err(err) => {
+                    // The first error is the one to report.
+                    let _ = seat.remove();
+                    return Err(err);
+                }
+            }
         }
         Ok(())
     }
@@ -451,10 +478,27 @@ impl Templates {
 }
 
 impl Standing {
-    /// A ready seat whose agent lives.
-    fn take_living(&self) -> Option<Arc<Seat>> {
+    /// A seat whose agent lives, one with a clone if there is one; `true` when it has one.
+    fn take_living(&self) -> Option<(Arc<Seat>, bool)> {
+        let prepared = {
+            let mut seats = lock(&self.seats);
+            let at = seats.iter().rposition(|seat| seat.is_prepared());
+            at.map(|at| seats.remove(at))
+        };
+        match prepared {
+            Some(seat) => Some((seat, true)),
+            None => self.take_unprepared().map(|seat| (seat, false)),
+        }
+    }
+
+    /// A seat without a clone whose agent lives.
+    fn take_unprepared(&self) -> Option<Arc<Seat>> {
         loop {
-            let seat = lock(&self.seats).pop()?;
+            let seat = {
+                let mut seats = lock(&self.seats);
+                let at = seats.iter().rposition(|seat| !seat.is_prepared())?;
+                seats.remove(at)
+            };
             if seat.agent_lives() {
                 return Some(seat);
             }
@@ -462,6 +506,12 @@ impl Standing {
                 tracing::warn!("A spare cgroup stays until the next sweep: {}", err.chain());
             }
         }
+    }
+
+    /// Seats in which a clone waits.
+    fn prepared(&self) -> usize {
+        let seats = lock(&self.seats);
+        seats.iter().filter(|seat| seat.is_prepared()).count()
     }
 
     /// Ends the zygote and its seats, whoever still holds this.

@@ -54,10 +54,10 @@ impl WorkingSet {
         }
     }
 
-    /// Looks at one more instance and tells the zygote.
-    pub fn learn(&mut self, zygote: i32, pids: &[i32]) -> io::Result<()> {
+    /// Looks at one more instance and tells the zygote; `false` when enough is known.
+    pub fn learn(&mut self, zygote: i32, pids: &[i32]) -> io::Result<bool> {
         if self.rounds >= ROUNDS || pids.len() != self.tables.len() {
-            return Ok(());
+            return Ok(false);
         }
         let maps: Vec<File> = pids
             .iter()
@@ -78,7 +78,8 @@ impl WorkingSet {
         for file in &self.files {
             keep_file_pages(zygote, &original, &maps[file.process], file)?;
         }
-        self.tell(zygote)
+        self.tell(zygote)?;
+        Ok(true)
     }
 
     /// Writes the tables into the zygote; clones made from now on go by them.

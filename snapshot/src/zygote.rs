@@ -210,11 +210,12 @@ impl Zygote {
     /// Learns from an instance which pages its calls touch: those that they write are copied ahead
     /// by later clones, in a few large steps instead of a fault each, and those of files that they
     /// read are there in later clones from the start. Call it at a tenancy's end, before the tree is
-    /// killed, with the pids of its start; it has an effect for the first few tenancies.
+    /// killed, with the pids of its start; it has an effect for the first few tenancies, and tells
+    /// whether it had one.
     ///
     /// # Errors
     /// When /proc cannot be read, as when the instance has ended. Nothing changes then.
-    pub fn learn(&self, pids: &[i32]) -> Result<(), ZygoteError> {
+    pub fn learn(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
         lock(&self.working_set)
             .learn(self.pid, pids)
             .map_err(io_error("reading page maps"))

@@ -359,14 +359,13 @@ impl SandboxContainer {
         let request = StartRequest {
             init: self.sandbox.init_pidfd(),
             stdio: [input.as_fd(), output.as_fd(), error.as_fd()],
-            cgroup: seat.cgroup.dir_fd(),
             deadline: until.saturating_duration_since(Instant::now()),
         };
         if plan.copy {
             let templates = &self.all.templates;
             return templates.start_copy(plan.template, &plan.rootfs, &seat.cgroup, &request);
         }
-        seat.with(|agent| agent.start(&request).map_err(start_error))
+        seat.take_clone()?.start(&request).map_err(start_error)
     }
 
     /// What need not be done before the answer.

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -12,16 +12,18 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::Mount;
 use trenv_snapshot::TaskGroup;
-use trenv_snapshot::zygote::Agent;
+use trenv_snapshot::zygote::{Agent, PreparedClone};
 
 use crate::error::{Result, ShimError};
 use crate::runc::signal_process;
 use crate::stats::Groups;
+use crate::template::start_error;
 
 const END_LIMIT: Duration = Duration::from_secs(10);
 
-/// A tenancy's cgroup. On cgroup v1 an agent of the template's zygote sits in it, for what it
-/// clones is born where it sits; the agent is no part of the tenancy.
+/// A tenancy's cgroup, with a clone of the template's zygote that waits in it for its start. On
+/// cgroup v1 an agent of the zygote sits in it too, for what it clones is born where it sits; the
+/// agent is no part of the tenancy.
 #[derive(Debug)]
 pub struct Seat {
     pub cgroup: TenancyCgroup,
@@ -29,6 +31,7 @@ pub struct Seat {
     pub template: Option<TemplateRef>,
     agent_pid: Option<i32>,
     agent: Mutex<Option<Agent>>,
+    clone: Mutex<Option<PreparedClone>>,
     /// Tells whether the agent still lives.
     agent_pidfd: Option<OwnedFd>,
     limits: Mutex<Option<Limits>>,
@@ -51,6 +54,7 @@ impl Seat {
             template: None,
             agent_pid: None,
             agent: Mutex::new(None),
+            clone: Mutex::new(None),
             agent_pidfd: None,
             limits: Mutex::new(None),
             oom_kills: AtomicU64::new(0),
@@ -71,6 +75,7 @@ impl Seat {
             template: Some(template),
             agent_pid: inside,
             agent: Mutex::new(Some(agent)),
+            clone: Mutex::new(None),
             agent_pidfd: Some(pidfd),
             limits: Mutex::new(Some(limits)),
             oom_kills: AtomicU64::new(0),
@@ -86,7 +91,7 @@ impl Seat {
 
     /// Sets the tenancy's limits, unless the cgroup has them already.
     pub fn limit(&self, limits: &Limits) -> Result<()> {
-        let mut known = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.limits);
         if known.as_ref() == Some(limits) {
             return Ok(());
         }
@@ -101,29 +106,52 @@ impl Seat {
     /// Changes the limits of a living tenancy.
     pub fn update(&self, limits: &Limits) -> Result<()> {
         // Whatever they are now, the next tenancy sets its own.
-        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&self.limits) = None;
         self.cgroup
             .update(limits)
             .map_err(ShimError::engine("set the tenancy's limits"))
     }
 
-    /// Works with the agent, one at a time.
-    pub fn with<T>(&self, work: impl FnOnce(&mut Agent) -> Result<T>) -> Result<T> {
-        let mut agent = self.agent.lock().unwrap_or_else(PoisonError::into_inner);
-        match agent.as_mut() {
-            Some(agent) => work(agent),
+    /// Whether a clone waits here for its start.
+    pub fn is_prepared(&self) -> bool {
+        lock(&self.clone).as_ref().is_some_and(PreparedClone::lives)
+    }
+
+    /// Makes the clone, unless it waits already.
+    pub fn prepare(&self) -> Result<()> {
+        let mut clone = lock(&self.clone);
+        if !clone.as_ref().is_some_and(PreparedClone::lives) {
+            *clone = Some(self.make_clone()?);
+        }
+        Ok(())
+    }
+
+    /// Ends the clone: the next start is to have a newer one.
+    pub fn unprepare(&self) {
+        *lock(&self.clone) = None;
+    }
+
+    /// The clone, for its start; one that was not made ahead is made now.
+    pub fn take_clone(&self) -> Result<PreparedClone> {
+        let ready = lock(&self.clone).take();
+        match ready.filter(PreparedClone::lives) {
+            Some(clone) => Ok(clone),
+            None => self.make_clone(),
+        }
+    }
+
+    fn make_clone(&self) -> Result<PreparedClone> {
+        let cgroup = self.cgroup.dir_fd();
+        match lock(&self.agent).as_mut() {
+            Some(agent) => agent.make_clone(cgroup).map_err(start_error),
             None => Err(ShimError::Fault("the tenancy's cgroup has no agent".into())),
         }
     }
 
-    /// Ends the agent and removes the cgroup. May be repeated.
+    /// Ends clone and agent and removes the cgroup. May be repeated.
     pub fn remove(&self) -> Result<()> {
-        drop(
-            self.agent
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        self.unprepare();
+        drop(lock(&self.agent).take());
         self.cgroup
             .kill_all()
             .and_then(|()| self.cgroup.remove())
@@ -258,6 +286,10 @@ pub struct Tenancy {
     pub seccomp: Option<LinuxSeccomp>,
     /// Host pids of a tree that came from a template, in the template's order.
     pub restored: Vec<i32>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn open_pidfd(pid: i32) -> Result<OwnedFd> {
