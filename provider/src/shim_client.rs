@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use tokio::sync::Mutex;
 use trenv_sandbox_proto as proto;
-use ttrpc::r#async::Client;
 use ttrpc::context::Context;
 
 use crate::containerd::Mount;
@@ -181,7 +180,7 @@ impl ShimClient {
         let address = tokio::fs::read_to_string(&self.address_file)
             .await
             .map_err(|err| unreachable(format!("{}: {err}", self.address_file.display())))?;
-        let channel = Client::connect(address.trim())
+        let channel = proto::socket::connect(address.trim())
             .await
             .map_err(|err| unreachable(format!("{}: {err}", address.trim())))?;
         let client = proto::SandboxClient::new(channel);

@@ -94,8 +94,7 @@ macro_rules! step_names {
 step_names! {
     RootAttach => "root_attach",
     RootParts => "root_parts",
-    RootPivot => "root_pivot",
-    RootDetach => "root_detach",
+    RootEnter => "root_enter",
     PurgeProcesses => "purge_processes",
     PurgeRoot => "purge_root",
     PurgeIpc => "purge_ipc",

@@ -127,10 +127,15 @@ fn server(shim: &Arc<Shim>) -> anyhow::Result<Server> {
     // Programs that this process runs must not inherit the socket.
     rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::CLOEXEC)
         .context("The descriptor 3 must be the listening socket; containerd runs `start` first")?;
-    // SAFETY: the descriptor is a listening unix socket, and its ownership is given away.
-    let server = unsafe { Server::new().add_unix_listener(listener.into_raw_fd()) }
+    let listener = std::os::unix::net::UnixListener::from(listener);
+    let listener = listener
+        .set_nonblocking(true)
+        .and_then(|()| tokio::net::UnixListener::from_std(listener))
         .context("Failed to listen on the inherited socket")?;
-    Ok(server.register_service(tasks).register_service(own))
+    Ok(Server::new()
+        .add_listener(trenv_sandbox_proto::socket::listen(listener))
+        .register_service(tasks)
+        .register_service(own))
 }
 
 fn say_ready() -> std::io::Result<()> {

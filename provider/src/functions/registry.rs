@@ -12,7 +12,7 @@ use super::{
 };
 use crate::containerd::{ContainerdError, ImageError, Mount};
 use crate::error::chain;
-use crate::instances::{Host, OWNER_LABEL, Scheduler};
+use crate::instances::{HOUSEKEEPING_PAUSE, Host, OWNER_LABEL, Scheduler};
 use crate::secrets::{SecretError, Secrets};
 use crate::spec::{self, SharedFiles};
 
@@ -322,12 +322,21 @@ impl Functions {
         Ok(())
     }
 
-    /// A call has come to a function that was scaled to zero.
-    pub fn woken(&self, function: &Function) {
+    /// A call has come to a function that was scaled to zero. The call does not wait for the disk.
+    pub fn woken(self: &Arc<Self>, function: &Arc<Function>) {
         self.scheduler.set_floor(&function.name, None);
-        if let Err(err) = self.store.put(&function.record()) {
-            tracing::warn!("{}", chain(&err));
-        }
+        let (this, function) = (Arc::clone(self), Arc::clone(function));
+        tokio::spawn(async move {
+            tokio::time::sleep(HOUSEKEEPING_PAUSE).await;
+            let _changing = this.changing.lock().await;
+            let still_there = this.get(&function.name);
+            if !still_there.is_some_and(|known| Arc::ptr_eq(&known, &function)) {
+                return;
+            }
+            if let Err(err) = this.store.put(&function.record()) {
+                tracing::warn!("{}", chain(&err));
+            }
+        });
     }
 
     /// Removes a function. Its open calls end first; what it holds is freed in the background.

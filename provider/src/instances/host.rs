@@ -29,7 +29,10 @@ const TENANCY_LABEL: &str = "dev.trenv.tenancy";
 const RUNTIME: &str = "io.containerd.trenv.v2";
 
 /// Writable snapshots kept ready for each revision.
-const SPARES: usize = 1;
+const SPARES: usize = 2;
+/// How long work that only prepares the next start, or tells of the last one, lets the call that
+/// caused it go first.
+pub const HOUSEKEEPING_PAUSE: Duration = Duration::from_millis(20);
 /// The step that stands for the way to the shim and back.
 const CALL_STEP: &str = "call";
 const KILL: i32 = 9;
@@ -132,6 +135,7 @@ impl Host {
         };
         let mine = order.newest.fetch_add(1, Ordering::AcqRel) + 1;
         tokio::spawn(async move {
+            tokio::time::sleep(HOUSEKEEPING_PAUSE).await;
             let _turn = order.turn.lock().await;
             // A later change of tenancy has its own update on the way.
             if order.newest.load(Ordering::Acquire) != mine {
@@ -153,6 +157,7 @@ impl Host {
     fn remove_snapshot_later(&self, namespace: &str, key: &str) {
         let (containerd, key) = (self.namespace(namespace), key.to_owned());
         tokio::spawn(async move {
+            tokio::time::sleep(HOUSEKEEPING_PAUSE).await;
             let removed = match containerd {
                 Ok(containerd) => containerd.remove_snapshot(&key).await,
                 Err(err) => Err(err),
@@ -456,18 +461,26 @@ pub fn refill_spares(host: &Host, revision: &Arc<Revision>) {
     let (containerd, revision) = (host.containerd.clone(), Arc::clone(revision));
     let shim = host.shim(&revision.record.function.namespace);
     tokio::spawn(async move {
-        match make_spare(&containerd, &revision).await {
-            Ok(spare) => {
-                // A root that is not mounted ahead is mounted at the start.
-                if let Err(err) = shim
-                    .stage(&template.id, template.generation, &spare.mounts)
-                    .await
-                {
-                    tracing::debug!("No root was mounted ahead: {err}");
+        if revision.spares() > 0 {
+            tokio::time::sleep(HOUSEKEEPING_PAUSE).await;
+        }
+        while revision.spares() < SPARES && !revision.retired() {
+            match make_spare(&containerd, &revision).await {
+                Ok(spare) => {
+                    // A root that is not mounted ahead is mounted at the start.
+                    if let Err(err) = shim
+                        .stage(&template.id, template.generation, &spare.mounts)
+                        .await
+                    {
+                        tracing::debug!("No root was mounted ahead: {err}");
+                    }
+                    revision.add_spare(spare);
                 }
-                revision.add_spare(spare);
+                Err(err) => {
+                    tracing::warn!("No snapshot was made ahead: {err}");
+                    return;
+                }
             }
-            Err(err) => tracing::warn!("No snapshot was made ahead: {err}"),
         }
     });
 }

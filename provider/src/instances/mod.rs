@@ -20,7 +20,7 @@ mod upkeep;
 mod tests;
 
 pub use guard::Guard;
-pub use host::{Host, OWNER_LABEL, owner_labels, read_address, refill_spares};
+pub use host::{HOUSEKEEPING_PAUSE, Host, OWNER_LABEL, owner_labels, read_address, refill_spares};
 pub use ops::{ColdStart, SandboxOps, SandboxRef, StartError};
 use ready::wait_ready;
 pub use scheduler::{Scheduler, SchedulerOptions};

@@ -22,6 +22,9 @@ use trenv_sandbox::{
 
 use crate::failure::{Doing, Failure};
 
+/// Where parts are mounted in the empty root.
+pub const PLACES: [&str; 5] = ["nothing", "proc", "dev", "sys", "run"];
+
 /// Mounted parts, by the name of their place in the root.
 #[derive(Debug)]
 pub struct Parts {
@@ -125,6 +128,7 @@ fn clone_fd(fd: &OwnedFd) -> Result<OwnedFd, Failure> {
 
 fn attach(root: BorrowedFd<'_>, name: &str, mount: OwnedFd) -> Result<OwnedFd, Failure> {
     match mkdirat(root, name, Mode::from_raw_mode(0o755)) {
+        // The empty root has its directories and is read-only.
         Ok(()) | Err(rustix::io::Errno::EXIST) => {}
         Err(error) => return Err(error).doing_on("make the directory", name),
     }

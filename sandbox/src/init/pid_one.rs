@@ -43,6 +43,7 @@ pub struct State {
     pub hostname: String,
     /// A procfs of this pid namespace that no tenancy sees.
     pub proc: OwnedFd,
+    pub base: root::Base,
     pub parts: Stock,
     /// Addresses and routes as the sandbox got them.
     pub network: network::Baseline,
@@ -111,9 +112,10 @@ fn refuse(control: &OwnedFd, failure: Failure) -> ExitCode {
 impl State {
     fn first(hostname: &str) -> Result<Self, Failure> {
         let proc = parts::private_proc()?;
-        root::leave()?;
+        let base = root::Base::make()?;
         Ok(Self {
             hostname: hostname.to_owned(),
+            base,
             parts: Stock::Ready(parts::make()?),
             network: network::Baseline::read()?,
             proc,

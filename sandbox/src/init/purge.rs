@@ -13,7 +13,6 @@ use crate::{
     failure::{Doing, Failure, check},
     launch::set_hostname,
     pid_one::{State, Steps, Stock, reap, timed},
-    root,
 };
 
 /// How long processes may take to die.
@@ -24,9 +23,9 @@ pub fn purge(state: &mut State, reports: &mut VecDeque<ExitReport>) -> Result<St
     timed(&mut steps, StepName::PurgeProcesses, || {
         end_processes(&state.proc, reports)
     })?;
-    // The parts of an idle sandbox, if it was one, go with the root that they are mounted in.
+    // The parts of an idle sandbox, if it was one, go too.
     state.parts = Stock::Used;
-    timed(&mut steps, StepName::PurgeRoot, root::leave)?;
+    timed(&mut steps, StepName::PurgeRoot, || state.base.uncover())?;
     timed(&mut steps, StepName::PurgeIpc, || {
         // SAFETY: unshare takes flags only.
         check(unsafe { libc::unshare(libc::CLONE_NEWIPC | libc::CLONE_NEWUTS) })

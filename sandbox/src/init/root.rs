@@ -1,4 +1,11 @@
-//! Swapping roots: into a tenancy's, and back to an empty one.
+//! Swapping roots: a tenancy's root is mounted over the empty one of an idle sandbox, and taken away
+//! again.
+//!
+//! The root of the mount namespace never changes: pivot_root(2) would look at every task of the
+//! machine to see whether it must be moved. Who joins the namespace begins in what is mounted on
+//! its root (kernel: fs/namespace.c, mntns_install), and so does pid 1 by chroot. The empty root is
+//! read-only, so that a function which gets out of its own root by chroot finds nothing and leaves
+//! nothing.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -47,9 +54,10 @@ pub fn enter(
     let mut steps = Steps::new();
     let entered = swap(&root, &mounts, request, &parts, &mut steps);
     drop((mounts, parts));
+    state.base.covered_by = Some(root);
     if let Err(failure) = entered {
-        // Parts may lie in the new root by now: start again from an empty one.
-        return match withdraw(&root).and_then(|()| leave()) {
+        // Parts may lie in the new root by now: they are made again.
+        return match state.base.uncover() {
             Ok(()) => {
                 state.parts = Stock::Due;
                 Err(failure)
@@ -93,31 +101,67 @@ fn swap(
         }
         set_hostname(&request.hostname)
     })?;
-    timed(steps, StepName::RootPivot, || pivot(root))?;
-    timed(steps, StepName::RootDetach, detach_old)
+    timed(steps, StepName::RootEnter, || go_to(root))
 }
 
-/// Goes to a new, empty root and lets the one before go, with every mount in it.
-pub fn leave() -> Result<(), Failure> {
-    let empty = parts::new_mount(
-        "tmpfs",
-        &[("mode", Some("755")), ("size", Some("64k"))],
-        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV,
-    )?;
-    attach_over_root(&empty)?;
-    pivot(&empty)?;
-    detach_old()
+/// The root of the mount namespace.
+#[derive(Debug)]
+pub struct Base {
+    empty: OwnedFd,
+    /// The tenancy's root, which lies on it.
+    covered_by: Option<OwnedFd>,
 }
 
-/// Undoes as much of a swap as was done: whichever of the two roots lies on the other goes.
-fn withdraw(root: &OwnedFd) -> Result<(), Failure> {
-    rustix::process::fchdir(root).doing("go to the refused root")?;
-    match unmount(c".", UnmountFlags::DETACH) {
-        // It had not been attached yet.
-        Ok(()) | Err(rustix::io::Errno::INVAL) => {}
-        Err(error) => return Err(error).doing("let the refused root go"),
+impl Base {
+    /// Makes an empty directory the root and lets every other mount go.
+    pub fn make() -> Result<Self, Failure> {
+        let empty = parts::new_mount(
+            "tmpfs",
+            &[("mode", Some("755")), ("size", Some("64k"))],
+            MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV,
+        )?;
+        for name in parts::PLACES {
+            mkdirat(&empty, name, Mode::from_raw_mode(0o755))
+                .doing_on("make the directory", name)?;
+        }
+        attach_over_root(&empty)?;
+        rustix::process::fchdir(&empty).doing("go to the empty root")?;
+        sys::pivot_to_here().doing("make the empty root the root")?;
+        unmount(c".", UnmountFlags::DETACH).doing("let the old root go")?;
+        rustix::process::chdir(c"/").doing("go to the empty root")?;
+        sys::mount_setattr(empty.as_fd(), sys::MOUNT_ATTR_RDONLY, false)
+            .doing("make the empty root read-only")?;
+        Ok(Self {
+            empty,
+            covered_by: None,
+        })
     }
-    rustix::process::chdir(c"/").doing("go to the root")
+
+    /// Lets everything go that is mounted on it or in it. May be repeated.
+    pub fn uncover(&mut self) -> Result<(), Failure> {
+        if let Some(root) = &self.covered_by {
+            rustix::process::fchdir(root).doing("go to the old root")?;
+            detach(c".")?;
+        }
+        go_to(&self.empty)?;
+        self.covered_by = None;
+        for name in parts::PLACES {
+            detach(name)?;
+        }
+        Ok(())
+    }
+}
+
+/// Lets all mounts on a place go.
+fn detach(place: impl rustix::path::Arg + Copy) -> Result<(), Failure> {
+    loop {
+        match unmount(place, UnmountFlags::DETACH) {
+            Ok(()) => {}
+            // Nothing is mounted there any more.
+            Err(rustix::io::Errno::INVAL) => return Ok(()),
+            Err(error) => return Err(error).doing("let a mount go"),
+        }
+    }
 }
 
 /// Mounts over the root directory itself: no directory of the old root is needed for it, whatever
@@ -128,14 +172,10 @@ fn attach_over_root(mount: &OwnedFd) -> Result<(), Failure> {
     sys::move_mount(mount.as_fd(), root.as_fd()).doing("attach the new root")
 }
 
-fn pivot(root: &OwnedFd) -> Result<(), Failure> {
+/// Makes a mount this process's root and current directory.
+fn go_to(root: &OwnedFd) -> Result<(), Failure> {
     rustix::process::fchdir(root).doing("go to the new root")?;
-    sys::pivot_to_here().doing("make the new root the root")
-}
-
-fn detach_old() -> Result<(), Failure> {
-    unmount(c".", UnmountFlags::DETACH).doing("let the old root go")?;
-    rustix::process::chdir(c"/").doing("go to the new root")
+    rustix::process::chroot(c".").doing("make the new root the root")
 }
 
 /// A directory of the root's own for one of our parts: made when missing, never a link.

@@ -1,4 +1,5 @@
-//! The shim's own ttrpc service `trenv.sandbox.v1`: messages, server trait and client.
+//! The shim's own ttrpc service `trenv.sandbox.v1`: messages, server trait and client, and the
+//! sockets that carry it.
 //!
 //! The interface and its contracts are documented in `trenv.sandbox.v1.proto`.
 
@@ -12,6 +13,8 @@ mod generated {
     )]
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
+
+pub mod socket;
 
 pub use generated::trenv_sandbox_v1::*;
 pub use generated::trenv_sandbox_v1_ttrpc::*;

@@ -24,6 +24,7 @@ use crate::template::{METHODS, start_error};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 const DEADLINE_MAX: Duration = Duration::from_secs(300);
+const HOUSEKEEPING_PAUSE: Duration = Duration::from_millis(20);
 const STREAMS_LIMIT: Duration = Duration::from_secs(2);
 
 /// Timed steps, in order.
@@ -230,8 +231,8 @@ impl SandboxContainer {
         if let Some(seat) = seat {
             self.lock().seats.retain(|kept| !Arc::ptr_eq(kept, &seat));
             let this = Arc::clone(self);
-            // Off the call's path: the next tenancy has a seat of its own.
-            tokio::task::spawn_blocking(move || {
+            // The next tenancy has a seat of its own.
+            after_the_call(move || {
                 if let Err(err) = this.all.templates.give_back(seat) {
                     tracing::warn!(
                         "A tenancy's cgroup stays until the next sweep: {}",
@@ -371,8 +372,11 @@ impl SandboxContainer {
     /// What need not be done before the answer.
     fn after_start(self: &Arc<Self>, template: Option<TemplateRef>, spec_json: String) {
         let this = Arc::clone(self);
-        tokio::task::spawn_blocking(move || {
-            if !spec_json.is_empty() {
+        let tenancy = self.lock().tenancy.as_ref().map(|one| one.id.clone());
+        after_the_call(move || {
+            // A later tenancy tells of itself.
+            let current = this.lock().tenancy.as_ref().map(|one| one.id.clone());
+            if !spec_json.is_empty() && current == tenancy {
                 let path = this.bundle.join("config.json");
                 let new = this.bundle.join("config.json.new");
                 let done =
@@ -391,6 +395,15 @@ impl SandboxContainer {
             }
         });
     }
+}
+
+/// Runs what only prepares the next start, or tells of the last one: the call that caused it goes
+/// first.
+fn after_the_call(work: impl FnOnce() + Send + 'static) {
+    tokio::spawn(async {
+        tokio::time::sleep(HOUSEKEEPING_PAUSE).await;
+        tokio::task::spawn_blocking(work).await
+    });
 }
 
 impl Plan {

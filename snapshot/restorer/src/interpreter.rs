@@ -325,6 +325,9 @@ impl Line {
 }
 
 /// Where a thread or a process that shares this address space begins.
+///
+/// # Safety
+/// `header` and `ops` must be as [`run`] wants them.
 pub unsafe extern "C" fn task(header: u64, ops: u64) -> ! {
     // SAFETY: both were taken from the program of this process.
     unsafe { run(header as *mut Header, ops as *const Op) };

@@ -157,9 +157,9 @@ impl Plan {
         let (entry, code, length) = (region.entry(), region.code_length(), region.length());
         let (bytes, mut sentences) = region.finish()?;
         let mut capsules = Vec::new();
-        for index in 0..manifest.processes.len() {
-            if placement.ways[index] == Way::Loaded {
-                let (capsule, its) = CapsulePlan::of(index, tree, &pieces[index], next)?;
+        for (index, (way, pieces)) in placement.ways.iter().zip(&pieces).enumerate() {
+            if *way == Way::Loaded {
+                let (capsule, its) = CapsulePlan::of(index, tree, pieces, next)?;
                 next += its.len() as u32;
                 sentences.extend(its);
                 capsules.push(capsule);
