@@ -43,7 +43,7 @@ pub async fn sandboxes(config: &Config, namespace: &str) -> anyhow::Result<Vec<S
     {
         return Ok(Vec::new());
     }
-    let client = proto::socket::connect(&address)
+    let client = trenv_sandbox_proto::socket::connect(&address)
         .await
         .with_context(|| format!("Failed to connect to the shim at {address}"))?;
     let answer = SandboxClient::new(client)

@@ -40,7 +40,6 @@ pub const SECRETS_DIRECTORY: &str = "/var/openfaas/secrets";
 pub struct FunctionSpec<'a> {
     pub function: &'a str,
     pub tenancy: &'a str,
-    pub hostname: &'a str,
     pub process: &'a Process,
     pub limits: Limits,
     pub read_only: bool,
@@ -82,7 +81,7 @@ fn bind(source: &Path, target: &str) -> Mount {
 }
 
 /// The spec of a sandbox that serves a function.
-pub fn function_spec(spec: &FunctionSpec<'_>) -> Vec<u8> {
+pub fn function_spec(spec: &FunctionSpec<'_>) -> PreparedSpec {
     let process = spec.process;
     let mut mounts = base_mounts();
     for bind in spec.binds {
@@ -91,7 +90,7 @@ pub fn function_spec(spec: &FunctionSpec<'_>) -> Vec<u8> {
             "options": bind.options,
         }));
     }
-    let document = json!({
+    PreparedSpec(json!({
         "ociVersion": "1.0.2",
         "process": {
             "user": {
@@ -108,7 +107,6 @@ pub fn function_spec(spec: &FunctionSpec<'_>) -> Vec<u8> {
             "noNewPrivileges": true,
         },
         "root": { "path": "rootfs", "readonly": spec.read_only },
-        "hostname": spec.hostname,
         "mounts": mounts,
         "annotations": {
             SANDBOX_ANNOTATION: "function",
@@ -116,8 +114,20 @@ pub fn function_spec(spec: &FunctionSpec<'_>) -> Vec<u8> {
             TENANCY_ANNOTATION: spec.tenancy,
         },
         "linux": linux(spec.limits),
-    });
-    document.to_string().into_bytes()
+    }))
+}
+
+/// A function's spec in which only the sandbox is wanting: made ahead, since that takes as long as a
+/// swap of roots.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PreparedSpec(Value);
+
+impl PreparedSpec {
+    /// The spec, as JSON, in a sandbox of this name.
+    pub fn in_sandbox(mut self, hostname: &str) -> Vec<u8> {
+        self.0["hostname"] = hostname.into();
+        self.0.to_string().into_bytes()
+    }
 }
 
 /// The spec of a sandbox without a function.
@@ -208,16 +218,15 @@ mod tests {
     use super::*;
 
     fn spec(process: &Process, limits: Limits, binds: &[Mount]) -> Value {
-        let bytes = function_spec(&FunctionSpec {
+        let prepared = function_spec(&FunctionSpec {
             function: "hello",
             tenancy: "t1",
-            hostname: "sb1",
             process,
             limits,
             read_only: true,
             binds,
         });
-        serde_json::from_slice(&bytes).unwrap()
+        serde_json::from_slice(&prepared.in_sandbox("sb1")).unwrap()
     }
 
     #[test]
@@ -235,6 +244,7 @@ mod tests {
             cpu_millis: 500,
         };
         let spec = spec(&process, limits, &[]);
+        assert_eq!(spec["hostname"], "sb1");
         assert_eq!(spec["process"]["args"][0], "a");
         assert_eq!(spec["process"]["user"]["additionalGids"][0], 7);
         assert_eq!(spec["process"]["capabilities"]["effective"], json!([]));

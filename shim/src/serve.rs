@@ -1,6 +1,6 @@
 //! The daemon: both services on the inherited socket, until nothing is left to serve.
 
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

@@ -104,6 +104,7 @@ pub struct Zygote {
 struct Tree {
     sentences: Vec<String>,
     processes: usize,
+    root_pid: i32,
     oom_score_adj: i32,
 }
 
@@ -159,6 +160,7 @@ impl Zygote {
             tree: Arc::new(Tree {
                 sentences: plan.sentences,
                 processes: plan.processes,
+                root_pid: plan.root_pid,
                 oom_score_adj: plan.oom_score_adj,
             }),
             working_set: Mutex::new(WorkingSet::new(plan.stored, plan.file_pages, plan.tables)),
@@ -343,6 +345,8 @@ pub struct StartRequest<'a> {
 pub struct Started {
     /// Host pids, in the manifest's order: the root first.
     pub pids: Vec<i32>,
+    /// The root's pid in the sandbox.
+    pub root_pid: i32,
     pub steps: Vec<(&'static str, Duration)>,
 }
 
@@ -436,6 +440,7 @@ impl PreparedClone {
         }
         Ok(Started {
             pids,
+            root_pid: self.tree.root_pid,
             steps: steps(begun, &marks),
         })
     }

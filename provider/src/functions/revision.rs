@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use super::{FunctionName, KeyParts, Limits, Process};
 use crate::containerd::{Mount, ResolvedImage};
+use crate::spec::PreparedSpec;
 
 /// What is stored of a revision.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,11 +76,13 @@ impl RevisionState {
     }
 }
 
-/// A writable snapshot made ahead of a tenancy. Its key is the tenancy's id.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A writable snapshot made ahead of a tenancy, and the tenancy's spec. The snapshot's key is the
+/// tenancy's id.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Spare {
     pub tenancy: String,
     pub mounts: Vec<Mount>,
+    pub spec: PreparedSpec,
 }
 
 /// A revision at work.

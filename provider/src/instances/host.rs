@@ -204,18 +204,6 @@ impl Host {
         self.update_record(sandbox, self.idle_record(sandbox));
     }
 
-    fn spec_of(sandbox: &SandboxRef, revision: &Revision, tenancy: &str) -> Vec<u8> {
-        spec::function_spec(&FunctionSpec {
-            function: &revision.record.function.name,
-            tenancy,
-            hostname: &sandbox.id,
-            process: &revision.record.process,
-            limits: revision.record.limits,
-            read_only: revision.record.read_only,
-            binds: &revision.binds,
-        })
-    }
-
     async fn run_task(
         &self,
         sandbox: &SandboxRef,
@@ -319,7 +307,7 @@ impl SandboxOps for Host {
             .await
             .map_err(|err| failed(&name, err))?;
         let mut steps = vec![("snapshot".to_owned(), micros(begun.elapsed()))];
-        let spec_json = Self::spec_of(sandbox, revision, &spare.tenancy);
+        let spec_json = spare.spec.clone().in_sandbox(&sandbox.id);
         let record = self.function_record(sandbox, revision, &spare.tenancy, spec_json);
         let run = async {
             self.run_task(sandbox, record, &spare.mounts, &mut steps)
@@ -360,7 +348,7 @@ impl SandboxOps for Host {
             .await
             .map_err(|err| failed(&name, err))?;
         let mut steps = vec![("snapshot".to_owned(), micros(begun.elapsed()))];
-        let spec_json = Self::spec_of(sandbox, revision, &spare.tenancy);
+        let spec_json = spare.spec.clone().in_sandbox(&sandbox.id);
         let mut request = proto::RepurposeRequest::new();
         request.sandbox_id = sandbox.id.clone();
         request.tenancy = spare.tenancy.clone();
@@ -447,7 +435,19 @@ pub async fn make_spare(
         .namespace(&record.function.namespace)?
         .prepare_snapshot(&record.lease, &tenancy, &parent, owner_labels(revision))
         .await?;
-    Ok(Spare { tenancy, mounts })
+    let spec = spec::function_spec(&FunctionSpec {
+        function: &record.function.name,
+        tenancy: &tenancy,
+        process: &record.process,
+        limits: record.limits,
+        read_only: record.read_only,
+        binds: &revision.binds,
+    });
+    Ok(Spare {
+        tenancy,
+        mounts,
+        spec,
+    })
 }
 
 /// Tops up the snapshots made ahead of a revision with a template, off the call's path.
@@ -466,6 +466,9 @@ pub fn refill_spares(host: &Host, revision: &Arc<Revision>) {
         }
         while revision.spares() < SPARES && !revision.retired() {
             match make_spare(&containerd, &revision).await {
+                Ok(spare) if revision.retired() => {
+                    remove_spare(&containerd, &revision, &spare).await;
+                }
                 Ok(spare) => {
                     // A root that is not mounted ahead is mounted at the start.
                     if let Err(err) = shim
@@ -483,6 +486,17 @@ pub fn refill_spares(host: &Host, revision: &Arc<Revision>) {
             }
         }
     });
+}
+
+/// Takes back a snapshot whose revision was retired while it was made.
+async fn remove_spare(containerd: &Containerd, revision: &Revision, spare: &Spare) {
+    let removed = match containerd.namespace(&revision.record.function.namespace) {
+        Ok(containerd) => containerd.remove_snapshot(&spare.tenancy).await,
+        Err(err) => Err(err),
+    };
+    if let Err(err) = removed {
+        tracing::warn!("A snapshot stays behind until the provider starts again: {err}");
+    }
 }
 
 /// The shim's steps, and what its call took besides. A name with a dot is a part of another step.

@@ -6,7 +6,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use oci_spec::runtime::{LinuxSeccomp, Spec};
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use trenv_sandbox::Rootfs;
 use trenv_sandbox::cgroup::Limits;
 use trenv_sandbox::rootfs::{Mount, sync_upper};
@@ -15,7 +16,7 @@ use trenv_snapshot::zygote::{StartRequest, Started};
 
 use super::container::SandboxContainer;
 use super::spec::{PartSpec, RootSpec, hostname_of};
-use super::tenancy::{Root, Seat, TemplateRef, Tenancy, identify};
+use super::tenancy::{Root, Seat, Seccomp, TemplateRef, Tenancy, identify};
 use crate::error::{Result, ShimError};
 use crate::reap::Exit;
 use crate::runc::blocking;
@@ -68,9 +69,31 @@ struct Plan {
     rootfs: Vec<Mount>,
     root: RootSpec,
     limits: Limits,
-    seccomp: Option<LinuxSeccomp>,
+    seccomp: Option<Seccomp>,
     spec_json: String,
     deadline: Duration,
+}
+
+/// A start that failed.
+enum Failed {
+    /// Nothing has been changed yet.
+    Before(ShimError),
+    /// The sandbox is half a function's.
+    Within(ShimError),
+}
+
+/// What a start needs of the OCI spec; reading all of it would take longer than the swap of roots.
+#[derive(Default, Deserialize)]
+struct NeededSpec {
+    linux: Option<NeededLinux>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct NeededLinux {
+    seccomp: Option<Box<RawValue>>,
+    masked_paths: Vec<String>,
+    readonly_paths: Vec<String>,
 }
 
 impl SandboxContainer {
@@ -96,34 +119,27 @@ impl SandboxContainer {
         self: &Arc<Self>,
         request: proto::RepurposeRequest,
     ) -> Result<proto::RepurposeResponse> {
-        let plan = Plan::of(request)?;
+        let plan = Arc::new(Plan::of(request)?);
         self.claim("repurpose", proto::State::IDLE, proto::State::RESTORING)?;
         let mut steps = Steps::default();
-        let begun = Instant::now();
-        let seat = match self.seat_for(&plan).await {
-            Ok(seat) => seat,
-            Err(err) => {
-                // Nothing has been changed yet.
-                self.settle(proto::State::IDLE, "no template to start from", |_| {})?;
-                return Err(err);
+        match self.restore(&plan, &mut steps).await {
+            Ok((template, pids)) => {
+                self.after_start(template, plan);
+                Ok(proto::RepurposeResponse {
+                    steps: steps.into_proto(),
+                    pids: pids.into_iter().map(i32::cast_unsigned).collect(),
+                    ..proto::RepurposeResponse::default()
+                })
             }
-        };
-        steps.add("cgroup", begun.elapsed());
-        let template = seat.template;
-        let spec_json = plan.spec_json.clone();
-        let pids = match self.restore(plan, seat, &mut steps).await {
-            Ok(pids) => pids,
-            Err(err) => {
+            Err(Failed::Before(err)) => {
+                self.settle(proto::State::IDLE, "nothing to start from", |_| {})?;
+                Err(err)
+            }
+            Err(Failed::Within(err)) => {
                 self.die(Exit::now(137), "the restore failed").await;
-                return Err(err);
+                Err(err)
             }
-        };
-        self.after_start(template, spec_json);
-        Ok(proto::RepurposeResponse {
-            steps: steps.into_proto(),
-            pids: pids.into_iter().map(i32::cast_unsigned).collect(),
-            ..proto::RepurposeResponse::default()
-        })
+        }
     }
 
     /// Writes the function's template and ends the tenancy; a refused dump leaves it running.
@@ -252,82 +268,81 @@ impl SandboxContainer {
         }
     }
 
-    async fn seat_for(self: &Arc<Self>, plan: &Plan) -> Result<Arc<Seat>> {
-        let this = Arc::clone(self);
-        let (template, copy) = (plan.template, plan.copy);
-        let (rootfs, limits) = (plan.rootfs.clone(), plan.limits.clone());
-        let seat = blocking(move || {
-            if copy {
-                return this
-                    .all
-                    .templates
-                    .tenancy_cgroup(&limits)
-                    .map(Seat::plain)
-                    .map(Arc::new);
-            }
-            let template = this.all.templates.resolve(template)?;
-            let (seat, ready) = this.all.templates.seat(template, &rootfs, &limits)?;
-            if !ready {
-                tracing::info!(
-                    "No seat was ready for {}: one was made on the call's path",
-                    template.id
-                );
-            }
-            Ok(seat)
-        })
-        .await?;
-        self.lock().seats.push(Arc::clone(&seat));
-        Ok(seat)
-    }
-
     async fn restore(
         self: &Arc<Self>,
-        plan: Plan,
-        seat: Arc<Seat>,
+        plan: &Arc<Plan>,
         steps: &mut Steps,
-    ) -> Result<Vec<i32>> {
+    ) -> std::result::Result<(Option<TemplateRef>, Vec<i32>), Failed> {
         let until = Instant::now() + plan.deadline;
         let begun = Instant::now();
-        let plan = Arc::new(plan);
-        let entering = {
-            let (this, plan) = (Arc::clone(self), Arc::clone(&plan));
-            blocking(move || this.enter(&plan))
-        };
         let uris = self.all.function_uris(&self.id, &self.first.uris);
-        let streams = async {
-            let streams = stdio::pipes(&uris, &self.owner, Overflow::Drop).await;
-            (streams, begun.elapsed())
-        };
-        // Neither needs the other, and both wait for the kernel.
-        let (entered, (streams, connecting)) = tokio::join!(entering, streams);
-        let (parts, (ends, streams)) = (entered?, streams?);
-        steps.add("rootfs", begun.elapsed());
-        steps.parts("rootfs", parts);
-        steps.parts("rootfs", [("streams_meanwhile", connecting)]);
-        let stdio = identify(&ends.0);
+        let (ends, streams) = stdio::pipes(&uris, &self.owner, Overflow::Drop)
+            .await
+            .map_err(Failed::Before)?;
+        steps.add("streams", begun.elapsed());
         let _starting = self.starting();
-        let begun = Instant::now();
-        let (this, wanted, place) = (Arc::clone(self), Arc::clone(&plan), Arc::clone(&seat));
-        let (root, started) = blocking(move || {
-            let started = this.start_tree(&wanted, &place, &ends, until)?;
-            let root = Root::of_host_pid(started.pids.first().copied().unwrap_or_default())?;
-            Ok((root, started))
-        })
-        .await?;
-        steps.add("restore", begun.elapsed());
-        steps.parts("restore", started.steps.iter().copied());
+        let (this, wanted) = (Arc::clone(self), Arc::clone(plan));
+        // One visit to another thread for everything that waits for the kernel.
+        let restored = blocking(move || Ok(this.restore_here(&wanted, &ends, until))).await;
+        let (done, tenancy) = restored.map_err(Failed::Within)??;
+        steps.0.extend(done.0);
         self.first.connect(streams, None);
+        let (template, pids) = (tenancy.seat.template, tenancy.restored.clone());
+        self.settle_ready(tenancy, "the function was started from its template")
+            .map_err(Failed::Within)?;
+        Ok((template, pids))
+    }
+
+    /// The part of a start that blocks: seat, root, processes.
+    fn restore_here(
+        &self,
+        plan: &Plan,
+        ends: &ProcessEnds,
+        until: Instant,
+    ) -> std::result::Result<(Steps, Tenancy), Failed> {
+        let mut steps = Steps::default();
+        let seat = steps
+            .time("cgroup", || self.seat_for(plan))
+            .map_err(Failed::Before)?;
+        self.lock().seats.push(Arc::clone(&seat));
+        let parts = steps
+            .time("rootfs", || self.enter(plan))
+            .map_err(Failed::Within)?;
+        steps.parts("rootfs", parts);
+        let (root, started) = steps
+            .time("restore", || {
+                let started = self.start_tree(plan, &seat, ends, until)?;
+                Ok((Root::of_started(&started)?, started))
+            })
+            .map_err(Failed::Within)?;
+        steps.parts("restore", started.steps.iter().copied());
         let tenancy = Tenancy {
             id: plan.tenancy.clone(),
             seat,
             root,
-            stdio,
+            stdio: identify(&ends.0),
             mounts: plan.rootfs.clone(),
             seccomp: plan.seccomp.clone(),
-            restored: started.pids.clone(),
+            restored: started.pids,
         };
-        self.settle_ready(tenancy, "the function was started from its template")?;
-        Ok(started.pids)
+        Ok((steps, tenancy))
+    }
+
+    fn seat_for(&self, plan: &Plan) -> Result<Arc<Seat>> {
+        let templates = &self.all.templates;
+        if plan.copy {
+            let cgroup = templates.tenancy_cgroup(&plan.limits)?;
+            return Ok(Arc::new(Seat::plain(cgroup)));
+        }
+        let template = templates.resolve(plan.template)?;
+        let (seat, ready) = templates.seat(template, &plan.rootfs, &plan.limits)?;
+        if !ready {
+            tracing::info!(
+                "No clone of {} was ready: one is made on the call's path",
+                template.id
+            );
+        }
+        Ok(seat)
     }
 
     fn enter(&self, plan: &Plan) -> Result<Vec<(&'static str, Duration)>> {
@@ -370,17 +385,16 @@ impl SandboxContainer {
     }
 
     /// What need not be done before the answer.
-    fn after_start(self: &Arc<Self>, template: Option<TemplateRef>, spec_json: String) {
+    fn after_start(self: &Arc<Self>, template: Option<TemplateRef>, plan: Arc<Plan>) {
         let this = Arc::clone(self);
-        let tenancy = self.lock().tenancy.as_ref().map(|one| one.id.clone());
         after_the_call(move || {
             // A later tenancy tells of itself.
             let current = this.lock().tenancy.as_ref().map(|one| one.id.clone());
-            if !spec_json.is_empty() && current == tenancy {
+            if !plan.spec_json.is_empty() && current.as_ref() == Some(&plan.tenancy) {
                 let path = this.bundle.join("config.json");
                 let new = this.bundle.join("config.json.new");
-                let done =
-                    std::fs::write(&new, spec_json).and_then(|()| std::fs::rename(&new, &path));
+                let done = std::fs::write(&new, &plan.spec_json)
+                    .and_then(|()| std::fs::rename(&new, &path));
                 if let Err(err) = done {
                     tracing::warn!("{} tells the last tenancy's spec: {err}", path.display());
                 }
@@ -417,14 +431,14 @@ impl Plan {
                 )));
             }
         };
-        let spec: Option<Spec> = if request.spec_json.is_empty() {
-            None
+        let spec: NeededSpec = if request.spec_json.is_empty() {
+            NeededSpec::default()
         } else {
-            Some(serde_json::from_str(&request.spec_json).map_err(|err| {
+            serde_json::from_str(&request.spec_json).map_err(|err| {
                 ShimError::InvalidArgument(format!("spec_json is not an OCI spec: {err}"))
-            })?)
+            })?
         };
-        let linux = spec.and_then(|spec| spec.linux().clone());
+        let linux = spec.linux.unwrap_or_default();
         let mut mounts = Vec::new();
         for mount in &request.mounts {
             let (source, target) = (mount.source.clone().into(), mount.target.clone().into());
@@ -435,12 +449,6 @@ impl Plan {
         } else {
             request.hostname
         };
-        let list = |of: fn(&oci_spec::runtime::Linux) -> &Option<Vec<String>>| {
-            linux
-                .as_ref()
-                .and_then(|linux| of(linux).clone())
-                .unwrap_or_default()
-        };
         Ok(Self {
             template: template_ref(&request.template_id, request.generation)?,
             tenancy: request.tenancy,
@@ -450,11 +458,11 @@ impl Plan {
                 read_only: request.read_only_rootfs,
                 hostname,
                 mounts,
-                masked_paths: list(oci_spec::runtime::Linux::masked_paths),
-                readonly_paths: list(oci_spec::runtime::Linux::readonly_paths),
+                masked_paths: linux.masked_paths,
+                readonly_paths: linux.readonly_paths,
             },
             limits: limits_of(request.limits.as_ref()),
-            seccomp: linux.and_then(|linux| linux.seccomp().clone()),
+            seccomp: linux.seccomp.map(Seccomp::Text),
             spec_json: request.spec_json,
             deadline: match request.deadline_ms {
                 0 => DEADLINE,

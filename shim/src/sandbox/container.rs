@@ -17,7 +17,7 @@ use trenv_sandbox_proto::{SandboxInfo, State};
 
 use super::Sandboxes;
 use super::spec::{Kind, SandboxSpec};
-use super::tenancy::{Seat, Tenancy};
+use super::tenancy::{Seat, Seccomp, Tenancy};
 use crate::error::{Result, ShimError};
 use crate::reap::Exit;
 use crate::runc::blocking;
@@ -69,7 +69,7 @@ pub struct Inner {
 pub struct Waiting {
     pub tenancy: String,
     pub process: ProcessSpec,
-    pub seccomp: Option<oci_spec::runtime::LinuxSeccomp>,
+    pub seccomp: Option<Seccomp>,
     pub seat: Arc<Seat>,
     pub mounts: Vec<trenv_sandbox::rootfs::Mount>,
 }

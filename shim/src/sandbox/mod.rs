@@ -33,6 +33,7 @@ use ttrpc::asynchronous::Service;
 use container::{Made, SandboxContainer, Waiting};
 use requests::Requests;
 use spec::{Kind, SandboxSpec};
+use tenancy::Seccomp;
 pub use tenancy::{Seat, TemplateRef, Tenancy};
 use watch::WatchLog;
 
@@ -266,7 +267,7 @@ impl Sandboxes {
         Ok(Some(Waiting {
             tenancy: spec.tenancy.clone(),
             process: process.clone(),
-            seccomp: spec.seccomp.clone(),
+            seccomp: spec.seccomp.clone().map(Seccomp::Read),
             seat: Arc::new(Seat::plain(cgroup)),
             mounts,
         }))

@@ -13,7 +13,7 @@ use trenv_sandbox_proto::State;
 
 use super::container::{END_LIMIT, Exec, STREAMS_LIMIT, SandboxContainer, name_of};
 use super::spec;
-use super::tenancy::{Root, Seat, Tenancy, identify};
+use super::tenancy::{Root, Seat, Seccomp, Tenancy, identify};
 use crate::error::{Result, ShimError};
 use crate::reap::Exit;
 use crate::runc::{blocking, signal_process};
@@ -258,7 +258,8 @@ impl Container for SandboxContainer {
             .tenancy
             .as_ref()
             .and_then(|tenancy| tenancy.seccomp.as_ref());
-        let spec = spec::exec_process(&spec, seccomp)?;
+        let seccomp = seccomp.map(Seccomp::read).transpose()?;
+        let spec = spec::exec_process(&spec, seccomp.as_ref())?;
         if state.execs.contains_key(exec_id) {
             return Err(ShimError::AlreadyExists {
                 kind: "process",

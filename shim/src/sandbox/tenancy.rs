@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::LinuxSeccomp;
 use rustix::event::{PollFd, PollFlags, Timespec};
+use serde_json::value::RawValue;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::Mount;
 use trenv_snapshot::TaskGroup;
-use trenv_snapshot::zygote::{Agent, PreparedClone};
+use trenv_snapshot::zygote::{Agent, PreparedClone, Started};
 
 use crate::error::{Result, ShimError};
 use crate::runc::signal_process;
@@ -245,20 +246,12 @@ pub struct Root {
 
 impl Root {
     /// The root process of a restored tree.
-    pub fn of_host_pid(pid: i32) -> Result<Self> {
-        let action = || ShimError::io(format!("look at the restored process {pid}"));
-        let pidfd = open_pidfd(pid)?;
-        let status =
-            std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(|err| action()(err))?;
-        let inside = status
-            .lines()
-            .find_map(|line| line.strip_prefix("NSpid:"))
-            .and_then(|pids| pids.split_whitespace().next_back()?.parse().ok())
-            .ok_or_else(|| action()(io::Error::from(io::ErrorKind::InvalidData)))?;
+    pub fn of_started(started: &Started) -> Result<Self> {
+        let pid = started.pids.first().copied().unwrap_or_default();
         Ok(Self {
             pid: pid.cast_unsigned(),
-            pid_in_sandbox: inside,
-            pidfd,
+            pid_in_sandbox: started.root_pid,
+            pidfd: open_pidfd(pid)?,
         })
     }
 
@@ -274,6 +267,28 @@ impl Root {
     }
 }
 
+/// The seccomp profile of a tenancy, for what is executed in it later.
+#[derive(Debug, Clone)]
+pub enum Seccomp {
+    Read(LinuxSeccomp),
+    /// As a repurpose request has it: most tenancies never need it.
+    Text(Box<RawValue>),
+}
+
+impl Seccomp {
+    /// The profile.
+    pub fn read(&self) -> Result<LinuxSeccomp> {
+        match self {
+            Self::Read(profile) => Ok(profile.clone()),
+            Self::Text(text) => serde_json::from_str(text.get()).map_err(|err| {
+                ShimError::InvalidArgument(format!(
+                    "The seccomp profile of the tenancy's spec_json cannot be read: {err}"
+                ))
+            }),
+        }
+    }
+}
+
 /// A tenancy that has a running function.
 #[derive(Debug)]
 pub struct Tenancy {
@@ -283,7 +298,7 @@ pub struct Tenancy {
     pub stdio: [Option<(u64, u64)>; 3],
     /// The mounts of its root, for writing its upper layer through.
     pub mounts: Vec<Mount>,
-    pub seccomp: Option<LinuxSeccomp>,
+    pub seccomp: Option<Seccomp>,
     /// Host pids of a tree that came from a template, in the template's order.
     pub restored: Vec<i32>,
 }

@@ -7,6 +7,7 @@ use crate::manifest::{Credentials, Manifest, Thread};
 
 const CAPABILITIES: u64 = 41;
 const SECCOMP_SET_MODE_FILTER: u64 = 1;
+const FILTER_FLAG_TSYNC: u64 = 1;
 /// Version word of capset(2) for 64 capabilities.
 const CAPABILITY_VERSION: u64 = 0x2008_0522;
 
@@ -23,7 +24,33 @@ pub fn bound(credentials: &Credentials, parent: u64, region: &mut Region, progra
     }
 }
 
-/// Steps by which the calling thread takes its credentials, and its filters where they come last.
+/// Drops, ahead of a start, the bounding capabilities that no process of the tree has.
+///
+/// A process that is loaded gets its permitted capabilities anew at its exec, out of the bounding
+/// and the inheritable set (capabilities(7)); the inheritable set keeps what the start still needs.
+pub fn bound_ahead(common: u64, own: u64, region: &mut Region, program: &mut Program) {
+    program.about(region.sentence("keeping capabilities for the start".into()));
+    let all = Credentials {
+        effective: own,
+        permitted: own,
+        inheritable: own,
+        bounding: common,
+        ..Credentials::default()
+    };
+    set_capabilities(&all, region, program);
+    bound(&all, u64::MAX, region, program);
+}
+
+/// Whether one thread can give all of them their filters (seccomp(2), SECCOMP_FILTER_FLAG_TSYNC),
+/// so that the kernel compiles each filter once.
+pub fn share_filters(threads: &[Thread]) -> bool {
+    threads.len() > 1
+        && threads
+            .iter()
+            .all(|thread| thread.no_new_privileges && thread.filters == threads[0].filters)
+}
+
+/// Steps by which the calling thread takes its credentials; its filters too, where they come first.
 pub fn take(thread: &Thread, manifest: &Manifest, region: &mut Region, program: &mut Program) {
     let own = &thread.credentials;
     if thread.no_new_privileges {
@@ -34,7 +61,7 @@ pub fn take(thread: &Thread, manifest: &Manifest, region: &mut Region, program: 
         );
     } else {
         // Without no_new_privs a filter needs CAP_SYS_ADMIN, which may be gone afterwards.
-        filter(thread, manifest, region, program);
+        filter(thread, 0, manifest, region, program);
     }
     program.about(region.sentence(format!(
         "becoming user {} and group {}",
@@ -69,6 +96,20 @@ pub fn take(thread: &Thread, manifest: &Manifest, region: &mut Region, program: 
             [libc::PR_SET_SECUREBITS as u64, own.secure_bits, 0, 0, 0],
         );
     }
+    set_capabilities(own, region, program);
+    for capability in 0..CAPABILITIES {
+        if own.ambient & 1 << capability != 0 {
+            let raise = [
+                libc::PR_CAP_AMBIENT as u64,
+                libc::PR_CAP_AMBIENT_RAISE as u64,
+                capability,
+            ];
+            program.call(libc::SYS_prctl, raise);
+        }
+    }
+}
+
+fn set_capabilities(own: &Credentials, region: &mut Region, program: &mut Program) {
     program.about(region.sentence("setting capabilities".into()));
     let head = region.put_words(&[CAPABILITY_VERSION]);
     // Two sets of 32 bits each: effective, permitted, inheritable.
@@ -88,27 +129,38 @@ pub fn take(thread: &Thread, manifest: &Manifest, region: &mut Region, program: 
     ];
     let sets = region.put_words(&words);
     program.call(libc::SYS_capset, [head, sets]);
-    for capability in 0..CAPABILITIES {
-        if own.ambient & 1 << capability != 0 {
-            let raise = [
-                libc::PR_CAP_AMBIENT as u64,
-                libc::PR_CAP_AMBIENT_RAISE as u64,
-                capability,
-            ];
-            program.call(libc::SYS_prctl, raise);
-        }
-    }
+}
+
+/// Steps by which the calling thread takes its filters where they come last, for all threads of its
+/// process if they are `shared`.
+pub fn take_filters(
+    thread: &Thread,
+    shared: bool,
+    manifest: &Manifest,
+    region: &mut Region,
+    program: &mut Program,
+) {
     if thread.no_new_privileges {
-        filter(thread, manifest, region, program);
+        let how = if shared { FILTER_FLAG_TSYNC } else { 0 };
+        filter(thread, how, manifest, region, program);
     }
 }
 
-fn filter(thread: &Thread, manifest: &Manifest, region: &mut Region, program: &mut Program) {
+fn filter(
+    thread: &Thread,
+    how: u64,
+    manifest: &Manifest,
+    region: &mut Region,
+    program: &mut Program,
+) {
     for instructions in manifest.filters.iter().take(thread.filters) {
         program.about(region.sentence("installing a seccomp filter".into()));
         let code = region.put_words(instructions);
         // struct sock_fprog: length, then the pointer.
         let description = region.put_words(&[instructions.len() as u64, code]);
-        program.call(libc::SYS_seccomp, [SECCOMP_SET_MODE_FILTER, 0, description]);
+        program.call(
+            libc::SYS_seccomp,
+            [SECCOMP_SET_MODE_FILTER, how, description],
+        );
     }
 }

@@ -274,6 +274,11 @@ fn map(
     for piece in pieces {
         let at = place.at + (piece.address - mapping.start);
         let (descriptor, offset) = piece.from;
+        // All at once costs less than a fault for each page. Unknown before Linux 5.14.
+        let populate = libc::MADV_POPULATE_WRITE as u64;
+        program
+            .call(libc::SYS_madvise, [at, piece.length, populate])
+            .or_not();
         program.call(libc::SYS_pread64, [descriptor, at, piece.length, offset]);
         program.exactly(piece.length);
     }

@@ -58,6 +58,8 @@ pub struct Plan {
     /// Sentences about steps, by number less the restorer's own.
     pub sentences: Vec<String>,
     pub processes: usize,
+    /// Pid of the root in the sandbox.
+    pub root_pid: i32,
     /// The root's, which it inherits from the clone.
     pub oom_score_adj: i32,
     /// Where the zygote holds the stored pages of each process.
@@ -109,12 +111,12 @@ impl Plan {
         let placement = Placement::of(manifest, REGION_LIMIT).ok_or(PlanError::NoRoom)?;
         let pieces = memory::pieces(manifest, extents)?;
         let control = files::control_descriptor(manifest);
-        let limits = process::own_limits();
+        let own = process::Own::read()?;
         let tree = Tree {
             manifest,
             placement: &placement,
             control,
-            limits: &limits,
+            own: &own,
         };
         let mut region = Region::new(placement.region, REGION_LIMIT, OWN_SENTENCES);
         let header = region.put(&[0; size_of::<Header>()], 64);
@@ -177,6 +179,7 @@ impl Plan {
             capsules,
             sentences,
             processes: manifest.processes.len(),
+            root_pid: manifest.processes[0].pid,
             oom_score_adj: manifest.processes[0].oom_score_adj,
             stored: stored(manifest, &placement),
             file_pages: file_pages(manifest, &placement),

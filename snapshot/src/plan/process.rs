@@ -42,8 +42,14 @@ pub struct Tree<'a> {
     pub placement: &'a Placement,
     /// Number of the control descriptor.
     pub control: u64,
-    /// Limits of this process, which a zygote inherits.
-    pub limits: &'a [(u64, u64)],
+    pub own: &'a Own,
+}
+
+/// What a zygote inherits from this process.
+#[derive(Debug)]
+pub struct Own {
+    limits: Vec<(u64, u64)>,
+    capabilities: u64,
 }
 
 impl Tree<'_> {
@@ -80,7 +86,15 @@ impl Tree<'_> {
             // Its bounding set is cut after its exec, which would cut its capabilities too.
             at = self.process(parent).parent;
         }
-        u64::MAX
+        self.common_bounding()
+    }
+
+    /// The bounding capabilities that some process of the tree has.
+    fn common_bounding(&self) -> u64 {
+        let processes = self.manifest.processes.iter();
+        processes.fold(0, |all, process| {
+            all | process.threads[0].credentials.bounding
+        })
     }
 }
 
@@ -95,6 +109,12 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
     }
     let (clone_left, helper_left) = (region.put_words(&[1]), region.put_words(&[1]));
     let mut prepare = Program::default();
+    credentials::bound_ahead(
+        tree.common_bounding(),
+        tree.own.capabilities,
+        region,
+        &mut prepare,
+    );
     if let Some(table) = tables[tree.placement.heir] {
         prepare.verb(verb::COPY_AHEAD, [table]);
     }
@@ -223,11 +243,15 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     program.verb(verb::MARK, [mark::MEMORY]);
     files::install(manifest, process, control, region, program);
     program.verb(verb::MARK, [mark::FILES]);
-    settle(process, tree.limits, region, program);
+    settle(process, &tree.own.limits, region, program);
 
+    let shared = credentials::share_filters(&process.threads);
     let gate = region.put_words(&[0]);
+    let mut ready = Vec::new();
     for thread in &process.threads[1..] {
-        let its = thread_program(thread, process, manifest, gate, region);
+        ready.push(region.put_words(&[0]));
+        let words = (gate, ready.last().copied().filter(|_| shared));
+        let its = thread_program(thread, process, manifest, words, region);
         let stack = region.put(&vec![0; THREAD_STACK as usize], 16);
         program.about(region.sentence(format!("making thread {} of process {pid}", thread.tid)));
         let args = [
@@ -244,6 +268,13 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     thread_state(main, process, region, program);
     send_pending(&process.pending, None, pid, region, program);
     credentials::take(main, manifest, region, program);
+    if shared {
+        // A filter may forbid what the others still have to do.
+        for word in ready {
+            program.verb(verb::WAIT, [word]);
+        }
+    }
+    credentials::take_filters(main, shared, manifest, region, program);
     program.about(region.sentence(format!("making process {pid} dumpable or not")));
     program.call(
         libc::SYS_prctl,
@@ -443,8 +474,26 @@ fn settle(
     }
 }
 
-/// Limits of this process, which a zygote inherits.
-pub fn own_limits() -> Vec<(u64, u64)> {
+impl Own {
+    /// What this process has.
+    pub fn read() -> Result<Self, PlanError> {
+        let capabilities = std::fs::read_to_string("/proc/self/status")
+            .ok()
+            .and_then(|status| {
+                let line = status
+                    .lines()
+                    .find_map(|line| line.strip_prefix("CapPrm:"))?;
+                u64::from_str_radix(line.trim(), 16).ok()
+            })
+            .ok_or_else(|| PlanError::Unsupported("/proc does not tell capabilities".into()))?;
+        Ok(Self {
+            limits: own_limits(),
+            capabilities,
+        })
+    }
+}
+
+fn own_limits() -> Vec<(u64, u64)> {
     (0..16)
         .map(|resource| {
             let mut limit = libc::rlimit {
@@ -462,13 +511,20 @@ fn thread_program(
     thread: &Thread,
     process: &Process,
     manifest: &Manifest,
-    gate: u64,
+    (gate, ready): (u64, Option<u64>),
     region: &mut Region,
 ) -> u64 {
     let mut program = Program::default();
     program.about(region.sentence(format!("setting up thread {}", thread.tid)));
     thread_state(thread, process, region, &mut program);
     credentials::take(thread, manifest, region, &mut program);
+    match ready {
+        // The main thread's filters become this one's.
+        Some(ready) => {
+            program.verb(verb::RELEASE, [ready]);
+        }
+        None => credentials::take_filters(thread, false, manifest, region, &mut program),
+    }
     program.verb(verb::WAIT, [gate]);
     program.verb(verb::SIGRETURN, [put_frame(thread, region)]);
     region.put_program(&program)
