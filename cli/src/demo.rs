@@ -77,6 +77,8 @@ pub async fn run(
         cold: options.calls / 2,
         runc: options.calls / 4,
         sandboxes: 10,
+        pause_ms: 50,
+        weigh: Vec::new(),
         instances: options.instances,
         seed: 1,
         json: options.json,

@@ -64,5 +64,7 @@ fn main() -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("The provider's threads did not start")?;
-    runtime.block_on(serve::run(&config))
+    // On a worker, where the connections are served that it accepts: each hand-over to another thread
+    // would be on a call's path.
+    runtime.block_on(async { tokio::spawn(async move { serve::run(&config).await }).await? })
 }

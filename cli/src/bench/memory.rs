@@ -19,8 +19,9 @@ pub struct MemoryFigures {
     pub private_kb_each: u64,
     /// Proportional share of all instances and of what holds the template's pages, together.
     pub pss_total_kb: u64,
-    /// Proportional share of the processes that hold the template's pages.
-    pub zygote_pss_kb: u64,
+    /// Proportional share of the processes that hold the template's pages: the zygote, and the clones
+    /// that wait for their starts.
+    pub template_pss_kb: u64,
     /// What the tenancies' cgroups are charged.
     pub cgroup_total_kb: u64,
     /// `pss_total_kb` by (`image_kb` + `instances` x `private_kb_each`).
@@ -34,8 +35,8 @@ struct Usage {
     private: u64,
 }
 
-/// Weighs the sandboxes whose pid 1 are given, with the zygotes of their template.
-pub fn weigh(init_pids: &[i32], zygotes: &[i32], image_kb: u64) -> anyhow::Result<MemoryFigures> {
+/// Weighs the sandboxes whose pid 1 are given, with what holds their template's memory.
+pub fn weigh(init_pids: &[i32], holders: &[i32], image_kb: u64) -> anyhow::Result<MemoryFigures> {
     let instances = u64::try_from(init_pids.len())?;
     let mut all = Usage::default();
     let mut groups = BTreeSet::new();
@@ -52,12 +53,12 @@ pub fn weigh(init_pids: &[i32], zygotes: &[i32], image_kb: u64) -> anyhow::Resul
             groups.extend(memory_group(&process));
         }
     }
-    let zygote: u64 = zygotes
+    let template: u64 = holders
         .iter()
         .filter_map(|pid| Process::new(*pid).ok())
         .map(|process| usage(&process).pss)
         .sum();
-    let pss_total_kb = all.pss + zygote;
+    let pss_total_kb = all.pss + template;
     let private_kb_each = all.private / instances.max(1);
     let expected = image_kb + instances * private_kb_each;
     Ok(MemoryFigures {
@@ -66,7 +67,7 @@ pub fn weigh(init_pids: &[i32], zygotes: &[i32], image_kb: u64) -> anyhow::Resul
         resident_kb_each: all.rss / instances.max(1),
         private_kb_each,
         pss_total_kb,
-        zygote_pss_kb: zygote,
+        template_pss_kb: template,
         cgroup_total_kb: groups.iter().filter_map(|path| charged(path)).sum::<u64>() / 1024,
         ratio: (expected > 0).then(|| pss_total_kb as f64 / expected as f64),
     })
@@ -83,24 +84,28 @@ fn members(init_pids: &[i32]) -> anyhow::Result<Vec<i32>> {
         .collect())
 }
 
-/// The processes that hold a template's memory: those in the cgroup that the shim names after it.
-/// Agents beside them have the same memory, not more of it, and are their children.
-pub fn zygotes(template: &str) -> anyhow::Result<Vec<i32>> {
+/// The processes that hold a template's memory: its zygote, which sits in the cgroup that the shim
+/// names after it, and the clones that wait for their starts. Agents, the zygote's children, have the
+/// zygote's memory, not more of it; a clone is an agent's child.
+pub fn holders(template: &str) -> anyhow::Result<Vec<i32>> {
     let short: String = template.chars().take(16).collect();
     let name = format!("/zygotes/{short}");
-    let members: Vec<(i32, i32)> = all_processes()?
-        .flatten()
-        .filter(|process| {
-            let groups = process.cgroups().map(|groups| groups.0).unwrap_or_default();
-            groups.iter().any(|group| group.pathname.contains(&name))
-        })
-        .filter_map(|process| Some((process.pid(), process.stat().ok()?.ppid)))
-        .collect();
-    let child = |parent: i32| members.iter().any(|(pid, _)| *pid == parent);
-    Ok(members
-        .iter()
-        .filter(|(_, parent)| !child(*parent))
-        .map(|(pid, _)| *pid)
+    let mut parents = BTreeMap::new();
+    let mut members = BTreeSet::new();
+    for process in all_processes()?.flatten() {
+        let Ok(stat) = process.stat() else { continue };
+        parents.insert(stat.pid, stat.ppid);
+        let groups = process.cgroups().map(|groups| groups.0).unwrap_or_default();
+        if groups.iter().any(|group| group.pathname.contains(&name)) {
+            members.insert(stat.pid);
+        }
+    }
+    let parent = |pid: &i32| parents.get(pid).copied().unwrap_or_default();
+    let is_zygote = |pid: i32| members.contains(&pid) && !members.contains(&parent(&pid));
+    Ok(parents
+        .keys()
+        .copied()
+        .filter(|pid| is_zygote(*pid) || is_zygote(parent(&parent(pid))))
         .collect())
 }
 

@@ -54,6 +54,12 @@ pub struct StartOptions {
     /// Idle instances to weigh, of each function; 0 leaves it out
     #[arg(long, default_value_t = 20)]
     pub instances: u64,
+    /// Deployed functions to weigh besides
+    #[arg(long, value_delimiter = ',')]
+    pub weigh: Vec<String>,
+    /// Milliseconds between calls, in which the next start is prepared; 0: calls in a row
+    #[arg(long, default_value_t = 100)]
+    pub pause_ms: u64,
     /// Seed of the order of calls
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
@@ -110,7 +116,13 @@ impl<'a> Bench<'a> {
             bail!("There is no function to measure; name some with --functions");
         }
         let calls = options.warm + options.repurposed + options.evicted + options.cold;
-        let weighs = options.instances.min(1) * functions.len() as u64;
+        for name in &options.weigh {
+            find(gateway, name, None)
+                .await?
+                .with_context(|| format!("There is no function {name} to weigh; deploy it"))?;
+        }
+        let weighed = (functions.len() + options.weigh.len()) as u64;
+        let weighs = options.instances.min(1) * weighed;
         let bar = ProgressBar::new(calls + options.runc + weighs);
         if let Ok(style) =
             ProgressStyle::with_template("{msg:<18} [{bar:30}] {pos}/{len} {elapsed} (left {eta})")
@@ -250,8 +262,10 @@ impl<'a> Bench<'a> {
                 count >= idle && count + 1 == states.len()
             })
             .await?;
+            self.pause().await;
             self.end_idle().await?;
-            self.call(&names[index], kind).await;
+            // The provider makes new ones at once; the call comes first.
+            self.call_now(&names[index], kind).await;
         }
         Ok(())
     }
@@ -313,6 +327,7 @@ impl<'a> Bench<'a> {
         for (kind, index) in self.spread(Kind::ColdRunc, self.options.runc) {
             let function = &self.functions[index];
             let name = function.name.clone();
+            self.pause().await;
             let outcome = runc.start(&as_runc(function), RUNC_PATIENCE).await;
             self.report
                 .record(&name, kind, outcome.map_err(|err| format!("{err:#}")));
@@ -326,21 +341,28 @@ impl<'a> Bench<'a> {
             return Ok(());
         }
         self.say("memory");
-        for name in self.names() {
-            for other in self.names() {
-                self.scale(&other, 0).await?;
+        let mut names = self.names();
+        names.extend(self.options.weigh.iter().cloned());
+        for name in &names {
+            for other in &names {
+                self.scale(other, 0).await?;
             }
-            self.scale(&name, self.options.instances).await?;
-            let figures = weigh(self.config, &name).await?;
+            self.scale(name, self.options.instances).await?;
+            let figures = weigh(self.config, name).await?;
             self.report.memory.insert(name.clone(), figures);
-            self.scale(&name, 0).await?;
+            self.scale(name, 0).await?;
             self.bar.inc(1);
         }
         Ok(())
     }
 
-    /// Calls once and files the outcome.
+    /// Calls once, after the pause, and files the outcome.
     async fn call(&mut self, name: &str, wanted: Kind) {
+        self.pause().await;
+        self.call_now(name, wanted).await;
+    }
+
+    async fn call_now(&mut self, name: &str, wanted: Kind) {
         let reply = call(self.gateway, name).await;
         self.bar.inc(1);
         let reply = match reply {
@@ -357,6 +379,10 @@ impl<'a> Bench<'a> {
             }
         }
         self.report.record(name, kind, Ok(reply.first_byte));
+    }
+
+    async fn pause(&self) {
+        tokio::time::sleep(Duration::from_millis(self.options.pause_ms)).await;
     }
 
     async fn have_instance(&self, name: &str) -> anyhow::Result<()> {
@@ -428,7 +454,7 @@ async fn weigh(config: &Config, name: &str) -> anyhow::Result<memory::MemoryFigu
         .iter()
         .filter_map(|sandbox| i32::try_from(sandbox.init_pid).ok())
         .collect();
-    memory::weigh(&pids, &memory::zygotes(template)?, image_kb)
+    memory::weigh(&pids, &memory::holders(template)?, image_kb)
 }
 
 /// Microseconds by step, as `X-Trenv-Steps` has them: a JSON object.
