@@ -134,6 +134,34 @@ fn mounts_of_a_tenancy_go_with_it() {
     sandbox.destroy().unwrap();
 }
 
+/// Gets out of its root as every process can that may call chroot, and tries to leave a mark there.
+const ESCAPE: &str = r#"
+mkdir "/jail"; chroot "/jail" or die "no chroot: $!"; chdir ".." for 1..20; chroot "." or die;
+opendir D, "." or die; print join(" ", sort grep { !/^[.]/ } readdir D), "\n";
+for $place ("mark", "dev/mark", "run/mark") { print "left $place\n" if open F, ">", $place }
+"#;
+
+#[test]
+fn out_of_its_root_a_function_finds_and_leaves_nothing() {
+    let place = Place::new();
+    let sandbox = place.sandbox();
+    let cgroup = place.cgroup("t");
+    sandbox.enter_rootfs(&place.rootfs("first")).unwrap();
+    let mut spec = program(Role::Exec, &["/usr/bin/perl", "-e", ESCAPE]);
+    let may_chroot = 1 << 18;
+    spec.capabilities = Some(trenv_sandbox::process::CapabilitySets {
+        bounding: may_chroot,
+        effective: may_chroot,
+        inheritable: 0,
+        permitted: may_chroot,
+        ambient: 0,
+    });
+    let (text, code) = support::run_spec(&sandbox, &cgroup, &spec);
+    assert_eq!((text.as_str(), code), ("dev nothing proc run sys\n", 0));
+    sandbox.purge().unwrap();
+    sandbox.destroy().unwrap();
+}
+
 #[test]
 fn changed_addresses_are_noticed() {
     let place = Place::new();
