@@ -134,18 +134,25 @@ fn mounts_of_a_tenancy_go_with_it() {
     sandbox.destroy().unwrap();
 }
 
-/// Gets out of its root as every process can that may call chroot, and tries to leave a mark there.
+/// Gets out of a root of its own as every process can that may call chroot, and tries to leave marks.
 const ESCAPE: &str = r#"
 mkdir "/jail"; chroot "/jail" or die "no chroot: $!"; chdir ".." for 1..20; chroot "." or die;
-opendir D, "." or die; print join(" ", sort grep { !/^[.]/ } readdir D), "\n";
-for $place ("mark", "dev/mark", "run/mark") { print "left $place\n" if open F, ">", $place }
+for $place ("image", "mark", "dev/mark", "run/mark") { print "$place\n" if open F, ">>", $place }
 "#;
 
 #[test]
-fn out_of_its_root_a_function_finds_and_leaves_nothing() {
+fn out_of_its_root_a_function_finds_its_root_again() {
     let place = Place::new();
     let sandbox = place.sandbox();
     let cgroup = place.cgroup("t");
+    let empty = || {
+        let root = format!("/proc/{}/root", sandbox.init_pid());
+        let names = fs::read_dir(root).unwrap().flatten();
+        let mut names: Vec<_> = names.map(|entry| entry.file_name()).collect();
+        names.sort();
+        names
+    };
+    let before = empty();
     sandbox.enter_rootfs(&place.rootfs("first")).unwrap();
     let mut spec = program(Role::Exec, &["/usr/bin/perl", "-e", ESCAPE]);
     let may_chroot = 1 << 18;
@@ -157,8 +164,16 @@ fn out_of_its_root_a_function_finds_and_leaves_nothing() {
         ambient: 0,
     });
     let (text, code) = support::run_spec(&sandbox, &cgroup, &spec);
-    assert_eq!((text.as_str(), code), ("dev nothing proc run sys\n", 0));
+    // The image's file shows that this is the tenancy's own root, not the empty one below it.
+    assert_eq!(
+        (text.as_str(), code),
+        ("image\nmark\ndev/mark\nrun/mark\n", 0)
+    );
     sandbox.purge().unwrap();
+    assert_eq!(empty(), before);
+    sandbox.enter_rootfs(&place.rootfs("second")).unwrap();
+    let look = "ls /mark /dev/mark /run/mark 2>/dev/null; cat /image";
+    assert_eq!(run(&sandbox, &cgroup, look).0, "second");
     sandbox.destroy().unwrap();
 }
 

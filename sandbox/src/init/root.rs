@@ -3,9 +3,8 @@
 //!
 //! The root of the mount namespace never changes: pivot_root(2) would look at every task of the
 //! machine to see whether it must be moved. Who joins the namespace begins in what is mounted on
-//! its root (kernel: fs/namespace.c, mntns_install), and so does pid 1 by chroot. The empty root is
-//! read-only, so that a function which gets out of its own root by chroot finds nothing and leaves
-//! nothing.
+//! its root (kernel: fs/namespace.c, mntns_install), and so does pid 1 by chroot. No way leads out of
+//! it: `..` above it comes back to what is mounted there. The empty root is read-only all the same.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
