@@ -240,6 +240,7 @@ pub fn capsule_program(
 fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
     let (process, manifest, control) = (tree.process(index), tree.manifest, tree.control);
     let pid = process.pid;
+    advise_about_forks(process, region, program);
     program.verb(verb::MARK, [mark::MEMORY]);
     files::install(manifest, process, control, region, program);
     program.verb(verb::MARK, [mark::FILES]);
@@ -364,19 +365,6 @@ fn move_memory(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut 
             program.call(libc::SYS_mremap, args).exactly(mapping.start);
         }
     }
-    for mapping in &process.mappings {
-        // These would have kept the memory from the clone itself.
-        for (wanted, advice) in [
-            (mapping.flags.dont_fork, libc::MADV_DONTFORK),
-            (mapping.flags.wipe_on_fork, libc::MADV_WIPEONFORK),
-        ] {
-            if wanted && mapping.kind == MappingKind::Anonymous {
-                program.about(region.sentence(format!("advising about {:#x}", mapping.start)));
-                let length = mapping.end - mapping.start;
-                program.call(libc::SYS_madvise, [mapping.start, length, advice as u64]);
-            }
-        }
-    }
     if index != placement.heir {
         let heir = &manifest.processes[placement.heir];
         let exe = (heir.exe != process.exe).then_some(tree.control + fd::OBJECTS - 1);
@@ -387,6 +375,22 @@ fn move_memory(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut 
             program.call(libc::SYS_close, [0]).from(0, 0);
         }
         describe_memory(process, exe, region, program);
+    }
+}
+
+/// Advice that would have kept the memory from a clone.
+fn advise_about_forks(process: &Process, region: &mut Region, program: &mut Program) {
+    for mapping in &process.mappings {
+        for (wanted, advice) in [
+            (mapping.flags.dont_fork, libc::MADV_DONTFORK),
+            (mapping.flags.wipe_on_fork, libc::MADV_WIPEONFORK),
+        ] {
+            if wanted && mapping.kind == MappingKind::Anonymous {
+                program.about(region.sentence(format!("advising about {:#x}", mapping.start)));
+                let length = mapping.end - mapping.start;
+                program.call(libc::SYS_madvise, [mapping.start, length, advice as u64]);
+            }
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 // A family of processes of chosen sizes: root, two children, a third that is small, and a small
 // grandchild below the first. Each line on standard input makes every member check that its memory,
-// its parent, its children and, with "filter" as second argument, its seccomp filter are as they
-// were; the answer is the number of members that found everything right, and of those they asked.
+// its parent, its children, its advice about forks and, with "filter" as second argument, its
+// seccomp filter are as they were; the answer is the number of members that found everything right,
+// and of those they asked.
 // Arguments: KiB of the root's memory, and optionally "filter".
 #define _GNU_SOURCE
 #include <errno.h>
@@ -12,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/syscall.h>
@@ -35,7 +37,22 @@ static unsigned long checksum(void) {
     return sum;
 }
 
+// A page that children of this process shall find empty, and one that they shall not have.
+static volatile unsigned char *wiped, *kept;
+
+static int forks_right(void) {
+    wiped[0] = kept[0] = 7;
+    pid_t pid = fork();
+    if (!pid) _exit(wiped[0] || !mincore((void *)kept, 4096, (unsigned char[1]){0}));
+    int status;
+    return waitpid(pid, &status, 0) == pid && status == 0;
+}
+
 static void fill(size_t kib) {
+    wiped = mmap(0, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    kept = wiped + 4096;
+    if (madvise((void *)wiped, 4096, MADV_WIPEONFORK) || madvise((void *)kept, 4096, MADV_DONTFORK))
+        _exit(4);
     free(memory);
     size = kib << 10;
     memory = malloc(size);
@@ -50,11 +67,6 @@ static void fill(size_t kib) {
 static int refused(void) {
     if (!filtered) return 1;
     return syscall(SYS_getpriority, 0, 0) == -1 && errno == EDOM;
-}
-
-static void *thread(void *right) {
-    *(int *)right &= refused();
-    return 0;
 }
 
 static void install(void) {
@@ -72,7 +84,7 @@ static struct answer check(void) {
     // The parent of the root is outside at first, and pid 1 later.
     int ours = getppid() == parent || (parent == 0 && getppid() == 1);
     struct answer all = {checksum() == sum && getpid() == self && ours, 1};
-    all.right &= refused();
+    all.right &= refused() && forks_right();
     // A write of its own, and a child's end that is this process's to hear.
     memory[0] ^= 0xff;
     sum = checksum();
@@ -93,9 +105,10 @@ static int thread_right = 1;
 static void *waiter(void *unused) {
     for (;;) {
         pthread_barrier_wait(&begin);
-        thread(&thread_right);
+        if (!refused()) thread_right = 0;
         pthread_barrier_wait(&end);
     }
+    return unused;
 }
 
 static struct answer ask_all(void) {
