@@ -270,7 +270,7 @@ impl Templates {
         zygote::start_copy(zygote, request).map_err(start_error)
     }
 
-    fn reader(&self, template: TemplateRef) -> Result<TemplateReader> {
+    pub fn reader(&self, template: TemplateRef) -> Result<TemplateReader> {
         let generation = (template.generation != 0).then_some(template.generation);
         self.pool()?
             .template(&template.id, generation)

@@ -257,6 +257,9 @@ impl SandboxContainer {
         let (rootfs, limits) = (plan.rootfs.clone(), plan.limits.clone());
         let seat = blocking(move || {
             if copy {
+                // A copy reads the pool only when the root is in place; what is not there must be
+                // known while the sandbox is still as it was.
+                this.all.templates.reader(template)?;
                 return this
                     .all
                     .templates

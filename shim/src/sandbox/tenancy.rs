@@ -79,9 +79,12 @@ impl Seat {
 
     /// Whether the agent can still be asked for a start.
     pub fn agent_lives(&self) -> bool {
-        self.agent_pidfd
-            .as_ref()
-            .is_some_and(|pidfd| !has_ended(pidfd))
+        let agent = self.agent.lock().unwrap_or_else(PoisonError::into_inner);
+        agent.is_some()
+            && self
+                .agent_pidfd
+                .as_ref()
+                .is_some_and(|pidfd| !has_ended(pidfd))
     }
 
     /// Sets the tenancy's limits, unless the cgroup has them already.
@@ -107,11 +110,12 @@ impl Seat {
             .map_err(ShimError::engine("set the tenancy's limits"))
     }
 
-    /// Works with the agent, one at a time.
+    /// Works with the agent, one at a time. After a failure it is no more used: what it still says
+    /// about this start would be taken for the answer to the next one.
     pub fn with<T>(&self, work: impl FnOnce(&mut Agent) -> Result<T>) -> Result<T> {
         let mut agent = self.agent.lock().unwrap_or_else(PoisonError::into_inner);
         match agent.as_mut() {
-            Some(agent) => work(agent),
+            Some(living) => work(living).inspect_err(|_| drop(agent.take())),
             None => Err(ShimError::Fault("the tenancy's cgroup has no agent".into())),
         }
     }
