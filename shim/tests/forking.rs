@@ -47,6 +47,16 @@ fn a_function_that_starts_programs_all_the_time_is_snapshotted_in_time() {
             .unwrap_or_else(|err| panic!("{err}\n{}", containerd.logs()));
         assert_eq!(service.state("idle"), proto::State::READY);
         service.reset("idle", &name).unwrap();
+        // While the seats for the next start are still being made.
+        let request = proto::DeleteTemplateRequest {
+            request_id: name,
+            template_id: template.id,
+            ..proto::DeleteTemplateRequest::default()
+        };
+        service
+            .runtime
+            .block_on(service.sandboxes.delete_template(limit(), &request))
+            .unwrap_or_else(|err| panic!("{err}\n{}", containerd.logs()));
         containerd.remove(&id);
     }
     println!("the slowest snapshot took {slowest:?}; refused: {refused:?}");
