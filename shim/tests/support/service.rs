@@ -5,7 +5,7 @@ use std::time::Duration;
 use trenv_sandbox_proto as proto;
 use ttrpc::context;
 
-use super::Containerd;
+use super::{Containerd, hierarchies};
 
 /// A client of `trenv.sandbox.v1`, and the runtime that it lives in.
 pub struct Service {
@@ -181,9 +181,9 @@ pub fn seated(containerd: &Containerd) -> Vec<i32> {
 
 /// Pids in the cgroups of a directory whose names begin so.
 fn pids_below(containerd: &Containerd, directory: &str, prefix: &str) -> Vec<i32> {
-    let parents = std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten();
-    let mut pids: Vec<i32> = parents
-        .map(|one| one.path().join(containerd.cgroup_parent()).join(directory))
+    let mut pids: Vec<i32> = hierarchies()
+        .into_iter()
+        .map(|one| one.join(containerd.cgroup_parent()).join(directory))
         .filter_map(|parent| std::fs::read_dir(parent).ok())
         .flat_map(|groups| groups.flatten())
         .filter(|group| group.file_name().to_string_lossy().starts_with(prefix))
