@@ -81,9 +81,9 @@ fn a_tenancy_over_its_limit_dies_alone_and_containerd_is_told() {
         ..proto::Limits::default()
     };
     service.prepare(&containerd, &template, &limits);
-    let (zygote, agents) = (zygotes(&containerd), seated(&containerd));
-    assert_eq!(zygote.len(), 1);
-    // On cgroup v1 the agents wait in their seats.
+    // On cgroup v1 the agents wait in their seats; on v2 they sit with the zygote, which is older,
+    // and end with their tenancies.
+    let (zygote, agents) = (zygotes(&containerd)[0], seated(&containerd));
     assert!(agents.len() == 2 || agents.is_empty(), "{agents:?}");
     let start = |sandbox: &str, name: &str| {
         let mut request = start_request(&containerd, sandbox, name, &template);
@@ -122,7 +122,7 @@ fn a_tenancy_over_its_limit_dies_alone_and_containerd_is_told() {
     );
 
     // Neither the zygote nor an agent took harm, and the next start uses them.
-    assert_eq!(zygotes(&containerd), zygote);
+    assert!(zygotes(&containerd).contains(&zygote));
     let living = seated(&containerd);
     assert!(
         agents.iter().all(|agent| living.contains(agent)),
@@ -134,9 +134,11 @@ fn a_tenancy_over_its_limit_dies_alone_and_containerd_is_told() {
         assert!(is_running(&containerd, "f"));
         service.reset("f", &name).unwrap();
     }
-    assert_eq!(zygotes(&containerd), zygote);
+    assert!(zygotes(&containerd).contains(&zygote));
+    let built = containerd.logs().matches("Built the zygote").count();
+    assert_eq!(built, 1, "{}", containerd.logs());
     assert!(
-        !containerd.logs().contains("on the call's path"),
+        agents.is_empty() || !containerd.logs().contains("on the call's path"),
         "{}",
         containerd.logs()
     );

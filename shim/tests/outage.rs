@@ -167,19 +167,27 @@ fn a_minute_without_containerd_loses_no_event_and_keeps_their_order() {
     let Some(mut containerd) = containerd("outage") else {
         return;
     };
+    let before = Events::follow(&containerd);
     for id in ["a", "b", "victim"] {
         containerd.run_function(id, FOREVER);
     }
-    containerd.run_function("ends", "sleep 3; exit 9");
+    containerd.run_function("ends", "sleep 8; exit 9");
     containerd.run_idle("idle");
     let bundle = containerd.path("copied-bundle");
     std::fs::create_dir(&bundle).unwrap();
     let of_containerd = containerd.path("state/io.containerd.runtime.v2.task/default/ends");
     let spec = std::fs::read_to_string(of_containerd.join("config.json")).unwrap();
-    let short = spec.replace("sleep 3; exit 9", "exit 6");
+    let short = spec.replace("sleep 8; exit 9", "exit 6");
     assert_ne!(spec, short);
     std::fs::write(bundle.join("config.json"), short).unwrap();
 
+    containerd.until("all starts are told", || {
+        let ids = ["a", "b", "victim", "ends", "idle"];
+        ids.iter().all(|id| before.has(id, "tasks/start"))
+    });
+    // The shim's queue is empty when the answer to the last one has come back, too.
+    std::thread::sleep(Duration::from_millis(200));
+    drop(before);
     containerd.stop();
     let begun = Instant::now();
     let address = containerd.shim_address();
