@@ -11,6 +11,7 @@
 //! | `spec` | the OCI spec of a sandbox |
 //! | `secrets`, `auth` | secrets of functions, credentials of the REST service |
 //! | `logs`, `metrics`, `error` | what functions say, what dashboards read, what users read |
+//! | `usage` | processor time and memory of functions |
 //! | `serve`, `time` | putting it all together, times as text |
 //!
 //! A call goes `rest` -> `functions` (which revision) -> `instances` (which sandbox) -> `proxy`.
@@ -29,6 +30,7 @@ mod serve;
 mod shim_client;
 mod spec;
 mod time;
+mod usage;
 
 use std::io::IsTerminal;
 

@@ -19,6 +19,7 @@ use crate::proxy::Proxy;
 use crate::rest::{Service, router};
 use crate::secrets::Secrets;
 use crate::spec::SharedFiles;
+use crate::usage::Meter;
 
 const EVENTS_PAUSE: Duration = Duration::from_secs(1);
 const CONTAINERD_PATIENCE: Duration = Duration::from_secs(10);
@@ -95,6 +96,7 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
         scheduler: Arc::clone(&scheduler),
         proxy: Proxy::new(Arc::clone(&scheduler), call_timeout),
         metrics,
+        meter: Meter::default(),
         secrets,
         containerd,
         auth,

@@ -3,7 +3,9 @@
 //! The queue is a shim's only one, so the events of a container never overtake each other. Sending
 //! goes by ttrpc to the address that containerd gave in `TTRPC_ADDRESS`; without one, by
 //! `containerd publish`. An event leaves the queue when containerd has taken it, so a reply lost on
-//! the way may deliver it twice, which containerd's subscribers accept.
+//! the way may deliver it twice, which containerd's subscribers accept. The queue holds 65 536
+//! events; while it is full, new ones are dropped, each with an error in the log, and those that it
+//! holds keep their order.
 
 use std::process::Stdio;
 use std::sync::Arc;
@@ -312,19 +314,31 @@ mod tests {
         }
     }
 
+    /// A publisher to a containerd that does not answer yet.
+    fn publisher_to(address: &str) -> Publisher {
+        let flags = Flags::parse(["-namespace", "n"].map(OsString::from)).unwrap();
+        let target = Target::Ttrpc {
+            address: address.to_owned(),
+            client: None,
+        };
+        Publisher::start_to(&flags, target)
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_takes_no_more_events() {
+        let directory = tempfile::tempdir().unwrap();
+        let publisher = publisher_to(&directory.path().join("none").display().to_string());
+        for _ in 0..QUEUE_MAX + 10 {
+            publisher.publish(&message::TaskPaused::default());
+        }
+        assert_eq!(publisher.waiting.load(Ordering::Relaxed), QUEUE_MAX);
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn events_wait_for_containerd_and_keep_their_order() {
         let directory = tempfile::tempdir().unwrap();
         let address = directory.path().join("c.sock.ttrpc").display().to_string();
-        let line = ["-namespace", "n"].map(OsString::from);
-        let flags = Flags::parse(line).unwrap();
-        let publisher = Publisher::start_to(
-            &flags,
-            Target::Ttrpc {
-                address: address.clone(),
-                client: None,
-            },
-        );
+        let publisher = publisher_to(&address);
         for pid in 0..20 {
             publisher.publish(&message::TaskExit {
                 pid,

@@ -16,7 +16,7 @@
 //! | `template` | zygotes, agents, dumps: all that touches the snapshot engine |
 //! | `record` | durable notes of what must be freed after a crash |
 //! | `stdio` | pipes, fifos, files, logging programs, consoles |
-//! | `stats` | control-group figures in containerd's types |
+//! | `stats`, `oom` | control-group figures in containerd's types; want of memory |
 //! | `events` | events to containerd, in order |
 //! | `reap` | exit statuses of children |
 //! | `logging`, `error` | the log file and containerd's fifos; failures and their ttrpc codes |
@@ -27,6 +27,7 @@ mod events;
 mod flags;
 mod group;
 mod logging;
+mod oom;
 mod reap;
 mod record;
 mod runc;

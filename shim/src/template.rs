@@ -281,7 +281,7 @@ impl Templates {
         zygote::start_copy(zygote, request).map_err(start_error)
     }
 
-    fn reader(&self, template: TemplateRef) -> Result<TemplateReader> {
+    pub fn reader(&self, template: TemplateRef) -> Result<TemplateReader> {
         let generation = (template.generation != 0).then_some(template.generation);
         self.pool()?
             .template(&template.id, generation)
@@ -398,7 +398,10 @@ impl Templates {
     ) -> Result<Arc<Standing>> {
         match self.fill(template, &standing) {
             Ok(()) => Ok(standing),
-            Err(ShimError::Engine { source, .. }) if is_gone(source.as_ref()) => {
+            // One that was forgotten meanwhile, with its template, must not come back.
+            Err(ShimError::Engine { source, .. })
+                if is_gone(source.as_ref()) && self.is_standing(template, &standing) =>
+            {
                 self.forget(template);
                 let limits = lock(&standing.limits).clone();
                 let wanted = standing.wanted.load(Ordering::Relaxed);
@@ -454,6 +457,12 @@ impl Templates {
             return Err(ShimError::engine("move an agent into its cgroup")(err));
         }
         Seat::with_agent(cgroup, template, limits.clone(), agent).map(Arc::new)
+    }
+
+    fn is_standing(&self, template: TemplateRef, standing: &Arc<Standing>) -> bool {
+        let all = lock(&self.standing);
+        all.get(&template)
+            .is_some_and(|known| Arc::ptr_eq(known, standing))
     }
 
     fn forget(&self, template: TemplateRef) {

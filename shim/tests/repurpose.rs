@@ -7,45 +7,11 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use support::service::{active, client, limit, zygotes};
 use support::{Containerd, containerd};
 use trenv_sandbox_proto as proto;
-use ttrpc::context;
 
 const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.1; done";
-
-fn client(address: &str) -> (tokio::runtime::Runtime, proto::SandboxClient) {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .unwrap();
-    let client = runtime
-        .block_on(ttrpc::asynchronous::Client::connect(address))
-        .unwrap();
-    (runtime, proto::SandboxClient::new(client))
-}
-
-fn limit() -> context::Context {
-    context::with_duration(Duration::from_secs(60))
-}
-
-/// Mounts of an active snapshot over the test's root file system.
-fn active(containerd: &Containerd, name: &str) -> Vec<proto::Mount> {
-    let upper = containerd.path(&format!("{name}-upper"));
-    let work = containerd.path(&format!("{name}-work"));
-    std::fs::create_dir_all(&upper).unwrap();
-    std::fs::create_dir_all(&work).unwrap();
-    vec![proto::Mount {
-        type_: "overlay".into(),
-        source: "overlay".into(),
-        options: vec![
-            format!("workdir={}", work.display()),
-            format!("upperdir={}", upper.display()),
-            format!("lowerdir={}", containerd.path("rootfs").display()),
-        ],
-        ..proto::Mount::default()
-    }]
-}
 
 fn last_tick(log: &Path) -> u32 {
     let text = std::fs::read_to_string(log).unwrap_or_default();
@@ -262,29 +228,6 @@ fn check_ready(
     ]);
     assert!(text.starts_with(&format!("{tenancy}\n")), "{text}");
     assert!(text.contains("tick"), "the function is seen: {text}");
-}
-
-/// Pids in the cgroups of zygotes.
-fn zygotes(containerd: &Containerd) -> Vec<i32> {
-    let parents = std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten();
-    let mut pids: Vec<i32> = parents
-        .map(|one| {
-            one.path()
-                .join(containerd.cgroup_parent())
-                .join("default/zygotes")
-        })
-        .filter_map(|zygotes| std::fs::read_dir(zygotes).ok())
-        .flat_map(|zygotes| zygotes.flatten())
-        .filter_map(|zygote| std::fs::read_to_string(zygote.path().join("cgroup.procs")).ok())
-        .flat_map(|list| {
-            list.lines()
-                .filter_map(|pid| pid.parse().ok())
-                .collect::<Vec<_>>()
-        })
-        .collect();
-    pids.sort_unstable();
-    pids.dedup();
-    pids
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 mod containers;
 mod events;
+mod figures;
 mod images;
 mod leases;
 mod snapshots;
@@ -19,6 +20,7 @@ use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{self, Code, Request, Status};
 
 pub use containers::NewContainer;
+pub use figures::TaskFigures;
 pub use images::{ImageConfig, ImageError, ResolvedImage};
 pub use snapshots::{Mount, SnapshotKind};
 

@@ -1,5 +1,6 @@
 //! `/system/functions`, `/system/function/{name}`, `/system/scale-function/{name}`.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -14,6 +15,7 @@ use super::{NamespaceQuery, Service, read_json};
 use crate::error::{ApiError, chain};
 use crate::functions::{Deployment, Function, FunctionError, RevisionState};
 use crate::time::rfc3339;
+use crate::usage::Usage;
 
 /// The largest number of instances that may be asked for.
 const MAX_REPLICAS: u64 = 10_000;
@@ -42,8 +44,13 @@ pub(super) async fn list(
 ) -> Result<Json<Vec<Value>>, ApiError> {
     let namespace = service.namespace(&query.namespace).await?;
     let functions = service.functions.list(Some(&namespace));
+    let usages = usages(&service, &namespace, &functions).await;
     Ok(Json(
-        functions.iter().map(|f| status(&service, f)).collect(),
+        functions
+            .iter()
+            .zip(usages)
+            .map(|(function, usage)| status(&service, function, usage))
+            .collect(),
     ))
 }
 
@@ -55,7 +62,10 @@ pub(super) async fn describe(
     let name = service.function_name(&name, &query.namespace).await?;
     let function = service.functions.get(&name);
     let function = function.ok_or_else(|| function_error(&FunctionError::Unknown(name.clone())))?;
-    Ok(Json(status(&service, &function)))
+    let functions = [function];
+    let usages = usages(&service, &name.namespace, &functions).await;
+    let usage = usages.into_iter().next().unwrap_or_default();
+    Ok(Json(status(&service, &functions[0], usage)))
 }
 
 pub(super) async fn deploy(
@@ -140,8 +150,45 @@ fn function_error(err: &FunctionError) -> ApiError {
     }
 }
 
+/// What each of a namespace's functions uses, by one request to containerd. Only answers about
+/// functions ask for it; a call does not.
+async fn usages(service: &Service, namespace: &str, functions: &[Arc<Function>]) -> Vec<Usage> {
+    let sandboxes: Vec<Vec<String>> = functions
+        .iter()
+        .map(|function| {
+            let instances = service.scheduler.instances(&function.name);
+            instances.into_iter().map(|i| i.sandbox).collect()
+        })
+        .collect();
+    let measured = match service.containerd.namespace(namespace) {
+        Ok(containerd) => containerd.task_figures(&sandboxes.concat()).await,
+        Err(err) => Err(err),
+    };
+    let measured = measured.unwrap_or_else(|err| {
+        tracing::warn!(
+            namespace,
+            "What functions use is told as 0: {}",
+            chain(&err)
+        );
+        HashMap::new()
+    });
+    functions
+        .iter()
+        .zip(sandboxes)
+        .map(|(function, sandboxes)| {
+            let mut usage = Usage::default();
+            for sandbox in sandboxes {
+                if let Some(figures) = measured.get(&sandbox) {
+                    usage += service.meter.measure(&function.name, &sandbox, *figures);
+                }
+            }
+            usage
+        })
+        .collect()
+}
+
 /// A function's status: OpenFaaS's fields, and what trenv knows besides.
-fn status(service: &Service, function: &Function) -> Value {
+fn status(service: &Service, function: &Function, usage: Usage) -> Value {
     let view = function.view();
     let instances = service.scheduler.instances(&function.name);
     let serves = matches!(view.state, RevisionState::Ready(_) | RevisionState::Cold(_));
@@ -171,7 +218,7 @@ fn status(service: &Service, function: &Function) -> Value {
         "availableReplicas": available,
         "invocationCount": function.calls.load(Ordering::Relaxed),
         "createdAt": rfc3339(function.created_at),
-        "usage": { "cpu": 0, "totalMemoryBytes": 0 },
+        "usage": { "cpu": usage.cpu_millis, "totalMemoryBytes": usage.memory_bytes },
         // A function that failed and is being built anew is on its way again.
         "status": match &view.state {
             RevisionState::Failed(_) if view.updating => RevisionState::Building.word(),

@@ -29,6 +29,7 @@ use crate::logs::Logs;
 use crate::metrics::Metrics;
 use crate::proxy::Proxy;
 use crate::secrets::Secrets;
+use crate::usage::Meter;
 
 /// Everything that a request may need.
 #[derive(Debug)]
@@ -37,6 +38,7 @@ pub struct Service {
     pub scheduler: Arc<Scheduler>,
     pub proxy: Proxy,
     pub metrics: Arc<Metrics>,
+    pub meter: Meter,
     pub secrets: Arc<Secrets>,
     pub containerd: Containerd,
     pub auth: Option<BasicAuth>,

@@ -12,8 +12,9 @@ use serde_json::{Value, json};
 
 use crate::machine::{Machine, NAMESPACE, Reply};
 use crate::stand_in::REFUSAL;
+use crate::usage::usage_is_what_the_instances_use;
 
-type Outcome = Result<(), String>;
+pub type Outcome = Result<(), String>;
 type Run = for<'a> fn(&'a mut Machine) -> Pin<Box<dyn Future<Output = Outcome> + 'a>>;
 
 pub struct Case {
@@ -52,13 +53,14 @@ cases!(
     a_second_provider_is_refused,
     functions_survive_a_restart,
     metrics_count,
+    usage_is_what_the_instances_use,
 );
 
-fn function(name: &str) -> Value {
+pub fn function(name: &str) -> Value {
     json!({ "service": name, "image": "test/function" })
 }
 
-fn expect(what: &str, reply: &Reply, status: u16) -> Outcome {
+pub fn expect(what: &str, reply: &Reply, status: u16) -> Outcome {
     match reply.status.as_u16() == status {
         true => Ok(()),
         false => Err(format!(
@@ -70,7 +72,7 @@ fn expect(what: &str, reply: &Reply, status: u16) -> Outcome {
 }
 
 #[allow(clippy::needless_pass_by_value)] // both sides are mostly temporaries
-fn same<T: PartialEq + std::fmt::Debug>(what: &str, got: T, wanted: T) -> Outcome {
+pub fn same<T: PartialEq + std::fmt::Debug>(what: &str, got: T, wanted: T) -> Outcome {
     match got == wanted {
         true => Ok(()),
         false => Err(format!("{what}: {got:?} instead of {wanted:?}")),

@@ -37,6 +37,7 @@ pub fn serve() -> ExitCode {
                 get(|| async { (StatusCode::FOUND, [(header::LOCATION, "/there")]) }),
             )
             .route("/slow/{ms}", get(slow))
+            .route("/burn/{ms}", get(burn))
             .route("/drip", get(drip))
             .route("/die", get(die))
             .route("/say/{word}", get(say))
@@ -75,6 +76,18 @@ async fn slow(Path(ms): Path<u64>) -> String {
 }
 
 /// Five pieces, 100 ms apart.
+/// Uses a processor all the time, and 32 MB.
+async fn burn(Path(ms): Path<u64>) -> String {
+    let begun = std::time::Instant::now();
+    let mut held = vec![1u8; 32 << 20];
+    while begun.elapsed() < Duration::from_millis(ms) {
+        for byte in &mut held {
+            *byte = byte.wrapping_mul(3);
+        }
+    }
+    held.leak()[0].to_string()
+}
+
 async fn drip() -> Body {
     let pieces = futures::stream::unfold(0, |n| async move {
         if n == 5 {

@@ -14,6 +14,7 @@ mod function;
 mod image;
 mod machine;
 mod stand_in;
+mod usage;
 
 use std::process::{Command, ExitCode};
 

@@ -26,6 +26,7 @@ pub use mounts::unmount_all;
 pub use options::Options;
 
 use crate::error::{Result, ShimError};
+use crate::oom;
 use crate::reap::{Child, Exit};
 use crate::serve::{Shim, uris};
 use crate::stats::Groups;
@@ -167,7 +168,18 @@ impl RuncContainer {
             && let Ok(groups) = Groups::of_process(pid)
         {
             // Only the first process comes here, and only once.
-            let _ = self.groups.set(groups);
+            let _ = self.groups.set(groups.clone());
+            let container = Weak::clone(&self.this);
+            tokio::spawn(async move {
+                let tell = || {
+                    container
+                        .upgrade()
+                        .is_none_or(|container| container.tell_oom())
+                };
+                if let Err(err) = oom::follow(&groups, tell).await {
+                    tracing::debug!("Want of memory is told at the end only: {}", err.chain());
+                }
+            });
         }
         let container = Arc::clone(self);
         let process = Arc::clone(process);
@@ -178,16 +190,21 @@ impl RuncContainer {
         Ok(pid)
     }
 
-    async fn ended(&self, process: &Process, exit: Exit) {
-        if let Some(groups) = self.groups.get() {
-            let kills = groups.oom_kills();
-            if self.oom_kills.swap(kills, Ordering::Relaxed) < kills {
-                self.shim.publisher.publish(&TaskOOM {
-                    container_id: self.id.clone(),
-                    ..TaskOOM::default()
-                });
-            }
+    /// Tells containerd if the kernel has killed a process for want of memory since last time.
+    fn tell_oom(&self) -> bool {
+        let kills = self.groups.get().map_or(0, Groups::oom_kills);
+        let new = self.oom_kills.swap(kills, Ordering::Relaxed) < kills;
+        if new {
+            self.shim.publisher.publish(&TaskOOM {
+                container_id: self.id.clone(),
+                ..TaskOOM::default()
+            });
         }
+        new
+    }
+
+    async fn ended(&self, process: &Process, exit: Exit) {
+        self.tell_oom();
         if process.exec_id.is_empty() && !self.own_pid_namespace {
             // Nothing but the first process's end says that the others shall go too.
             let _ = self.runc.kill(9, true).await;

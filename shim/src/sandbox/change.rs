@@ -331,6 +331,9 @@ impl SandboxContainer {
     fn seat_for(&self, plan: &Plan) -> Result<Arc<Seat>> {
         let templates = &self.all.templates;
         if plan.copy {
+            // A copy reads the pool only when the root is in place; what is not there must be known
+            // while the sandbox is still as it was.
+            templates.reader(plan.template)?;
             let cgroup = templates.tenancy_cgroup(&plan.limits)?;
             return Ok(Arc::new(Seat::plain(cgroup)));
         }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskOOM;
+use tokio::task::JoinSet;
 use trenv_cni::Netns;
 use trenv_sandbox::{ProcessSpec, Sandbox};
 use trenv_sandbox_proto::{SandboxInfo, State};
@@ -19,8 +20,10 @@ use super::Sandboxes;
 use super::spec::{Kind, SandboxSpec};
 use super::tenancy::{Seat, Seccomp, Tenancy};
 use crate::error::{Result, ShimError};
+use crate::oom;
 use crate::reap::Exit;
 use crate::runc::blocking;
+use crate::stats::Groups;
 use crate::stdio::{Owner, Uris};
 use crate::task::{Phase, Process};
 
@@ -58,6 +61,8 @@ pub struct Inner {
     starting: u32,
     /// Exits that came before anybody knew the process, by pid in the sandbox.
     pub exits: HashMap<i32, Exit>,
+    /// Follows the tenancy's memory; ends when it is replaced.
+    following: JoinSet<()>,
     /// Seats still to be given back.
     pub seats: Vec<Arc<Seat>>,
     /// A capability that a process in here had and by which it may have changed what a purge does
@@ -128,6 +133,7 @@ impl SandboxContainer {
                 execs: HashMap::new(),
                 starting: 0,
                 exits: HashMap::new(),
+                following: JoinSet::new(),
                 seats,
                 unfit: None,
             }),
@@ -200,6 +206,9 @@ impl SandboxContainer {
             }
             change(&mut state);
             state.phase = to;
+            if to == State::IDLE {
+                state.following = JoinSet::new();
+            }
         }
         self.tell(reason);
         Ok(())
@@ -209,14 +218,52 @@ impl SandboxContainer {
     pub fn settle_ready(&self, tenancy: Tenancy, reason: &str) -> Result<()> {
         let inside = tenancy.root.pid_in_sandbox;
         let mut ended = None;
+        let following = self.follow_memory(&tenancy.seat);
         self.settle(State::READY, reason, |state| {
             ended = state.exits.remove(&inside);
             state.tenancy = Some(tenancy);
+            state.following = following;
         })?;
         if let Some(exit) = ended {
             self.spawn_death(exit, "the function ended");
         }
         Ok(())
+    }
+
+    /// Tells containerd of want of memory while the function goes on: a process that the kernel
+    /// kills need not be its root.
+    fn follow_memory(&self, seat: &Arc<Seat>) -> JoinSet<()> {
+        let (seat, this) = (Arc::clone(seat), Weak::clone(&self.this));
+        let mut following = JoinSet::new();
+        following.spawn(async move {
+            let followed = match Groups::of_dirs(&seat.cgroup.dirs()) {
+                Ok(groups) => {
+                    let tell = || this.upgrade().is_none_or(|this| this.tell_oom(&seat));
+                    oom::follow(&groups, tell).await
+                }
+                Err(err) => Err(err),
+            };
+            if let Err(err) = followed {
+                tracing::debug!("Want of memory is told at the end only: {}", err.chain());
+            }
+        });
+        following
+    }
+
+    /// Tells containerd if the kernel has killed a process of a seat since last time.
+    fn tell_oom(&self, seat: &Seat) -> bool {
+        let new = seat.new_oom_kills();
+        if new {
+            tracing::warn!(
+                "The kernel killed a process of {} for want of memory",
+                self.id
+            );
+            self.all.publisher.publish(&TaskOOM {
+                container_id: self.id.clone(),
+                ..TaskOOM::default()
+            });
+        }
+        new
     }
 
     /// Takes an exit that pid 1 reports.
@@ -246,6 +293,29 @@ impl SandboxContainer {
         }
     }
 
+    /// Lets the processes of a paused function die with their pid 1, which has gone: the kernel waits
+    /// for them, and frozen ones do not die.
+    pub async fn thaw_dying(&self) {
+        let seat = {
+            let state = self.lock();
+            let tenancy = state.tenancy.as_ref().filter(|_| state.paused);
+            tenancy.map(|tenancy| Arc::clone(&tenancy.seat))
+        };
+        let Some(seat) = seat else { return };
+        let thawed = blocking(move || {
+            seat.cgroup
+                .thaw()
+                .map_err(ShimError::engine("thaw the function of a dead sandbox"))
+        });
+        if let Err(err) = thawed.await {
+            tracing::warn!(
+                "{} may not end before it is resumed: {}",
+                self.id,
+                err.chain()
+            );
+        }
+    }
+
     pub fn spawn_exec_exit(&self, process: Arc<Process>, exit: Exit) {
         let (id, publisher) = (self.id.clone(), self.all.publisher.clone());
         tokio::spawn(async move { process.exited(&id, exit, &publisher).await });
@@ -269,9 +339,12 @@ impl SandboxContainer {
             }
             state.phase = State::DEAD;
             state.waiting = None;
+            state.following = JoinSet::new();
             state.tenancy.take()
         };
-        let starved = tenancy.is_some_and(|tenancy| tenancy.seat.new_oom_kills());
+        if let Some(tenancy) = tenancy {
+            self.tell_oom(&tenancy.seat);
+        }
         tracing::info!(
             "Sandbox {} ends with status {}: {reason}",
             self.id,
@@ -292,16 +365,6 @@ impl SandboxContainer {
                 self.id,
                 err.chain()
             );
-        }
-        if starved {
-            tracing::warn!(
-                "The kernel killed a process of {} for want of memory",
-                self.id
-            );
-            self.all.publisher.publish(&TaskOOM {
-                container_id: self.id.clone(),
-                ..TaskOOM::default()
-            });
         }
         let execs: Vec<Exec> = self.lock().execs.values().cloned().collect();
         for exec in execs {

@@ -399,7 +399,10 @@ async fn follow_exits(container: std::sync::Weak<SandboxContainer>, exits: Exits
                 container.reported(exit.pid_in_sandbox, Exit::now(status));
             }
             Err(err) if err.kind() == std::io::ErrorKind::TimedOut => guard.clear_ready(),
-            Ok(None) | Err(_) => return,
+            Ok(None) | Err(_) => break,
         }
+    }
+    if let Some(container) = container.upgrade() {
+        container.thaw_dying().await;
     }
 }

@@ -39,9 +39,11 @@ impl Requests {
             .into());
         }
         let cell = self.cell(format!("{method} {id}"));
-        let answer = cell
-            .get_or_init(|| async {
-                // A task of its own: the client may leave, the change must not stop half-way.
+        let answering = Arc::clone(&cell);
+        // A task of its own: the client may leave, but the change must not stop half-way, and its
+        // answer must be there for whoever repeats the call.
+        let answered = tokio::spawn(async move {
+            let run = || async {
                 let done = tokio::spawn(call).await;
                 let done = done.unwrap_or_else(|err| Err(ShimError::Fault(err.to_string())));
                 done.and_then(|reply| {
@@ -50,13 +52,18 @@ impl Requests {
                         .map_err(ShimError::engine("encode an answer"))
                 })
                 .map_err(status)
-            })
-            .await;
+            };
+            answering.get_or_init(run).await.clone()
+        });
+        let answer = match answered.await {
+            Ok(answer) => answer,
+            Err(err) => Err(status(ShimError::Fault(err.to_string()))),
+        };
         match answer {
-            Ok(bytes) => T::parse_from_bytes(bytes).map_err(|err| {
+            Ok(bytes) => T::parse_from_bytes(&bytes).map_err(|err| {
                 ShimError::Fault(format!("a kept answer does not decode: {err}")).into()
             }),
-            Err(status) => Err(ttrpc::Error::RpcStatus(status.clone())),
+            Err(status) => Err(ttrpc::Error::RpcStatus(status)),
         }
     }
 
@@ -88,6 +95,8 @@ fn status(err: ShimError) -> ttrpc::proto::Status {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU32, Ordering};
+    use std::time::Duration;
+
     use trenv_sandbox_proto::PrepareResponse;
 
     async fn call(count: Arc<AtomicU32>, fail: bool) -> crate::error::Result<PrepareResponse> {
@@ -120,6 +129,53 @@ mod tests {
             assert!(err.to_string().contains("full"));
         }
         assert_eq!(count.load(Ordering::Relaxed), 9);
+    }
+
+    async fn slow_call(count: Arc<AtomicU32>) -> crate::error::Result<PrepareResponse> {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        call(count, false).await
+    }
+
+    #[tokio::test]
+    async fn a_repetition_of_a_call_under_way_waits_for_its_answer() {
+        let requests = Requests::default();
+        let count = Arc::new(AtomicU32::new(7));
+        let one = || requests.once("Prepare", "r1", slow_call(Arc::clone(&count)));
+        let (first, second) = tokio::join!(one(), one());
+        assert_eq!(first.unwrap().resident_bytes, 7);
+        assert_eq!(second.unwrap().resident_bytes, 7);
+        assert_eq!(count.load(Ordering::Relaxed), 8);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_and_repeats_its_call_gets_the_answer_of_the_first() {
+        let requests = Requests::default();
+        let count = Arc::new(AtomicU32::new(7));
+        let once = requests.once("Prepare", "r1", slow_call(Arc::clone(&count)));
+        let left = tokio::time::timeout(Duration::from_millis(10), once).await;
+        assert!(left.is_err(), "the first call was answered too soon");
+        let again = requests.once("Prepare", "r1", slow_call(Arc::clone(&count)));
+        assert_eq!(again.await.unwrap().resident_bytes, 7);
+        assert_eq!(count.load(Ordering::Relaxed), 8);
+    }
+
+    #[tokio::test]
+    async fn an_id_counts_for_its_own_method_only_and_old_answers_go() {
+        let requests = Requests::default();
+        let count = Arc::new(AtomicU32::new(0));
+        for method in ["Prepare", "Stage"] {
+            let reply = requests.once(method, "r1", call(Arc::clone(&count), false));
+            reply.await.unwrap();
+        }
+        assert_eq!(count.load(Ordering::Relaxed), 2);
+        for number in 0..KEPT {
+            let id = format!("n{number}");
+            let reply = requests.once("Prepare", &id, call(Arc::clone(&count), false));
+            reply.await.unwrap();
+        }
+        let known = requests.known.lock().unwrap();
+        assert_eq!((known.answers.len(), known.order.len()), (KEPT, KEPT));
+        assert!(!known.answers.contains_key("Prepare r1"));
     }
 
     #[tokio::test]

@@ -85,9 +85,12 @@ impl Seat {
 
     /// Whether the agent can still be asked for a start.
     pub fn agent_lives(&self) -> bool {
-        self.agent_pidfd
-            .as_ref()
-            .is_some_and(|pidfd| !has_ended(pidfd))
+        let agent = lock(&self.agent);
+        agent.is_some()
+            && self
+                .agent_pidfd
+                .as_ref()
+                .is_some_and(|pidfd| !has_ended(pidfd))
     }
 
     /// Sets the tenancy's limits, unless the cgroup has them already.
@@ -141,10 +144,16 @@ impl Seat {
         }
     }
 
+    /// After a failure the agent is no more used: what it still says about this clone would be taken
+    /// for the answer to the next request.
     fn make_clone(&self) -> Result<PreparedClone> {
         let cgroup = self.cgroup.dir_fd();
-        match lock(&self.agent).as_mut() {
-            Some(agent) => agent.make_clone(cgroup).map_err(start_error),
+        let mut agent = lock(&self.agent);
+        match agent.as_mut() {
+            Some(living) => living
+                .make_clone(cgroup)
+                .map_err(start_error)
+                .inspect_err(|_| drop(agent.take())),
             None => Err(ShimError::Fault("the tenancy's cgroup has no agent".into())),
         }
     }

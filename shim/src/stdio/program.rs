@@ -1,7 +1,8 @@
 //! Logging programs (`binary://`): one process per container reads both streams.
 //!
 //! The program gets standard output as descriptor 3, standard error as 4, and closes 5 when it is
-//! ready; its environment names the container.
+//! ready; its environment names the container. It ends by itself when both streams have ended; one
+//! that does not is asked to by SIGTERM, and then killed.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
@@ -9,13 +10,19 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
+use tokio::process::Child;
+use tokio::sync::mpsc;
 
 use super::copy;
 use super::target::Target;
 use super::{Owner, pipe};
 use crate::error::{Result, ShimError};
+use crate::runc::signal_process;
 
 const READY_LIMIT: Duration = Duration::from_secs(10);
+/// How long a program may take to end by itself after its streams, and then after SIGTERM.
+const OWN_END_LIMIT: Duration = Duration::from_secs(5);
+const TERM_LIMIT: Duration = Duration::from_secs(10);
 
 /// Starts the program and waits until it says that it is ready.
 pub async fn start(path: &Path, arguments: &[String], owner: &Owner) -> Result<(Target, Target)> {
@@ -63,10 +70,49 @@ pub async fn start(path: &Path, arguments: &[String], owner: &Owner) -> Result<(
             limit: READY_LIMIT,
         });
     }
-    // It ends by itself when both streams have ended; waiting for it keeps no zombie.
-    tokio::spawn(async move { child.wait().await });
-    Ok((
-        Target::Stream(Box::new(copy::sender(out_write)?)),
-        Target::Stream(Box::new(copy::sender(err_write)?)),
-    ))
+    let (writing, mut written) = mpsc::channel(1);
+    tokio::spawn(async move {
+        // Nothing is ever sent: this waits until both streams have been dropped.
+        let _: Option<()> = written.recv().await;
+        Logger(child).end().await;
+    });
+    let stream = |fd| -> Result<Target> {
+        Ok(Target::Program {
+            pipe: copy::sender(fd)?,
+            _alive: writing.clone(),
+        })
+    };
+    Ok((stream(out_write)?, stream(err_write)?))
+}
+
+/// A program whose streams have ended.
+struct Logger(Child);
+
+impl Logger {
+    async fn end(mut self) {
+        for limit in [OWN_END_LIMIT, TERM_LIMIT] {
+            // Waiting for it keeps no zombie.
+            if tokio::time::timeout(limit, self.0.wait()).await.is_ok() {
+                return;
+            }
+            self.terminate();
+        }
+        tracing::warn!("A logging program did not end and was killed");
+        // It is gone, or the kernel knows better.
+        let _ = self.0.kill().await;
+    }
+
+    fn terminate(&self) {
+        if let Some(pid) = self.0.id() {
+            // It may have ended meanwhile.
+            let _ = signal_process(pid, libc::SIGTERM.cast_unsigned());
+        }
+    }
+}
+
+impl Drop for Logger {
+    fn drop(&mut self) {
+        // Without a pid it has been waited for; else the shim ends before it did.
+        self.terminate();
+    }
 }

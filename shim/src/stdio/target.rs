@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::unix::pipe;
+use tokio::sync::mpsc;
 
 use super::Owner;
 use super::program;
@@ -13,8 +14,13 @@ use crate::error::{Result, ShimError};
 
 /// Where output goes.
 pub enum Target {
-    /// A fifo or a logging program.
+    /// A fifo.
     Stream(Box<dyn AsyncWrite + Send + Unpin>),
+    /// A logging program, and what tells its keeper that this stream has ended: the drop.
+    Program {
+        pipe: pipe::Sender,
+        _alive: mpsc::Sender<()>,
+    },
     File(tokio::fs::File),
     Nowhere,
 }
@@ -23,6 +29,7 @@ impl std::fmt::Debug for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Stream(_) => "Stream",
+            Self::Program { .. } => "Program",
             Self::File(_) => "File",
             Self::Nowhere => "Nowhere",
         })
@@ -34,6 +41,7 @@ impl Target {
     pub async fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         match self {
             Self::Stream(stream) => stream.write_all(bytes).await,
+            Self::Program { pipe, .. } => pipe.write_all(bytes).await,
             Self::File(file) => {
                 file.write_all(bytes).await?;
                 // tokio's file buffers: a log must be readable at once.

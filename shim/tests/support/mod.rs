@@ -2,6 +2,9 @@
 
 #![allow(dead_code)]
 
+pub mod events;
+pub mod service;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -330,12 +333,8 @@ impl Containerd {
                 .into_iter()
                 .filter(|name| name.ends_with(".json")),
         );
-        for hierarchy in list("/sys/fs/cgroup".into()) {
-            remains.extend(list(
-                Path::new(&hierarchy)
-                    .join(self.cgroup_parent())
-                    .join("default"),
-            ));
+        for hierarchy in hierarchies() {
+            remains.extend(list(hierarchy.join(self.cgroup_parent()).join("default")));
         }
         let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
         let own = self.directory.path().display().to_string();
@@ -362,6 +361,15 @@ impl Containerd {
             std::thread::sleep(Duration::from_millis(100));
         }
     }
+}
+
+/// Where cgroups may be: one directory for each hierarchy of version 1, and the root of version 2.
+pub fn hierarchies() -> Vec<PathBuf> {
+    let root = PathBuf::from("/sys/fs/cgroup");
+    let below = std::fs::read_dir(&root).into_iter().flatten().flatten();
+    let mut all: Vec<PathBuf> = below.map(|one| one.path()).collect();
+    all.push(root);
+    all
 }
 
 fn processes_with(argument: &str, name: &str) -> Vec<i32> {
@@ -415,12 +423,8 @@ impl Drop for Containerd {
             .args(["delete", "table", "ip", &table])
             .stderr(Stdio::null())
             .status();
-        for hierarchy in std::fs::read_dir("/sys/fs/cgroup")
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let parent = hierarchy.path().join(self.cgroup_parent());
+        for hierarchy in hierarchies() {
+            let parent = hierarchy.join(self.cgroup_parent());
             let _ = std::fs::remove_dir(parent.join("default"));
             let _ = std::fs::remove_dir(parent);
         }

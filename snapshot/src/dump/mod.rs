@@ -32,6 +32,10 @@ use tracee::Tracee;
 
 /// How long the stop of all threads may take.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long one try of it may take. A thread in vfork does not stop before its child has come to
+/// its exec, and the child, stopped itself, never does: both must be let go, and asked again.
+const STOP_TRY: Duration = Duration::from_millis(200);
+const STOP_PAUSE: Duration = Duration::from_millis(5);
 
 /// What to dump.
 pub struct DumpRequest<'a> {
@@ -108,17 +112,32 @@ impl DumpError {
 /// # Errors
 /// When the tree holds state that cannot be captured, or the machine fails; the tree goes on.
 pub fn dump(request: &DumpRequest<'_>, writer: TemplateWriter) -> Result<Dumped, DumpError> {
-    std::thread::scope(|scope| {
-        let work = std::thread::Builder::new()
-            .name("dump".into())
-            .spawn_scoped(scope, || dump_here(request, writer))
-            .map_err(DumpError::io("starting the dump's thread"))?;
-        work.join()
-            .map_err(|_| DumpError::Refused("the dump itself failed; report this".into()))?
-    })
+    let begun = Instant::now();
+    let mut writer = Some(writer);
+    loop {
+        // The end of the thread lets go of everything that it has seized.
+        let done = std::thread::scope(|scope| {
+            let work = std::thread::Builder::new()
+                .name("dump".into())
+                .spawn_scoped(scope, || dump_here(request, &mut writer))
+                .map_err(DumpError::io("starting the dump's thread"))?;
+            work.join()
+                .map_err(|_| DumpError::Refused("the dump itself failed; report this".into()))?
+        });
+        match done {
+            Err(DumpError::Stuck { .. }) if writer.is_some() && begun.elapsed() < STOP_DEADLINE => {
+                std::thread::sleep(STOP_PAUSE);
+            }
+            done => return done,
+        }
+    }
 }
 
-fn dump_here(request: &DumpRequest<'_>, mut writer: TemplateWriter) -> Result<Dumped, DumpError> {
+/// Takes the writer when the tree has stopped; before that the dump may be tried again.
+fn dump_here(
+    request: &DumpRequest<'_>,
+    writer: &mut Option<TemplateWriter>,
+) -> Result<Dumped, DumpError> {
     let mut steps = Vec::new();
     let mut clock = Instant::now();
     let mut step = |name| {
@@ -132,6 +151,9 @@ fn dump_here(request: &DumpRequest<'_>, mut writer: TemplateWriter) -> Result<Du
         .map_err(DumpError::errno("entering the sandbox's network namespace"))?;
 
     let mut tree = StoppedTree::stop(request.group)?;
+    let mut writer = writer
+        .take()
+        .ok_or_else(|| DumpError::Refused("it was dumped already".into()))?;
     step("stop");
     let mut manifest = capture(request, &mut tree)?;
     step("describe");
@@ -199,11 +221,17 @@ impl StoppedTree {
         })();
         // A frozen task never reports its stop on cgroup v1.
         let thawed = group.thaw().map_err(DumpError::io("thawing the function"));
+        let until = Instant::now() + STOP_TRY;
         for (pid, tids) in seized {
             let threads = tree.threads.entry(pid).or_default();
             for tid in tids {
-                match Tracee::stopped(tid) {
-                    Ok(tracee) => threads.push(tracee),
+                match Tracee::stopped(tid, until) {
+                    Ok(Some(tracee)) => threads.push(tracee),
+                    Ok(None) => {
+                        return Err(DumpError::Stuck {
+                            stuck: format!("thread {tid}"),
+                        });
+                    }
                     Err(source) if result.is_ok() => {
                         return Err(DumpError::Io {
                             doing: format!("stopping thread {tid}"),

@@ -5,6 +5,7 @@
 //! involved. All signals stay blocked from the first call to the last.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -44,11 +45,13 @@ pub fn seize(tid: i32) -> io::Result<()> {
 }
 
 impl Tracee {
-    /// Waits until a seized thread has stopped.
-    pub fn stopped(tid: i32) -> io::Result<Self> {
+    /// Waits until a seized thread has stopped; none when it has not by then.
+    pub fn stopped(tid: i32, until: Instant) -> io::Result<Option<Self>> {
         let tid = Pid::from_raw(tid);
         loop {
-            let status = wait(tid)?;
+            let Some(status) = wait_until(tid, until)? else {
+                return Ok(None);
+            };
             let signal = (status >> 8) & 0xff;
             if status >> 16 == PTRACE_EVENT_STOP {
                 break;
@@ -59,12 +62,12 @@ impl Tracee {
         let registers = ptrace::getregs(tid)?;
         let mut blocked = 0u64;
         request(PTRACE_GETSIGMASK, tid, 8, (&raw mut blocked).cast())?;
-        Ok(Self {
+        Ok(Some(Self {
             tid,
             registers,
             blocked,
             disturbed: false,
-        })
+        }))
     }
 
     #[must_use]
@@ -265,12 +268,31 @@ impl Tracee {
 }
 
 fn wait(tid: Pid) -> io::Result<i32> {
+    let stopped = wait_with(tid, 0)?;
+    stopped.ok_or_else(|| io::Error::other(format!("thread {tid} is neither stopped nor ended")))
+}
+
+fn wait_until(tid: Pid, until: Instant) -> io::Result<Option<i32>> {
+    let mut pause = Duration::from_micros(20);
+    loop {
+        let stopped = wait_with(tid, libc::WNOHANG)?;
+        if stopped.is_some() || Instant::now() > until {
+            return Ok(stopped);
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(2));
+    }
+}
+
+/// The status of a stopped thread; none when it has not stopped and the flags say not to wait.
+fn wait_with(tid: Pid, flags: i32) -> io::Result<Option<i32>> {
     let mut status = 0;
     loop {
         // SAFETY: writes the status word only.
-        let got = unsafe { libc::waitpid(tid.as_raw(), &raw mut status, libc::__WALL) };
+        let got = unsafe { libc::waitpid(tid.as_raw(), &raw mut status, libc::__WALL | flags) };
         match Errno::result(got) {
-            Ok(_) if libc::WIFSTOPPED(status) => return Ok(status),
+            Ok(0) => return Ok(None),
+            Ok(_) if libc::WIFSTOPPED(status) => return Ok(Some(status)),
             Ok(_) => {
                 return Err(io::Error::other(format!(
                     "thread {tid} ended while it was dumped"

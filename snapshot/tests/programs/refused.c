@@ -38,7 +38,11 @@ int main(int count, char **arguments) {
         char name[] = "/tmp/trenv-test-XXXXXX";
         failed = mkostemp(name, 0) < 0 || unlink(name);
     }
-    if (!strcmp(state, "zombie") && fork() == 0) _exit(0);
+    if (!strcmp(state, "zombie")) {
+        siginfo_t ended;
+        if (fork() == 0) _exit(0);
+        failed = waitid(P_ALL, 0, &ended, WEXITED | WNOWAIT) < 0;
+    }
     if (!strcmp(state, "timer")) {
         timer_t timer;
         struct sigevent none = {.sigev_notify = SIGEV_NONE};
