@@ -5,6 +5,8 @@ use std::process::Command;
 
 use anyhow::{Context, bail};
 
+use crate::SAMPLES;
+
 /// The top of the source tree.
 pub fn source() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -23,6 +25,7 @@ pub fn import(socket: &Path) -> anyhow::Result<()> {
         .arg(&script)
         .arg("--address")
         .arg(socket)
+        .args(SAMPLES)
         .output()
         .with_context(|| format!("Failed to run {}", script.display()))?;
     if !output.status.success() {
