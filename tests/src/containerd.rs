@@ -10,6 +10,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::daemon::Daemon;
 use crate::images;
+use crate::variants::VARIANTS;
 use crate::wait::until;
 
 /// A running containerd, and the root directory that no other test uses meanwhile.
@@ -96,7 +97,7 @@ impl Containerd {
         self.wait()
     }
 
-    /// Ends every container of ours in a namespace.
+    /// Ends every container of ours in a namespace, and removes tests' own images.
     pub fn remove_containers(&self, namespace: &str) -> anyhow::Result<()> {
         let socket = self.socket();
         let run = |arguments: &[&str]| ctr(&socket, namespace, arguments);
@@ -108,6 +109,11 @@ impl Containerd {
         let left = run(&["container", "ls", "-q"])?;
         if !left.trim().is_empty() {
             bail!("Containers cannot be removed: {}", left.trim());
+        }
+        for image in run(&["images", "ls", "-q"])?.lines() {
+            if image.starts_with(VARIANTS) {
+                let _ = run(&["images", "rm", image]);
+            }
         }
         for lease in run(&["leases", "ls", "-q"])?.lines() {
             let _ = run(&["leases", "rm", lease]);

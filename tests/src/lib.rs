@@ -13,12 +13,14 @@ mod images;
 mod leftovers;
 mod machine;
 mod sandboxes;
+mod variants;
 mod wait;
 
 pub use http::Reply;
 pub use leftovers::Leftovers;
 pub use machine::{Machine, Settings};
 pub use sandboxes::Sandbox;
+pub use variants::SERVER;
 pub use wait::{until, until_some};
 
 /// The sample functions of `functions/stack.yml`.

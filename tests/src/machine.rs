@@ -177,6 +177,24 @@ impl Machine {
         self.containerd.restart()
     }
 
+    /// Where the provider listens.
+    #[must_use]
+    pub fn gateway(&self) -> SocketAddr {
+        self.gateway
+    }
+
+    /// The most memory that the provider has held so far, in KiB.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn provider_peak_kib(&self) -> anyhow::Result<u64> {
+        let pid = self.provider.as_ref().map_or(0, Daemon::pid);
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        line.and_then(|text| text.trim().trim_end_matches(" kB").parse().ok())
+            .context("The provider tells no VmHWM")
+    }
+
     /// A request to a route of the gateway, with the credentials.
     ///
     /// # Errors
