@@ -18,6 +18,12 @@ pub fn cache() -> PathBuf {
     source().join("target/end-to-end")
 }
 
+/// Where `deploy/images/build.sh` has put the images; `TRENV_TEST_IMAGES` names another place.
+pub fn directory() -> PathBuf {
+    std::env::var_os("TRENV_TEST_IMAGES")
+        .map_or_else(|| "/var/cache/trenv/images".into(), PathBuf::from)
+}
+
 /// Imports the sample images into a containerd; quick when they are there.
 pub fn import(socket: &Path) -> anyhow::Result<()> {
     let script = source().join("deploy/images/import.sh");
@@ -25,6 +31,8 @@ pub fn import(socket: &Path) -> anyhow::Result<()> {
         .arg(&script)
         .arg("--address")
         .arg(socket)
+        .arg("--out")
+        .arg(directory())
         .args(SAMPLES)
         .output()
         .with_context(|| format!("Failed to run {}", script.display()))?;

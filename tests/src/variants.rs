@@ -8,13 +8,11 @@ use anyhow::{Context, bail};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::images;
 use crate::machine::Machine;
 
 /// Where [`Machine::variant`] puts its images; they go with the machine.
 pub(crate) const VARIANTS: &str = "docker.io/trenv-test/";
-
-/// Where `deploy/images/build.sh` puts the sample images.
-const IMAGES: &str = "/var/cache/trenv/images";
 
 /// The source of a function that does what no sample does; see its text.
 pub const SERVER: &str = include_str!("../functions/server.py");
@@ -31,7 +29,7 @@ impl Machine {
         change: impl FnOnce(&mut Value),
     ) -> anyhow::Result<String> {
         let layout = tempfile::tempdir()?;
-        let file = Path::new(IMAGES).join(format!("{sample}.tar"));
+        let file = images::directory().join(format!("{sample}.tar"));
         run(Command::new("tar")
             .arg("-C")
             .arg(layout.path())
