@@ -1,7 +1,7 @@
 """What no sample function does, chosen by the path: /stream answers more than fits into its memory,
 /hog takes memory without end, /sleep keeps the call open, /error answers 500, all else greets.
 
-The variable STATUS sets the status of every answer, SECONDS how long /sleep takes.
+The variable STATUS sets the status of every answer, MARK is in it, SECONDS is how long /sleep takes.
 """
 
 import os
@@ -9,6 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 INIT_ID = os.urandom(8).hex()
+MARK = os.environ.get("MARK", "")
 STREAM_MIB = 384
 
 
@@ -43,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/sleep"):
             time.sleep(float(os.environ.get("SECONDS", "30")))
         status = 500 if self.path.startswith("/error") else int(os.environ.get("STATUS", "200"))
-        self.answer(status, f'{{"init_id": "{INIT_ID}"}}\n'.encode())
+        self.answer(status, f'{{"init_id": "{INIT_ID}", "mark": "{MARK}"}}\n'.encode())
 
 
 address = (os.environ.get("HOST", "0.0.0.0"), int(os.environ.get("PORT", "8080")))

@@ -77,6 +77,15 @@ impl Leftovers {
             .collect()
     }
 
+    /// How many things there are, by kind.
+    #[must_use]
+    pub fn counts(&self) -> BTreeMap<&'static str, usize> {
+        self.0
+            .iter()
+            .map(|(kind, list)| (*kind, list.len()))
+            .collect()
+    }
+
     /// How many things of a kind there are.
     #[must_use]
     pub fn count(&self, kind: &str) -> usize {

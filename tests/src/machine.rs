@@ -363,6 +363,17 @@ impl Machine {
         Leftovers::find(&self.marks)
     }
 
+    /// Waits until there is as much of everything as in `before`.
+    ///
+    /// # Errors
+    /// When it does not get there.
+    pub fn back_to(&self, before: &Leftovers) -> anyhow::Result<()> {
+        until("everything to be as before", CALL, || {
+            self.leftovers().counts() == before.counts()
+        })
+        .with_context(|| format!("Before:\n{before}\nNow:\n{}", self.leftovers()))
+    }
+
     /// Process ids of a program of ours on this machine.
     #[must_use]
     pub fn pids_of(&self, program: &str) -> Vec<i32> {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 use trenv_tests::{Machine, Settings, until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -88,22 +89,58 @@ fn a_killed_shim_takes_its_sandboxes_along_and_the_next_call_is_served() -> anyh
         ..Settings::default()
     };
     let machine = Machine::start_with(&settings)?;
-    machine.deploy("hello-python")?;
-    let id = init_id(&machine, "hello-python")?;
-    machine.scale("hello-python", 50)?;
+    let image = machine.server_image()?;
+    let function = machine.deploy_as(&json!({ "service": "server", "image": image }))?;
+    assert_eq!(function["status"], "ready", "{function:#}");
+    let id = init_id(&machine, "server")?;
+    machine.scale("server", 50)?;
+    for sandbox in machine.sandboxes()? {
+        if sandbox.state == "idle" {
+            machine.idle(&sandbox.id)?;
+        }
+    }
+    let before = machine.leftovers();
     let old: Vec<i32> = machine
         .sandboxes()?
         .iter()
         .map(|sandbox| sandbox.init_pid)
         .collect();
     assert!(old.len() >= 50, "{}", old.len());
-    crash(&machine.pids_of("containerd-shim-trenv-v2"));
-    served_again(&machine, "hello-python", &id)?;
+
+    std::thread::scope(|scope| -> anyhow::Result<()> {
+        let call = || machine.anonymous("GET", "/function/server/sleep", &[]);
+        let open: Vec<_> = (0..4).map(|_| scope.spawn(call)).collect();
+        until("the calls to be open", PATIENCE, || {
+            in_flight(&machine, "server").is_ok_and(|calls| calls == 4)
+        })?;
+        crash(&machine.pids_of("containerd-shim-trenv-v2"));
+        for thread in open {
+            let reply = thread.join().expect("the caller does not panic")?;
+            assert_eq!(reply.status, 502, "{}", reply.text());
+            let error = reply.json()?["error"].to_string();
+            assert!(error.contains("The function"), "{error}");
+        }
+        Ok(())
+    })?;
+    served_again(&machine, "server", &id)?;
     until("the old sandboxes to go", PATIENCE, || {
         let inits = machine.pids_of("trenv-init");
         old.iter().all(|pid| !inits.contains(pid))
     })?;
+    // The user wants fifty instances: they come again, and nothing of the old ones is left.
+    machine.back_to(&before)?;
     machine.stop()
+}
+
+/// Calls that a function's instances serve now.
+fn in_flight(machine: &Machine, name: &str) -> anyhow::Result<u64> {
+    let function = machine.describe(name)?;
+    let instances = function["instances"].as_array().cloned();
+    Ok(instances
+        .unwrap_or_default()
+        .iter()
+        .filter_map(|instance| instance["calls"].as_u64())
+        .sum())
 }
 
 #[test]
