@@ -25,7 +25,7 @@ use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::manifest::{Manifest, ManifestError};
 use crate::plan::{Plan, PlanError};
 use crate::working_set::WorkingSet;
-use channel::{receive, send, socket_pair};
+use channel::{receive, receive_from, send, socket_pair};
 use loader::Loader;
 pub use loader::fd as loader_fd;
 
@@ -65,6 +65,8 @@ pub enum ZygoteError {
     Step { step: String, source: io::Error },
     #[error("The restore did not end within {0:?}; is the machine out of memory?")]
     Deadline(Duration),
+    #[error("The sandbox's pid 1 ended while the function was restored in it")]
+    InitGone,
     #[error("The zygote has ended; the next start builds it anew")]
     Gone,
     #[error("The template has {} instances on this host, which is the most; let some end", wire::MAX_AGENTS - 1)]
@@ -370,7 +372,8 @@ impl Agent {
         let mut marks = [0; MARKS];
         let mut restored = 0;
         while restored < self.processes {
-            let (message, pid) = receive(control, deadline, request.deadline)?;
+            let (message, pid) =
+                receive_from(control, Some(request.init), deadline, request.deadline)?;
             match message.kind {
                 wire::report::RESTORED => {
                     if let Some(place) = pids.get_mut(message.process as usize) {

@@ -7,6 +7,7 @@
 //! ([`http`]) and described through [`Machine::describe`]; [`until`] waits for what takes its time.
 
 mod containerd;
+mod crash;
 mod daemon;
 pub mod http;
 mod images;
@@ -16,6 +17,7 @@ mod sandboxes;
 mod variants;
 mod wait;
 
+pub use crash::crash;
 pub use http::Reply;
 pub use leftovers::Leftovers;
 pub use machine::{Machine, Settings};

@@ -177,10 +177,22 @@ impl Machine {
         self.containerd.restart()
     }
 
+    /// Its directory: configuration, state, logs.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// Where the provider listens.
     #[must_use]
     pub fn gateway(&self) -> SocketAddr {
         self.gateway
+    }
+
+    /// The provider's process id; 0 while it does not run.
+    #[must_use]
+    pub fn provider_pid(&self) -> i32 {
+        self.provider.as_ref().map_or(0, Daemon::pid)
     }
 
     /// The most memory that the provider has held so far, in KiB.
@@ -188,7 +200,7 @@ impl Machine {
     /// # Errors
     /// When it does not run.
     pub fn provider_peak_kib(&self) -> anyhow::Result<u64> {
-        let pid = self.provider.as_ref().map_or(0, Daemon::pid);
+        let pid = self.provider_pid();
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
         line.and_then(|text| text.trim().trim_end_matches(" kB").parse().ok())

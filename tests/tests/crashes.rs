@@ -2,60 +2,22 @@
 
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::json;
-use trenv_tests::{Machine, Settings, until};
+use trenv_tests::{Machine, Settings, crash, until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-fn crash(pids: &[i32]) {
-    for pid in pids {
-        let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
-    }
-}
-
-fn served_again(machine: &Machine, name: &str, init_id: &str) -> anyhow::Result<()> {
-    let mut last = String::new();
-    until("the function to be served again", PATIENCE, || {
-        match machine.call(name) {
-            Ok(reply) if reply.status == 200 => {
-                last = reply.text();
-                true
-            }
-            Ok(reply) => {
-                last = format!("{} {}", reply.status, reply.text());
-                // Nothing but an honest refusal meanwhile.
-                assert!(matches!(reply.status, 502..=504), "{last}");
-                false
-            }
-            Err(err) => {
-                last = err.to_string();
-                false
-            }
-        }
-    })
-    .map_err(|err| err.context(last.clone()))?;
-    assert!(last.contains(init_id), "it comes from its template: {last}");
-    Ok(())
-}
-
-fn init_id(machine: &Machine, name: &str) -> anyhow::Result<String> {
-    let body = machine.call(name)?.json()?;
-    Ok(body["init_id"].as_str().unwrap_or("no init_id").to_owned())
-}
 
 #[test]
 fn a_killed_provider_finds_its_functions_and_sandboxes_again() -> anyhow::Result<()> {
     let mut machine = Machine::start()?;
     machine.deploy("hello-python")?;
-    let id = init_id(&machine, "hello-python")?;
+    let id = machine.init_id("hello-python")?;
     let before = machine.leftovers().count("processes");
     for _ in 0..3 {
         machine.kill_provider();
         machine.start_provider()?;
         assert_eq!(machine.describe("hello-python")?["status"], "ready");
-        served_again(&machine, "hello-python", &id)?;
+        machine.served_again("hello-python", &id)?;
     }
     let after = machine.leftovers().count("processes");
     assert!(after <= before + 4, "{before} processes became {after}");
@@ -92,7 +54,7 @@ fn a_killed_shim_takes_its_sandboxes_along_and_the_next_call_is_served() -> anyh
     let image = machine.server_image()?;
     let function = machine.deploy_as(&json!({ "service": "server", "image": image }))?;
     assert_eq!(function["status"], "ready", "{function:#}");
-    let id = init_id(&machine, "server")?;
+    let id = machine.init_id("server")?;
     machine.scale("server", 50)?;
     for sandbox in machine.sandboxes()? {
         if sandbox.state == "idle" {
@@ -122,7 +84,7 @@ fn a_killed_shim_takes_its_sandboxes_along_and_the_next_call_is_served() -> anyh
         }
         Ok(())
     })?;
-    served_again(&machine, "server", &id)?;
+    machine.served_again("server", &id)?;
     until("the old sandboxes to go", PATIENCE, || {
         let inits = machine.pids_of("trenv-init");
         old.iter().all(|pid| !inits.contains(pid))
@@ -147,11 +109,11 @@ fn in_flight(machine: &Machine, name: &str) -> anyhow::Result<u64> {
 fn a_killed_zygote_is_built_again() -> anyhow::Result<()> {
     let machine = Machine::start()?;
     machine.deploy("hello-python")?;
-    let id = init_id(&machine, "hello-python")?;
+    let id = machine.init_id("hello-python")?;
     for _ in 0..3 {
         crash(&machine.pids_of("trenv-zygote"));
         machine.scale("hello-python", 0)?;
-        served_again(&machine, "hello-python", &id)?;
+        machine.served_again("hello-python", &id)?;
     }
     machine.stop()
 }
@@ -161,12 +123,12 @@ fn a_killed_init_ends_its_sandbox_only() -> anyhow::Result<()> {
     let machine = Machine::start()?;
     machine.deploy("hello-python")?;
     machine.deploy("json-python")?;
-    let id = init_id(&machine, "hello-python")?;
+    let id = machine.init_id("hello-python")?;
     let sandbox = machine.serving()?;
-    let other = init_id(&machine, "json-python")?;
+    let other = machine.init_id("json-python")?;
     crash(&[sandbox.init_pid]);
-    served_again(&machine, "hello-python", &id)?;
-    served_again(&machine, "json-python", &other)?;
+    machine.served_again("hello-python", &id)?;
+    machine.served_again("json-python", &other)?;
     machine.stop()
 }
 
@@ -174,10 +136,10 @@ fn a_killed_init_ends_its_sandbox_only() -> anyhow::Result<()> {
 fn containerd_restarts_under_running_functions() -> anyhow::Result<()> {
     let mut machine = Machine::start()?;
     machine.deploy("hello-python")?;
-    let id = init_id(&machine, "hello-python")?;
+    let id = machine.init_id("hello-python")?;
     machine.restart_containerd()?;
-    served_again(&machine, "hello-python", &id)?;
+    machine.served_again("hello-python", &id)?;
     machine.scale("hello-python", 0)?;
-    served_again(&machine, "hello-python", &id)?;
+    machine.served_again("hello-python", &id)?;
     machine.stop()
 }

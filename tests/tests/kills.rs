@@ -2,14 +2,113 @@
 
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use trenv_tests::{Machine, Settings};
+use anyhow::Context;
+use trenv_tests::{Machine, Sandbox, Settings, crash, until};
 
-fn crash(pids: &[i32]) {
-    for pid in pids {
-        let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+const PATIENCE: Duration = Duration::from_secs(30);
+/// A start takes less than this.
+const START: Duration = Duration::from_millis(15);
+
+/// Which process is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    Provider,
+    Shim,
+    Zygote,
+    Init,
+}
+
+/// Lets the function serve and end, so that there are two idle sandboxes; the one that served is
+/// the one that the next call takes.
+fn rest(machine: &Machine, init_id: &str) -> anyhow::Result<Sandbox> {
+    let mut all = Vec::new();
+    let settled = until("a sandbox that serves and an idle one", PATIENCE, || {
+        all = machine.sandboxes().unwrap_or_default();
+        let states: Vec<&str> = all.iter().map(|sandbox| sandbox.state.as_str()).collect();
+        match states.as_slice() {
+            ["ready", "idle"] | ["idle", "ready"] => true,
+            // The call may have been the last that a dying instance served.
+            _ => machine.served_again("hello-python", init_id).is_err(),
+        }
+    });
+    settled.with_context(|| format!("There are {all:#?}\n{}", machine.last_words()))?;
+    let sandbox = machine.serving()?;
+    machine.scale("hello-python", 0)?;
+    machine.idle(&sandbox.id)?;
+    Ok(sandbox)
+}
+
+/// Kills `victim` at many moments of a start, `step` apart.
+fn strike(victim: Victim, step: Duration) -> anyhow::Result<()> {
+    let settings = Settings {
+        max_sandboxes: 2,
+        ..Settings::default()
+    };
+    let mut machine = Machine::start_with(&settings)?;
+    machine.deploy("hello-python")?;
+    let id = machine.init_id("hello-python")?;
+    rest(&machine, &id)?;
+    let before = machine.leftovers();
+    let mut delay = Duration::ZERO;
+    while delay <= START {
+        let sandbox = rest(&machine, &id)?;
+        let pids = match victim {
+            Victim::Provider => vec![machine.provider_pid()],
+            Victim::Shim => machine.pids_of("containerd-shim-trenv-v2"),
+            Victim::Zygote => machine.pids_of("trenv-zygote"),
+            Victim::Init => vec![sandbox.init_pid],
+        };
+        let reply = std::thread::scope(|scope| {
+            let call = scope.spawn(|| machine.call("hello-python"));
+            std::thread::sleep(delay);
+            crash(&pids);
+            call.join().expect("the caller does not panic")
+        });
+        match reply {
+            Ok(reply) if reply.status == 200 => {}
+            Ok(reply) => {
+                assert_eq!(reply.status, 502, "{delay:?}: {}", reply.text());
+                let error = reply.json()?["error"].to_string();
+                assert!(error.contains("The function"), "{delay:?}: {error}");
+            }
+            Err(err) => assert_eq!(victim, Victim::Provider, "{delay:?}: {err:#}"),
+        }
+        match victim {
+            Victim::Provider => {
+                machine.kill_provider();
+                machine.start_provider()?;
+            }
+            Victim::Init => until("the sandbox to go", PATIENCE, || {
+                let all = machine.sandboxes();
+                all.is_ok_and(|all| all.iter().all(|other| other.id != sandbox.id))
+            })?,
+            Victim::Shim | Victim::Zygote => {}
+        }
+        delay += step;
     }
+    rest(&machine, &id)?;
+    machine.back_to(&before)?;
+    machine.stop()
+}
+
+#[test]
+fn a_provider_killed_at_any_moment_of_a_start_leaves_nothing() -> anyhow::Result<()> {
+    strike(Victim::Provider, Duration::from_millis(1))
+}
+
+#[test]
+fn a_shim_killed_at_any_moment_of_a_start_is_replaced() -> anyhow::Result<()> {
+    strike(Victim::Shim, Duration::from_millis(1))
+}
+
+#[test]
+fn a_zygote_killed_at_any_moment_of_a_start_is_built_again() -> anyhow::Result<()> {
+    strike(Victim::Zygote, Duration::from_micros(500))
+}
+
+#[test]
+fn a_pid_1_killed_at_any_moment_of_a_start_ends_its_sandbox_only() -> anyhow::Result<()> {
+    strike(Victim::Init, Duration::from_micros(500))
 }
 
 #[test]
