@@ -8,10 +8,14 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::SAMPLES;
 use crate::daemon::Daemon;
 use crate::images;
 use crate::variants::VARIANTS;
 use crate::wait::until;
+
+/// The images in a store of a machine's own; they share a base.
+const FEW: [&str; 2] = ["hello-python", "json-python"];
 
 /// A running containerd, and the root directory that no other test uses meanwhile.
 #[derive(Debug)]
@@ -29,7 +33,7 @@ struct Store {
     root: PathBuf,
     /// Exists from a start to a clean stop; what is found with it is thrown away.
     used: PathBuf,
-    _lock: Flock<File>,
+    _lock: Option<Flock<File>>,
 }
 
 impl Store {
@@ -42,7 +46,7 @@ impl Store {
         let store = Self {
             root: directory.join("containerd"),
             used: directory.join("used"),
-            _lock: lock,
+            _lock: Some(lock),
         };
         if store.used.exists() && store.root.exists() {
             fs::remove_dir_all(&store.root)?;
@@ -52,15 +56,35 @@ impl Store {
         Ok(store)
     }
 
+    /// One that nobody else uses, and that goes with its directory.
+    fn own(directory: &Path) -> anyhow::Result<Self> {
+        let store = Self {
+            root: directory.join("containerd"),
+            used: directory.join("used"),
+            _lock: None,
+        };
+        fs::create_dir_all(&store.root)?;
+        Ok(store)
+    }
+
     fn clean(&self) {
         let _ = fs::remove_file(&self.used);
     }
 }
 
 impl Containerd {
-    /// Starts it with its state in `directory` and trenv's shim, configured by `config`, on its path.
-    pub fn start(directory: &Path, binaries: &Path, config: &Path) -> anyhow::Result<Self> {
-        let store = Store::open(&images::cache())?;
+    /// Starts it with its state in `directory` and trenv's shim, configured by `config`, on its
+    /// path; `apart` says that its store lies in `directory` too, with few images.
+    pub fn start(
+        directory: &Path,
+        binaries: &Path,
+        config: &Path,
+        apart: bool,
+    ) -> anyhow::Result<Self> {
+        let (store, samples) = match apart {
+            true => (Store::own(directory)?, &FEW[..]),
+            false => (Store::open(&images::cache())?, &SAMPLES[..]),
+        };
         let daemon = spawn(directory, &store.root, binaries, config)?;
         let mut containerd = Self {
             daemon,
@@ -70,7 +94,7 @@ impl Containerd {
             config: config.into(),
         };
         containerd.wait()?;
-        images::import(&containerd.socket())?;
+        images::import(&containerd.socket(), samples)?;
         Ok(containerd)
     }
 

@@ -5,8 +5,6 @@ use std::process::Command;
 
 use anyhow::{Context, bail};
 
-use crate::SAMPLES;
-
 /// The top of the source tree.
 pub fn source() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -24,8 +22,8 @@ pub fn directory() -> PathBuf {
         .map_or_else(|| "/var/cache/trenv/images".into(), PathBuf::from)
 }
 
-/// Imports the sample images into a containerd; quick when they are there.
-pub fn import(socket: &Path) -> anyhow::Result<()> {
+/// Imports sample images into a containerd; quick when they are there.
+pub fn import(socket: &Path, samples: &[&str]) -> anyhow::Result<()> {
     let script = source().join("deploy/images/import.sh");
     let output = Command::new("bash")
         .arg(&script)
@@ -33,7 +31,7 @@ pub fn import(socket: &Path) -> anyhow::Result<()> {
         .arg(socket)
         .arg("--out")
         .arg(directory())
-        .args(SAMPLES)
+        .args(samples)
         .output()
         .with_context(|| format!("Failed to run {}", script.display()))?;
     if !output.status.success() {

@@ -140,6 +140,8 @@ fn mounts(directory: &Path) -> Vec<String> {
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
         .filter(|target| Path::new(target).starts_with(directory))
+        // A machine's own file system goes last.
+        .filter(|target| Path::new(target) != directory)
         .map(str::to_owned)
         .collect()
 }

@@ -9,6 +9,7 @@
 mod containerd;
 mod crash;
 mod daemon;
+mod disk;
 pub mod http;
 mod images;
 mod leftovers;

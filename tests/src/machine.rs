@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use crate::containerd::{Containerd, ctr};
 use crate::daemon::Daemon;
+use crate::disk::Disk;
 use crate::http::{self, Reply};
 use crate::leftovers::{Leftovers, Marks};
 use crate::sandboxes::Sandbox;
@@ -39,6 +40,8 @@ pub struct Settings {
     pub pool_size: u64,
     /// Seconds until a function that is not ready is given up.
     pub ready_timeout_s: u64,
+    /// Bytes of a file system of the machine's own for all of its state and containerd's.
+    pub disk: Option<u64>,
 }
 
 impl Default for Settings {
@@ -48,6 +51,7 @@ impl Default for Settings {
             idle_sandboxes: 1,
             pool_size: 1 << 30,
             ready_timeout_s: 30,
+            disk: None,
         }
     }
 }
@@ -61,7 +65,8 @@ pub struct Machine {
     binaries: PathBuf,
     marks: Marks,
     stopped: bool,
-    // Last: what is in it belongs to the daemons.
+    // Last: what is in them belongs to the daemons.
+    disk: Option<Disk>,
     directory: TempDir,
 }
 
@@ -83,6 +88,10 @@ impl Machine {
             bail!("The end-to-end tests make namespaces and mounts; run them as root");
         }
         let directory = tempfile::Builder::new().prefix("trenv-e2e-").tempdir()?;
+        let disk = settings
+            .disk
+            .map(|bytes| Disk::mount(directory.path(), bytes));
+        let disk = disk.transpose()?;
         let binaries = binaries()?;
         let number = std::process::id() % 50_000 + next() * 50_000;
         let marks = Marks {
@@ -93,7 +102,7 @@ impl Machine {
         let gateway = free_port()?;
         write_config(directory.path(), &binaries, &marks, gateway, settings)?;
         let config = directory.path().join("trenv.toml");
-        let containerd = Containerd::start(directory.path(), &binaries, &config)?;
+        let containerd = Containerd::start(directory.path(), &binaries, &config, disk.is_some())?;
         let mut machine = Self {
             containerd,
             provider: None,
@@ -101,6 +110,7 @@ impl Machine {
             binaries,
             marks,
             stopped: false,
+            disk,
             directory,
         };
         machine.tool("trenv-pool", &["format"])?;
@@ -181,6 +191,26 @@ impl Machine {
     #[must_use]
     pub fn directory(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Takes all the room of the machine's own file system.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn fill_disk(&self) -> anyhow::Result<()> {
+        self.disk
+            .as_ref()
+            .context("The machine has no disk")?
+            .fill()
+    }
+
+    /// Gives the room back.
+    ///
+    /// # Errors
+    /// When none was taken.
+    pub fn make_room(&self) -> anyhow::Result<()> {
+        let disk = self.disk.as_ref().context("The machine has no disk")?;
+        disk.make_room()
     }
 
     /// Where the provider listens.
@@ -380,9 +410,12 @@ impl Machine {
     /// # Errors
     /// When it does not get there.
     pub fn back_to(&self, before: &Leftovers) -> anyhow::Result<()> {
-        until("everything to be as before", CALL, || {
-            self.leftovers().counts() == before.counts()
-        })
+        // Less than the time after which surplus idle sandboxes go.
+        until(
+            "everything to be as before",
+            Duration::from_secs(20),
+            || self.leftovers().counts() == before.counts(),
+        )
         .with_context(|| format!("Before:\n{before}\nNow:\n{}", self.leftovers()))
     }
 

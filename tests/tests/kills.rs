@@ -87,6 +87,8 @@ fn strike(victim: Victim, step: Duration) -> anyhow::Result<()> {
         delay += step;
     }
     rest(&machine, &id)?;
+    // One start more: it is a start that builds a killed zygote.
+    rest(&machine, &id)?;
     machine.back_to(&before)?;
     machine.stop()
 }

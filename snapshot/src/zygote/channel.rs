@@ -87,9 +87,12 @@ pub fn receive_from(
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [io::IoSliceMut::new(&mut bytes)];
     let got = recvmsg(control, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
-        .map_err(|err| ZygoteError::Io {
-            doing: "hearing from the zygote".into(),
-            source: err.into(),
+        .map_err(|err| match err {
+            rustix::io::Errno::CONNRESET => ZygoteError::Gone,
+            err => ZygoteError::Io {
+                doing: "hearing from the zygote".into(),
+                source: err.into(),
+            },
         })?
         .bytes;
     if got == 0 {
