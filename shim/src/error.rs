@@ -38,6 +38,12 @@ pub enum ShimError {
         action: &'static str,
         source: Box<dyn StdError + Send + Sync>,
     },
+    /// Stored data is damaged, or others' data is where it was.
+    #[error("Failed to {action}")]
+    Lost {
+        action: &'static str,
+        source: Box<dyn StdError + Send + Sync>,
+    },
     #[error("The call was ended by a fault inside the shim: {0}")]
     Fault(String),
 }
@@ -75,6 +81,7 @@ impl ShimError {
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Timeout { .. } => Code::DEADLINE_EXCEEDED,
             Self::Exhausted(_) => Code::RESOURCE_EXHAUSTED,
+            Self::Lost { .. } => Code::DATA_LOSS,
             Self::Io { .. } | Self::Runc { .. } | Self::Engine { .. } | Self::Fault(_) => {
                 Code::INTERNAL
             }

@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use trenv_config::Config;
@@ -38,7 +38,7 @@ pub struct Templates {
     config: Arc<Config>,
     /// Parent of the cgroups of this namespace.
     cgroup_parent: String,
-    pool: OnceLock<Pool>,
+    pool: Mutex<Option<Pool>>,
     standing: Mutex<HashMap<TemplateRef, Arc<Standing>>>,
     /// Held while a zygote is built, so that none is built twice.
     building: Mutex<()>,
@@ -67,7 +67,7 @@ impl Templates {
         Self {
             config,
             cgroup_parent,
-            pool: OnceLock::new(),
+            pool: Mutex::default(),
             standing: Mutex::default(),
             building: Mutex::default(),
             next_seat: AtomicU64::new(0),
@@ -290,9 +290,11 @@ impl Templates {
             .map_err(ShimError::engine("make a tenancy's cgroup"))
     }
 
-    fn pool(&self) -> Result<&Pool> {
-        if let Some(pool) = self.pool.get() {
-            return Ok(pool);
+    /// The pool; opened anew when there is another in its place.
+    fn pool(&self) -> Result<Pool> {
+        let mut kept = lock(&self.pool);
+        if let Some(pool) = kept.as_ref().filter(|pool| !pool.is_replaced()) {
+            return Ok(pool.clone());
         }
         let backend = self.config.pool.backend.parse().map_err(|err| {
             ShimError::InvalidArgument(format!("The configured pool cannot be used: {err}"))
@@ -305,7 +307,7 @@ impl Templates {
         let pool = options
             .open_or_format()
             .map_err(pool_error("open the pool"))?;
-        Ok(self.pool.get_or_init(|| pool))
+        Ok(kept.insert(pool).clone())
     }
 
     fn stand(
@@ -567,6 +569,19 @@ fn pool_error(action: &'static str) -> impl FnOnce(PoolError) -> ShimError {
         PoolError::Full { .. } | PoolError::DiskFull { .. } => {
             ShimError::Exhausted(err.to_string())
         }
+        // What the pool held cannot be had from it any more.
+        PoolError::BadMagic { .. }
+        | PoolError::OtherVersion { .. }
+        | PoolError::BadSuperblock { .. }
+        | PoolError::Truncated { .. }
+        | PoolError::ForeignCatalogue { .. }
+        | PoolError::CatalogueMissing { .. }
+        | PoolError::CatalogueDamaged { .. }
+        | PoolError::BadRecord { .. }
+        | PoolError::CorruptPage { .. } => ShimError::Lost {
+            action,
+            source: Box::new(err),
+        },
         err => ShimError::engine(action)(err),
     }
 }

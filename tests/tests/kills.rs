@@ -1,6 +1,6 @@
 //! Processes killed at every moment of a start: each call gets an answer, and nothing is left.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use trenv_tests::{Machine, Sandbox, Settings, crash, until};
@@ -8,6 +8,14 @@ use trenv_tests::{Machine, Sandbox, Settings, crash, until};
 const PATIENCE: Duration = Duration::from_secs(30);
 /// A start takes less than this.
 const START: Duration = Duration::from_millis(15);
+
+/// An answer comes within this, whatever was killed.
+const ANSWER: Duration = Duration::from_secs(8);
+
+fn timed<T>(call: impl FnOnce() -> T) -> (T, Duration) {
+    let begun = Instant::now();
+    (call(), begun.elapsed())
+}
 
 /// Which process is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,11 +67,13 @@ fn strike(victim: Victim, step: Duration) -> anyhow::Result<()> {
             Victim::Init => vec![sandbox.init_pid],
         };
         let reply = std::thread::scope(|scope| {
-            let call = scope.spawn(|| machine.call("hello-python"));
+            let call = scope.spawn(|| timed(|| machine.call("hello-python")));
             std::thread::sleep(delay);
             crash(&pids);
             call.join().expect("the caller does not panic")
         });
+        let (reply, took) = reply;
+        assert!(took < ANSWER, "{delay:?}: answered after {took:?}");
         match reply {
             Ok(reply) if reply.status == 200 => {}
             Ok(reply) => {
