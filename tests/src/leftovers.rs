@@ -77,13 +77,11 @@ impl Leftovers {
             .collect()
     }
 
-    /// How many things there are, by kind.
+    /// Whether there is no more of anything than in `other`.
     #[must_use]
-    pub fn counts(&self) -> BTreeMap<&'static str, usize> {
-        self.0
-            .iter()
-            .map(|(kind, list)| (*kind, list.len()))
-            .collect()
+    pub fn within(&self, other: &Self) -> bool {
+        let mut kinds = self.0.keys();
+        kinds.all(|kind| self.count(kind) <= other.count(kind))
     }
 
     /// How many things of a kind there are.

@@ -405,16 +405,15 @@ impl Machine {
         Leftovers::find(&self.marks)
     }
 
-    /// Waits until there is as much of everything as in `before`.
+    /// Waits until there is no more of anything than in `before`.
     ///
     /// # Errors
     /// When it does not get there.
     pub fn back_to(&self, before: &Leftovers) -> anyhow::Result<()> {
-        // Less than the time after which surplus idle sandboxes go.
         until(
             "everything to be as before",
             Duration::from_secs(20),
-            || self.leftovers().counts() == before.counts(),
+            || self.leftovers().within(before),
         )
         .with_context(|| format!("Before:\n{before}\nNow:\n{}", self.leftovers()))
     }
