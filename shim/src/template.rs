@@ -20,7 +20,7 @@ use trenv_snapshot::Fingerprint;
 use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
 use trenv_snapshot::zygote::{self, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
 
-use crate::error::{Result, ShimError};
+use crate::error::{Result, ShimError, pool_error};
 use crate::reap::Unswept;
 use crate::sandbox::{Seat, TemplateRef, Tenancy};
 
@@ -553,36 +553,6 @@ fn dump_error(err: DumpError) -> ShimError {
         },
         DumpError::Pool(err) => pool_error("store the snapshot")(err),
         err => ShimError::engine("dump the function")(err),
-    }
-}
-
-fn pool_error(action: &'static str) -> impl FnOnce(PoolError) -> ShimError {
-    move |err| match err {
-        PoolError::NoSuchTemplate { id } => ShimError::NotFound {
-            kind: "template",
-            id: id.to_string(),
-        },
-        PoolError::NoSuchGeneration { id, generation } => ShimError::NotFound {
-            kind: "template",
-            id: format!("{id} generation {generation}"),
-        },
-        PoolError::Full { .. } | PoolError::DiskFull { .. } => {
-            ShimError::Exhausted(err.to_string())
-        }
-        // What the pool held cannot be had from it any more.
-        PoolError::BadMagic { .. }
-        | PoolError::OtherVersion { .. }
-        | PoolError::BadSuperblock { .. }
-        | PoolError::Truncated { .. }
-        | PoolError::ForeignCatalogue { .. }
-        | PoolError::CatalogueMissing { .. }
-        | PoolError::CatalogueDamaged { .. }
-        | PoolError::BadRecord { .. }
-        | PoolError::CorruptPage { .. } => ShimError::Lost {
-            action,
-            source: Box::new(err),
-        },
-        err => ShimError::engine(action)(err),
     }
 }
 

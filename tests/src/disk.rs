@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use crate::machine::Machine;
+
 /// The mounted file system; it goes when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Disk(PathBuf);
@@ -45,6 +47,28 @@ impl Disk {
 
     fn filling(&self) -> PathBuf {
         self.0.join("filling")
+    }
+}
+
+impl Machine {
+    /// Takes all the room of the machine's own file system.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn fill_disk(&self) -> anyhow::Result<()> {
+        self.disk
+            .as_ref()
+            .context("The machine has no disk")?
+            .fill()
+    }
+
+    /// Gives the room back.
+    ///
+    /// # Errors
+    /// When none was taken.
+    pub fn make_room(&self) -> anyhow::Result<()> {
+        let disk = self.disk.as_ref().context("The machine has no disk")?;
+        disk.make_room()
     }
 }
 

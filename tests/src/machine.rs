@@ -66,7 +66,7 @@ pub struct Machine {
     marks: Marks,
     stopped: bool,
     // Last: what is in them belongs to the daemons.
-    disk: Option<Disk>,
+    pub(crate) disk: Option<Disk>,
     directory: TempDir,
 }
 
@@ -191,26 +191,6 @@ impl Machine {
     #[must_use]
     pub fn directory(&self) -> &Path {
         self.directory.path()
-    }
-
-    /// Takes all the room of the machine's own file system.
-    ///
-    /// # Errors
-    /// When it has none.
-    pub fn fill_disk(&self) -> anyhow::Result<()> {
-        self.disk
-            .as_ref()
-            .context("The machine has no disk")?
-            .fill()
-    }
-
-    /// Gives the room back.
-    ///
-    /// # Errors
-    /// When none was taken.
-    pub fn make_room(&self) -> anyhow::Result<()> {
-        let disk = self.disk.as_ref().context("The machine has no disk")?;
-        disk.make_room()
     }
 
     /// Where the provider listens.

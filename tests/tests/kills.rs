@@ -70,7 +70,8 @@ fn strike(victim: Victim, step: Duration) -> anyhow::Result<()> {
             let call = scope.spawn(|| timed(|| machine.call("hello-python")));
             std::thread::sleep(delay);
             crash(&pids);
-            call.join().expect("the caller does not panic")
+            call.join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
         let (reply, took) = reply;
         assert!(took < ANSWER, "{delay:?}: answered after {took:?}");

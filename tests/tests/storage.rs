@@ -121,7 +121,7 @@ impl Storage {
 
     /// Ends the zygotes, so that the next start reads the pool; until it can, it is refused with
     /// a reason that holds `expected`, and then serves from a template made anew.
-    fn is_made_anew(self, expected: &str) -> anyhow::Result<()> {
+    fn must_be_made_anew(self, expected: &str) -> anyhow::Result<()> {
         let machine = &self.machine;
         // What stands needs no pool.
         intact(machine, &self.init_id)?;
@@ -166,7 +166,7 @@ fn another_pool_in_its_place_never_gives_wrong_memory() -> anyhow::Result<()> {
     let aside = storage.machine.directory().join("state/pool-aside");
     std::fs::rename(storage.pool(), aside)?;
     storage.machine.tool("trenv-pool", &["format"])?;
-    storage.is_made_anew("is made anew")
+    storage.must_be_made_anew("is made anew")
 }
 
 #[test]
@@ -175,7 +175,7 @@ fn damaged_pages_are_found_and_the_template_is_made_anew() -> anyhow::Result<()>
     let data = storage.pool().join("pool.data");
     let file = File::options().write(true).open(data)?;
     file.write_all_at(&[0x5a; 1 << 16], DATA_OFFSET + (1 << 20))?;
-    storage.is_made_anew("is made anew")
+    storage.must_be_made_anew("is made anew")
 }
 
 #[test]
