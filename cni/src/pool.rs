@@ -1,5 +1,6 @@
 //! Namespaces made ahead.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::{Netns, Network, NetworkError};
@@ -12,6 +13,7 @@ pub struct NetnsPool {
     ready: Mutex<Vec<Netns>>,
     /// Held while refilling, so that two refills do not make twice as many.
     refilling: Mutex<()>,
+    drained: AtomicBool,
 }
 
 impl NetnsPool {
@@ -23,6 +25,7 @@ impl NetnsPool {
             spare,
             ready: Mutex::default(),
             refilling: Mutex::default(),
+            drained: AtomicBool::new(false),
         }
     }
 
@@ -68,7 +71,7 @@ impl NetnsPool {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let mut made = 0;
-        while self.ready() < self.spare {
+        while self.ready() < self.spare && !self.drained.load(Ordering::Acquire) {
             let netns = self.network.create_unnamed()?;
             self.lock().push(netns);
             made += 1;
@@ -76,11 +79,17 @@ impl NetnsPool {
         Ok(made)
     }
 
-    /// Destroys the ready namespaces.
+    /// Destroys the ready namespaces, for good: what a refill is just making goes too, and no other
+    /// refill makes any.
     ///
     /// # Errors
     /// When one cannot be destroyed; the others are still tried.
     pub fn drain(&self) -> Result<(), NetworkError> {
+        self.drained.store(true, Ordering::Release);
+        let _refilled = self
+            .refilling
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let ready = std::mem::take(&mut *self.lock());
         let errors = ready.iter().filter_map(|netns| netns.destroy().err());
         errors.into_iter().next_back().map_or(Ok(()), Err)

@@ -189,6 +189,7 @@ fn the_pool_is_filled_and_drained() {
     pool.give_back(taken);
     assert_eq!(pool.refill().unwrap(), 0);
     pool.drain().unwrap();
+    assert_eq!(pool.refill().unwrap(), 0, "a drained pool stays so");
     assert_eq!(pool.ready(), 0);
     let made_now = pool.take().unwrap();
     made_now.destroy().unwrap();

@@ -216,6 +216,16 @@ impl Pool {
         &self.inner.directory
     }
 
+    /// Whether there is another pool, or none, in this one's place.
+    pub fn is_replaced(&self) -> bool {
+        let path = self.inner.directory.join("pool.data");
+        let Ok(file) = File::open(&path) else {
+            return true;
+        };
+        let found = Superblock::read(&file, &path);
+        !found.is_ok_and(|found| found.uuid == self.inner.superblock.uuid)
+    }
+
     pub fn backend(&self) -> Backend {
         self.inner.superblock.backend
     }

@@ -3,6 +3,7 @@
 use std::error::Error as StdError;
 use std::time::Duration;
 
+use trenv_pool::PoolError;
 use ttrpc::Code;
 
 /// Anything that a call can fail with.
@@ -35,6 +36,12 @@ pub enum ShimError {
     Exhausted(String),
     #[error("Failed to {action}")]
     Engine {
+        action: &'static str,
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// Stored data is damaged, or others' data is where it was.
+    #[error("Failed to {action}")]
+    Lost {
         action: &'static str,
         source: Box<dyn StdError + Send + Sync>,
     },
@@ -75,6 +82,7 @@ impl ShimError {
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Timeout { .. } => Code::DEADLINE_EXCEEDED,
             Self::Exhausted(_) => Code::RESOURCE_EXHAUSTED,
+            Self::Lost { .. } => Code::DATA_LOSS,
             Self::Io { .. } | Self::Runc { .. } | Self::Engine { .. } | Self::Fault(_) => {
                 Code::INTERNAL
             }
@@ -97,6 +105,37 @@ impl ShimError {
 impl From<ShimError> for ttrpc::Error {
     fn from(err: ShimError) -> Self {
         ttrpc::Error::RpcStatus(ttrpc::get_status(err.code(), err.chain()))
+    }
+}
+
+/// A failure of the pool, in the caller's terms.
+pub fn pool_error(action: &'static str) -> impl FnOnce(PoolError) -> ShimError {
+    move |err| match err {
+        PoolError::NoSuchTemplate { id } => ShimError::NotFound {
+            kind: "template",
+            id: id.to_string(),
+        },
+        PoolError::NoSuchGeneration { id, generation } => ShimError::NotFound {
+            kind: "template",
+            id: format!("{id} generation {generation}"),
+        },
+        PoolError::Full { .. } | PoolError::DiskFull { .. } => {
+            ShimError::Exhausted(err.to_string())
+        }
+        // What the pool held cannot be had from it any more.
+        PoolError::BadMagic { .. }
+        | PoolError::OtherVersion { .. }
+        | PoolError::BadSuperblock { .. }
+        | PoolError::Truncated { .. }
+        | PoolError::ForeignCatalogue { .. }
+        | PoolError::CatalogueMissing { .. }
+        | PoolError::CatalogueDamaged { .. }
+        | PoolError::BadRecord { .. }
+        | PoolError::CorruptPage { .. } => ShimError::Lost {
+            action,
+            source: Box::new(err),
+        },
+        err => ShimError::engine(action)(err),
     }
 }
 

@@ -18,8 +18,9 @@ use tokio::io::unix::AsyncFd;
 
 use crate::error::{Result, ShimError};
 
-/// How often orphans are looked for; a zombie seen twice in a row is one.
-const SWEEP_EVERY: Duration = Duration::from_secs(5);
+/// How often orphans are looked for; a zombie seen twice in a row is one. Twice this is less than a
+/// purge waits: what a zygote was making when it was killed is an orphan in the sandbox.
+const SWEEP_EVERY: Duration = Duration::from_secs(2);
 
 /// What containerd reports when a status was lost.
 const STATUS_UNKNOWN: u32 = 255;

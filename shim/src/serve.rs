@@ -1,5 +1,6 @@
 //! The daemon: both services on the inherited socket, until nothing is left to serve.
 
+use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::shim_async::create_task;
+use nix::fcntl::Flock;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 use trenv_config::Config;
@@ -62,10 +64,11 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     }
     // Blocking work that hangs must not keep an ended shim.
     runtime.shutdown_timeout(Duration::from_millis(200));
-    done
+    done.map(drop)
 }
 
-async fn serve(flags: &Flags, config: Config) -> anyhow::Result<()> {
+/// Serves until nothing is left; the lock it returns is to be held until the process ends.
+async fn serve(flags: &Flags, config: Config) -> anyhow::Result<Flock<File>> {
     reap::become_subreaper()?;
     let config = Arc::new(config);
     let publisher = Publisher::start(flags);
@@ -96,7 +99,7 @@ async fn serve(flags: &Flags, config: Config) -> anyhow::Result<()> {
 
     let mut unused = tokio::time::interval(UNUSED_LIMIT);
     unused.tick().await;
-    loop {
+    let lock = loop {
         let terminated = tokio::select! {
             () = shim.shutdown.notified() => false,
             _ = unused.tick() => false,
@@ -108,15 +111,15 @@ async fn serve(flags: &Flags, config: Config) -> anyhow::Result<()> {
             tracing::warn!("Ignored a signal to end: there are tasks");
             continue;
         }
-        if shim.leave()? {
-            break;
+        if let Some(lock) = shim.leave()? {
+            break lock;
         }
-    }
+    };
     server.stop_listen().await;
     // Together they stay below the three seconds that containerd waits.
     tokio::join!(shim.sandboxes.free(), shim.publisher.flush(FLUSH_LIMIT));
     tracing::info!("Ended: nothing left to serve");
-    Ok(())
+    Ok(lock)
 }
 
 fn server(shim: &Arc<Shim>) -> anyhow::Result<Server> {
@@ -185,14 +188,17 @@ impl Shim {
         let _ = std::fs::remove_file(self.endpoint.promise(id));
     }
 
-    /// Takes the socket away if nothing needs it; after `true` no new task can come.
-    fn leave(&self) -> anyhow::Result<bool> {
+    /// Takes the socket away if nothing needs it; no new task can come then. A successor starts
+    /// when the returned lock is released: not while this shim still frees what the two would
+    /// share, nor while a client's old connection would still be answered.
+    fn leave(&self) -> anyhow::Result<Option<Flock<File>>> {
         if !self.tasks.is_empty() {
-            return Ok(false);
+            return Ok(None);
         }
-        let _lock = start::lock(&self.endpoint)?;
-        if !self.tasks.is_empty() || self.is_promised() {
-            return Ok(false);
+        let lock = start::lock(&self.endpoint)?;
+        // In this order: a promised container is a task before its promise goes.
+        if self.is_promised() || !self.tasks.is_empty() {
+            return Ok(None);
         }
         let _ = std::fs::remove_file(&self.endpoint.socket);
         let _ = std::fs::remove_dir_all(self.endpoint.promises());
@@ -201,7 +207,7 @@ impl Shim {
             let _ = std::fs::remove_file(&file);
         }
         // The lock file stays: removing it would let two processes hold "the" lock.
-        Ok(true)
+        Ok(Some(lock))
     }
 
     fn is_promised(&self) -> bool {

@@ -10,7 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use trenv_config::Config;
@@ -21,7 +21,7 @@ use trenv_snapshot::Fingerprint;
 use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
 use trenv_snapshot::zygote::{self, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
 
-use crate::error::{Result, ShimError};
+use crate::error::{Result, ShimError, pool_error};
 use crate::reap::Unswept;
 use crate::sandbox::{Seat, TemplateRef, Tenancy};
 
@@ -39,7 +39,7 @@ pub struct Templates {
     config: Arc<Config>,
     /// Parent of the cgroups of this namespace.
     cgroup_parent: String,
-    pool: OnceLock<Pool>,
+    pool: Mutex<Option<Pool>>,
     standing: Mutex<HashMap<TemplateRef, Arc<Standing>>>,
     /// Held while a zygote is built, so that none is built twice.
     building: Mutex<()>,
@@ -70,7 +70,7 @@ impl Templates {
         Self {
             config,
             cgroup_parent,
-            pool: OnceLock::new(),
+            pool: Mutex::default(),
             standing: Mutex::default(),
             building: Mutex::default(),
             next_seat: AtomicU64::new(0),
@@ -301,9 +301,11 @@ impl Templates {
             .map_err(ShimError::engine("make a tenancy's cgroup"))
     }
 
-    fn pool(&self) -> Result<&Pool> {
-        if let Some(pool) = self.pool.get() {
-            return Ok(pool);
+    /// The pool; opened anew when there is another in its place.
+    fn pool(&self) -> Result<Pool> {
+        let mut kept = lock(&self.pool);
+        if let Some(pool) = kept.as_ref().filter(|pool| !pool.is_replaced()) {
+            return Ok(pool.clone());
         }
         let backend = self.config.pool.backend.parse().map_err(|err| {
             ShimError::InvalidArgument(format!("The configured pool cannot be used: {err}"))
@@ -316,7 +318,7 @@ impl Templates {
         let pool = options
             .open_or_format()
             .map_err(pool_error("open the pool"))?;
-        Ok(self.pool.get_or_init(|| pool))
+        Ok(kept.insert(pool).clone())
     }
 
     fn stand(
@@ -610,23 +612,6 @@ fn dump_error(err: DumpError) -> ShimError {
         },
         DumpError::Pool(err) => pool_error("store the snapshot")(err),
         err => ShimError::engine("dump the function")(err),
-    }
-}
-
-fn pool_error(action: &'static str) -> impl FnOnce(PoolError) -> ShimError {
-    move |err| match err {
-        PoolError::NoSuchTemplate { id } => ShimError::NotFound {
-            kind: "template",
-            id: id.to_string(),
-        },
-        PoolError::NoSuchGeneration { id, generation } => ShimError::NotFound {
-            kind: "template",
-            id: format!("{id} generation {generation}"),
-        },
-        PoolError::Full { .. } | PoolError::DiskFull { .. } => {
-            ShimError::Exhausted(err.to_string())
-        }
-        err => ShimError::engine(action)(err),
     }
 }
 

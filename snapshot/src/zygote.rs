@@ -26,7 +26,7 @@ use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::manifest::{Manifest, ManifestError};
 use crate::plan::{Plan, PlanError};
 use crate::working_set::WorkingSet;
-use channel::{receive, send, socket_pair};
+use channel::{receive, receive_from, send, socket_pair};
 use loader::Loader;
 pub use loader::fd as loader_fd;
 
@@ -68,6 +68,12 @@ pub enum ZygoteError {
     Step { step: String, source: io::Error },
     #[error("The restore did not end within {0:?}; is the machine out of memory?")]
     Deadline(Duration),
+    #[error("The sandbox's pid 1 ended while the function was restored in it")]
+    InitGone,
+    #[error(
+        "The function's processes ended before they were restored; is its memory limit too low?"
+    )]
+    TreeGone,
     #[error("The zygote has ended; the next start builds it anew")]
     Gone,
     #[error("The template has {} instances on this host, which is the most; let some end", wire::MAX_AGENTS - 1)]
@@ -425,7 +431,12 @@ impl PreparedClone {
         let mut marks = [0; MARKS];
         let mut restored = 0;
         while restored < processes {
-            let (message, pid) = receive(control, deadline, request.deadline)?;
+            let (message, pid) =
+                match receive_from(control, Some(request.init), deadline, request.deadline) {
+                    // Whoever had the other end of the socket.
+                    Err(ZygoteError::Gone) => return Err(ZygoteError::TreeGone),
+                    received => received?,
+                };
             if message.kind != wire::report::RESTORED {
                 return Err(step_error(&message, &self.tree));
             }

@@ -8,9 +8,14 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::SAMPLES;
 use crate::daemon::Daemon;
 use crate::images;
+use crate::variants::VARIANTS;
 use crate::wait::until;
+
+/// The images in a store of a machine's own; they share a base.
+const FEW: [&str; 2] = ["hello-python", "json-python"];
 
 /// A running containerd, and the root directory that no other test uses meanwhile.
 #[derive(Debug)]
@@ -28,7 +33,7 @@ struct Store {
     root: PathBuf,
     /// Exists from a start to a clean stop; what is found with it is thrown away.
     used: PathBuf,
-    _lock: Flock<File>,
+    _lock: Option<Flock<File>>,
 }
 
 impl Store {
@@ -41,7 +46,7 @@ impl Store {
         let store = Self {
             root: directory.join("containerd"),
             used: directory.join("used"),
-            _lock: lock,
+            _lock: Some(lock),
         };
         if store.used.exists() && store.root.exists() {
             fs::remove_dir_all(&store.root)?;
@@ -51,15 +56,35 @@ impl Store {
         Ok(store)
     }
 
+    /// One that nobody else uses, and that goes with its directory.
+    fn own(directory: &Path) -> anyhow::Result<Self> {
+        let store = Self {
+            root: directory.join("containerd"),
+            used: directory.join("used"),
+            _lock: None,
+        };
+        fs::create_dir_all(&store.root)?;
+        Ok(store)
+    }
+
     fn clean(&self) {
         let _ = fs::remove_file(&self.used);
     }
 }
 
 impl Containerd {
-    /// Starts it with its state in `directory` and trenv's shim, configured by `config`, on its path.
-    pub fn start(directory: &Path, binaries: &Path, config: &Path) -> anyhow::Result<Self> {
-        let store = Store::open(&images::cache())?;
+    /// Starts it with its state in `directory` and trenv's shim, configured by `config`, on its
+    /// path; `apart` says that its store lies in `directory` too, with few images.
+    pub fn start(
+        directory: &Path,
+        binaries: &Path,
+        config: &Path,
+        apart: bool,
+    ) -> anyhow::Result<Self> {
+        let (store, samples) = match apart {
+            true => (Store::own(directory)?, &FEW[..]),
+            false => (Store::open(&images::cache())?, &SAMPLES[..]),
+        };
         let daemon = spawn(directory, &store.root, binaries, config)?;
         let mut containerd = Self {
             daemon,
@@ -69,7 +94,7 @@ impl Containerd {
             config: config.into(),
         };
         containerd.wait()?;
-        images::import(&containerd.socket())?;
+        images::import(&containerd.socket(), samples)?;
         Ok(containerd)
     }
 
@@ -96,7 +121,7 @@ impl Containerd {
         self.wait()
     }
 
-    /// Ends every container of ours in a namespace.
+    /// Ends every container of ours in a namespace, and removes tests' own images.
     pub fn remove_containers(&self, namespace: &str) -> anyhow::Result<()> {
         let socket = self.socket();
         let run = |arguments: &[&str]| ctr(&socket, namespace, arguments);
@@ -108,6 +133,11 @@ impl Containerd {
         let left = run(&["container", "ls", "-q"])?;
         if !left.trim().is_empty() {
             bail!("Containers cannot be removed: {}", left.trim());
+        }
+        for image in run(&["images", "ls", "-q"])?.lines() {
+            if image.starts_with(VARIANTS) {
+                let _ = run(&["images", "rm", image]);
+            }
         }
         for lease in run(&["leases", "ls", "-q"])?.lines() {
             let _ = run(&["leases", "rm", lease]);

@@ -16,13 +16,22 @@ pub fn cache() -> PathBuf {
     source().join("target/end-to-end")
 }
 
-/// Imports the sample images into a containerd; quick when they are there.
-pub fn import(socket: &Path) -> anyhow::Result<()> {
+/// Where `deploy/images/build.sh` has put the images; `TRENV_TEST_IMAGES` names another place.
+pub fn directory() -> PathBuf {
+    std::env::var_os("TRENV_TEST_IMAGES")
+        .map_or_else(|| "/var/cache/trenv/images".into(), PathBuf::from)
+}
+
+/// Imports sample images into a containerd; quick when they are there.
+pub fn import(socket: &Path, samples: &[&str]) -> anyhow::Result<()> {
     let script = source().join("deploy/images/import.sh");
     let output = Command::new("bash")
         .arg(&script)
         .arg("--address")
         .arg(socket)
+        .arg("--out")
+        .arg(directory())
+        .args(samples)
         .output()
         .with_context(|| format!("Failed to run {}", script.display()))?;
     if !output.status.success() {

@@ -77,6 +77,13 @@ impl Leftovers {
             .collect()
     }
 
+    /// Whether there is no more of anything than in `other`.
+    #[must_use]
+    pub fn within(&self, other: &Self) -> bool {
+        let mut kinds = self.0.keys();
+        kinds.all(|kind| self.count(kind) <= other.count(kind))
+    }
+
     /// How many things of a kind there are.
     #[must_use]
     pub fn count(&self, kind: &str) -> usize {
@@ -131,6 +138,8 @@ fn mounts(directory: &Path) -> Vec<String> {
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
         .filter(|target| Path::new(target).starts_with(directory))
+        // A machine's own file system goes last.
+        .filter(|target| Path::new(target) != directory)
         .map(str::to_owned)
         .collect()
 }

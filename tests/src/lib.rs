@@ -7,18 +7,23 @@
 //! ([`http`]) and described through [`Machine::describe`]; [`until`] waits for what takes its time.
 
 mod containerd;
+mod crash;
 mod daemon;
+mod disk;
 pub mod http;
 mod images;
 mod leftovers;
 mod machine;
 mod sandboxes;
+mod variants;
 mod wait;
 
+pub use crash::crash;
 pub use http::Reply;
 pub use leftovers::Leftovers;
 pub use machine::{Machine, Settings};
 pub use sandboxes::Sandbox;
+pub use variants::SERVER;
 pub use wait::{until, until_some};
 
 /// The sample functions of `functions/stack.yml`.

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use crate::containerd::{Containerd, ctr};
 use crate::daemon::Daemon;
+use crate::disk::Disk;
 use crate::http::{self, Reply};
 use crate::leftovers::{Leftovers, Marks};
 use crate::sandboxes::Sandbox;
@@ -39,6 +40,8 @@ pub struct Settings {
     pub pool_size: u64,
     /// Seconds until a function that is not ready is given up.
     pub ready_timeout_s: u64,
+    /// Bytes of a file system of the machine's own for all of its state and containerd's.
+    pub disk: Option<u64>,
 }
 
 impl Default for Settings {
@@ -48,6 +51,7 @@ impl Default for Settings {
             idle_sandboxes: 1,
             pool_size: 1 << 30,
             ready_timeout_s: 30,
+            disk: None,
         }
     }
 }
@@ -61,7 +65,8 @@ pub struct Machine {
     binaries: PathBuf,
     marks: Marks,
     stopped: bool,
-    // Last: what is in it belongs to the daemons.
+    // Last: what is in them belongs to the daemons.
+    pub(crate) disk: Option<Disk>,
     directory: TempDir,
 }
 
@@ -83,6 +88,10 @@ impl Machine {
             bail!("The end-to-end tests make namespaces and mounts; run them as root");
         }
         let directory = tempfile::Builder::new().prefix("trenv-e2e-").tempdir()?;
+        let disk = settings
+            .disk
+            .map(|bytes| Disk::mount(directory.path(), bytes));
+        let disk = disk.transpose()?;
         let binaries = binaries()?;
         let number = std::process::id() % 50_000 + next() * 50_000;
         let marks = Marks {
@@ -93,7 +102,7 @@ impl Machine {
         let gateway = free_port()?;
         write_config(directory.path(), &binaries, &marks, gateway, settings)?;
         let config = directory.path().join("trenv.toml");
-        let containerd = Containerd::start(directory.path(), &binaries, &config)?;
+        let containerd = Containerd::start(directory.path(), &binaries, &config, disk.is_some())?;
         let mut machine = Self {
             containerd,
             provider: None,
@@ -101,6 +110,7 @@ impl Machine {
             binaries,
             marks,
             stopped: false,
+            disk,
             directory,
         };
         machine.tool("trenv-pool", &["format"])?;
@@ -175,6 +185,36 @@ impl Machine {
     /// When it does not come up.
     pub fn restart_containerd(&mut self) -> anyhow::Result<()> {
         self.containerd.restart()
+    }
+
+    /// Its directory: configuration, state, logs.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Where the provider listens.
+    #[must_use]
+    pub fn gateway(&self) -> SocketAddr {
+        self.gateway
+    }
+
+    /// The provider's process id; 0 while it does not run.
+    #[must_use]
+    pub fn provider_pid(&self) -> i32 {
+        self.provider.as_ref().map_or(0, Daemon::pid)
+    }
+
+    /// The most memory that the provider has held so far, in KiB.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn provider_peak_kib(&self) -> anyhow::Result<u64> {
+        let pid = self.provider_pid();
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        line.and_then(|text| text.trim().trim_end_matches(" kB").parse().ok())
+            .context("The provider tells no VmHWM")
     }
 
     /// A request to a route of the gateway, with the credentials.
@@ -343,6 +383,19 @@ impl Machine {
     #[must_use]
     pub fn leftovers(&self) -> Leftovers {
         Leftovers::find(&self.marks)
+    }
+
+    /// Waits until there is no more of anything than in `before`.
+    ///
+    /// # Errors
+    /// When it does not get there.
+    pub fn back_to(&self, before: &Leftovers) -> anyhow::Result<()> {
+        until(
+            "everything to be as before",
+            Duration::from_secs(20),
+            || self.leftovers().within(before),
+        )
+        .with_context(|| format!("Before:\n{before}\nNow:\n{}", self.leftovers()))
     }
 
     /// Process ids of a program of ours on this machine.

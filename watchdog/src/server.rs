@@ -29,6 +29,10 @@ use crate::settings::{Mode, Settings};
 
 /// How long the function's server gets to end after SIGTERM.
 const TERMINATION: Duration = Duration::from_secs(5);
+/// Within which a server that broke off because it was killed is seen to have ended.
+const ENDED_SEEN: Duration = Duration::from_millis(100);
+/// How long answers may take that are still under way when the function's server has ended.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Server {
@@ -56,6 +60,8 @@ enum Stage {
     Unhealthy,
     /// No call is taken; those under way are finished.
     Draining,
+    /// Nobody can connect any more.
+    Closed,
 }
 
 /// Serves until SIGTERM, or until the function's server exits; gives the status to exit with.
@@ -118,6 +124,8 @@ pub async fn serve(settings: Rc<Settings>) -> anyhow::Result<u8> {
             status = &mut exit => {
                 logs::line(&format!("The function's server ended with {status}"));
                 server.remove_lock_file();
+                server.closing.send_replace(Stage::Draining);
+                let _ = tokio::time::timeout(LAST_ANSWERS, server.all_answered()).await;
                 return Ok(exit_code(status));
             }
             made = &mut ready, if !is_ready => {
@@ -186,7 +194,7 @@ impl Server {
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
-                _ = closing.wait_for(|stage| *stage >= Stage::Draining) => return,
+                () = reach(&mut closing, Stage::Draining) => break,
             };
             let Ok((stream, _)) = accepted else {
                 // Out of descriptors, most likely: some come free as calls end.
@@ -204,13 +212,15 @@ impl Server {
                 // The caller knows of a connection that breaks; nobody else needs to.
                 tokio::select! {
                     _ = connection.as_mut() => {}
-                    _ = closing.wait_for(|stage| *stage >= Stage::Draining) => {
+                    () = reach(&mut closing, Stage::Draining) => {
                         connection.as_mut().graceful_shutdown();
                         let _ = connection.await;
                     }
                 }
             });
         }
+        drop(listener);
+        self.closing.send_replace(Stage::Closed);
     }
 
     async fn accept_metrics(self: Rc<Self>, listener: TcpListener) {
@@ -340,6 +350,7 @@ impl Server {
                         let status = match e {
                             ProxyError::Input(_) | ProxyError::Path(_) => StatusCode::BAD_REQUEST,
                             ProxyError::Connect { .. } | ProxyError::Exchange(_) => {
+                                self.see_end().await;
                                 StatusCode::BAD_GATEWAY
                             }
                         };
@@ -357,6 +368,14 @@ impl Server {
             },
             Backend::Files(root) => files::answer(root, request.method(), request.uri()),
         }
+    }
+
+    /// Waits a moment for the end of the function's server. The caller must not hear of a failure
+    /// by it before nobody can connect any more: its next call would go to a watchdog that ends.
+    async fn see_end(&self) {
+        let mut closing = self.closing.subscribe();
+        let closed = reach(&mut closing, Stage::Closed);
+        let _ = tokio::time::timeout(ENDED_SEEN, closed).await;
     }
 
     /// Awaits for at most `exec_timeout`.
@@ -390,16 +409,7 @@ impl Server {
         self.remove_lock_file();
         tokio::time::sleep(interval).await;
         self.closing.send_replace(Stage::Draining);
-        let drained = async {
-            loop {
-                let ended = self.idle.notified();
-                if self.metrics.in_flight() == 0 {
-                    return;
-                }
-                ended.await;
-            }
-        };
-        if tokio::time::timeout(self.settings.write_timeout, drained)
+        if tokio::time::timeout(self.settings.write_timeout, self.all_answered())
             .await
             .is_err()
         {
@@ -407,6 +417,23 @@ impl Server {
             logs::line(&format!("Ending with {left} call(s) unfinished"));
         }
     }
+
+    /// Waits until no call is under way.
+    async fn all_answered(&self) {
+        loop {
+            let ended = self.idle.notified();
+            if self.metrics.in_flight() == 0 {
+                return;
+            }
+            ended.await;
+        }
+    }
+}
+
+/// Waits for a stage. What the channel lends is given back at once: while it is lent, nobody can
+/// move to the next stage.
+async fn reach(closing: &mut watch::Receiver<Stage>, wanted: Stage) {
+    let _ = closing.wait_for(|stage| *stage >= wanted).await;
 }
 
 /// What a call is counted as whose caller went away before the answer.

@@ -5,6 +5,7 @@ mod support;
 
 use std::io::{BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -272,6 +273,28 @@ fn a_function_that_breaks_off_gives_502_with_the_reason() {
     let answer = watchdog.get("/");
     assert_eq!(answer.status, 502);
     assert!(answer.text().contains("broke off"), "{}", answer.text());
+}
+
+#[test]
+fn when_a_killed_function_has_given_502_nobody_can_connect_any_more() {
+    fn killed(first: &str, _: &[(String, String)], _: &[u8], stream: &mut TcpStream) {
+        let pid = first.split(['/', ' ']).nth(2).unwrap();
+        let sent = Command::new("kill").args(["-s", "KILL", pid]).status();
+        assert!(sent.unwrap().success());
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+    let function = Function::start(killed);
+    for _ in 0..10 {
+        let mut watchdog = Watchdog::start(&[FOREVER, ("upstream_url", &function.url)]);
+        let own = watchdog.child.id();
+        let children = format!("/proc/{own}/task/{own}/children");
+        let pid = std::fs::read_to_string(children).unwrap();
+        let answer = watchdog.get(&format!("/{}", pid.trim()));
+        assert_eq!(answer.status, 502);
+        assert!(answer.text().contains("broke off"), "{}", answer.text());
+        assert!(TcpStream::connect(("127.0.0.1", watchdog.port)).is_err());
+        assert_eq!(watchdog.wait().code(), Some(128 + 9));
+    }
 }
 
 #[test]

@@ -239,7 +239,10 @@ impl Functions {
                 removed: false,
             }),
         });
-        self.store.put(&function.record())?;
+        if let Err(err) = self.store.put(&function.record()) {
+            self.drop_lease(&revision).await;
+            return Err(err.into());
+        }
         self.scheduler.serve_namespace(&name.namespace);
         self.map().insert(name, Arc::clone(&function));
         self.spawn_build(&function, &revision);

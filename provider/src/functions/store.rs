@@ -2,7 +2,8 @@
 //!
 //! The database is opened exclusively, so a second provider on the same state is refused.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -64,7 +65,10 @@ pub struct FunctionRecord {
 /// The database of functions.
 #[derive(Debug)]
 pub struct Store {
-    database: Database,
+    path: PathBuf,
+    /// Absent after the disk refused something: redb then does nothing more with a database until
+    /// it has been opened anew.
+    database: Mutex<Option<Database>>,
 }
 
 impl Store {
@@ -78,30 +82,18 @@ impl Store {
             source,
         })?;
         let path = directory.join("functions.redb");
-        let shown = path.display().to_string();
-        let database = match Database::create(&path) {
-            Ok(database) => database,
-            Err(redb::DatabaseError::DatabaseAlreadyOpen) => {
-                return Err(StoreError::InUse { path: shown });
-            }
-            Err(err) => {
-                return Err(StoreError::Open {
-                    path: shown,
-                    source: Box::new(err.into()),
-                });
-            }
+        let database = open(&path)?;
+        let store = Self {
+            path,
+            database: Mutex::new(Some(database)),
         };
-        let store = Self { database };
         store.write("prepare", |_| Ok(()), &[])?;
         Ok(store)
     }
 
     /// Every stored function.
     pub fn all(&self) -> Result<Vec<FunctionRecord>, StoreError> {
-        let rows = self.rows().map_err(|source| StoreError::Access {
-            action: "read",
-            source: Box::new(source),
-        })?;
+        let rows = self.with("read", rows)?;
         rows.into_iter()
             .map(|(name, bytes)| {
                 serde_json::from_slice(&bytes).map_err(|source| StoreError::Record { name, source })
@@ -150,8 +142,8 @@ impl Store {
 
     /// Templates that are still to be deleted: namespace and id.
     pub fn unwanted(&self) -> Result<Vec<(String, String)>, StoreError> {
-        let read = || -> Result<Vec<(String, String)>, redb::Error> {
-            let read = self.database.begin_read()?;
+        self.with("read", |database| {
+            let read = database.begin_read()?;
             let table = read.open_table(UNWANTED)?;
             let mut found = Vec::new();
             for row in table.iter()? {
@@ -161,37 +153,18 @@ impl Store {
                 }
             }
             Ok(found)
-        };
-        read().map_err(|source| StoreError::Access {
-            action: "read",
-            source: Box::new(source),
         })
     }
 
     /// A template has been deleted.
     pub fn deleted(&self, namespace: &str, id: &str) -> Result<(), StoreError> {
         let key = format!("{namespace}/{id}");
-        let run = || -> Result<(), redb::Error> {
-            let write = self.database.begin_write()?;
+        self.with("write", |database| {
+            let write = database.begin_write()?;
             write.open_table(UNWANTED)?.remove(key.as_str())?;
             write.commit()?;
             Ok(())
-        };
-        run().map_err(|source| StoreError::Access {
-            action: "write",
-            source: Box::new(source),
         })
-    }
-
-    fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
-        let read = self.database.begin_read()?;
-        let table = read.open_table(FUNCTIONS)?;
-        let mut rows = Vec::new();
-        for row in table.iter()? {
-            let (key, value) = row?;
-            rows.push((key.value().to_owned(), value.value().to_vec()));
-        }
-        Ok(rows)
     }
 
     fn write(
@@ -202,8 +175,8 @@ impl Store {
         ) -> Result<(), redb::StorageError>,
         unwanted: &[String],
     ) -> Result<(), StoreError> {
-        let run = || -> Result<(), redb::Error> {
-            let write = self.database.begin_write()?;
+        self.with(action, |database| {
+            let write = database.begin_write()?;
             {
                 let mut table = write.open_table(FUNCTIONS)?;
                 change(&mut table)?;
@@ -214,12 +187,52 @@ impl Store {
             }
             write.commit()?;
             Ok(())
+        })
+    }
+
+    /// Does something with the database, which is opened first if the last use failed.
+    fn with<T>(
+        &self,
+        action: &'static str,
+        run: impl FnOnce(&Database) -> Result<T, redb::Error>,
+    ) -> Result<T, StoreError> {
+        let mut kept = self.database.lock().unwrap_or_else(|e| e.into_inner());
+        let database = match kept.take() {
+            Some(database) => database,
+            None => open(&self.path)?,
         };
-        run().map_err(|source| StoreError::Access {
+        let done = run(&database);
+        if !matches!(done, Err(redb::Error::Io(_) | redb::Error::PreviousIo)) {
+            *kept = Some(database);
+        }
+        done.map_err(|source| StoreError::Access {
             action,
             source: Box::new(source),
         })
     }
+}
+
+fn open(path: &Path) -> Result<Database, StoreError> {
+    let shown = path.display().to_string();
+    match Database::create(path) {
+        Ok(database) => Ok(database),
+        Err(redb::DatabaseError::DatabaseAlreadyOpen) => Err(StoreError::InUse { path: shown }),
+        Err(err) => Err(StoreError::Open {
+            path: shown,
+            source: Box::new(err.into()),
+        }),
+    }
+}
+
+fn rows(database: &Database) -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+    let read = database.begin_read()?;
+    let table = read.open_table(FUNCTIONS)?;
+    let mut rows = Vec::new();
+    for row in table.iter()? {
+        let (key, value) = row?;
+        rows.push((key.value().to_owned(), value.value().to_vec()));
+    }
+    Ok(rows)
 }
 
 fn unwanted_rows(namespace: &str, template: Option<&Template>) -> Vec<String> {

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 use super::scheduler::Scheduler;
-use super::table::Connection;
+use super::table::{Connection, State, Table};
 use super::{SandboxRef, StartKind};
+use crate::functions::Revision;
 use crate::shim_client::Step;
 
 /// A call's hold on an instance. Dropping it ends the hold.
@@ -42,6 +43,41 @@ impl Guard {
         if !self.broken {
             self.connection = Some(connection);
         }
+    }
+}
+
+impl Scheduler {
+    /// Takes an instance of `revision` that runs and is free.
+    pub(super) fn acquire_warm(self: &Arc<Self>, revision: &Arc<Revision>) -> Option<Guard> {
+        let mut table = self.table();
+        if table.stopping || revision.retired() {
+            return None;
+        }
+        let id = table.warm(revision)?;
+        self.warm_guard(&mut table, &id)
+    }
+
+    /// A hold on an instance to which a call was added.
+    pub(super) fn warm_guard(self: &Arc<Self>, table: &mut Table, id: &str) -> Option<Guard> {
+        let entry = table.entries.get_mut(id)?;
+        let address = entry.address?;
+        let State::Serving(instance) = &mut entry.state else {
+            return None;
+        };
+        Some(Guard {
+            sandbox: SandboxRef {
+                namespace: entry.namespace.clone(),
+                id: id.to_owned(),
+            },
+            address,
+            kind: StartKind::Warm,
+            steps: Vec::new(),
+            gone: entry.gone.clone(),
+            tenancy: instance.tenancy.clone(),
+            scheduler: Arc::clone(self),
+            broken: false,
+            connection: instance.connections.pop(),
+        })
     }
 }
 

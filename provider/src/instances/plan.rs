@@ -94,7 +94,7 @@ impl Table {
     }
 
     /// The instance used last, since its memory is the warmest; a call is added to it.
-    fn warm(&mut self, revision: &Arc<Revision>) -> Option<String> {
+    pub fn warm(&mut self, revision: &Arc<Revision>) -> Option<String> {
         let limit = revision.concurrency();
         let mut best: Option<(&String, &mut super::table::Instance)> = None;
         for (id, entry) in &mut self.entries {

@@ -94,6 +94,10 @@ impl Scheduler {
                     });
                 }
                 RevisionState::Building => {
+                    // While a lost template is made anew, the instances that run go on.
+                    if let Some(guard) = self.acquire_warm(revision) {
+                        return Ok(guard);
+                    }
                     if tokio::time::timeout_at(deadline, state.changed())
                         .await
                         .is_err()
@@ -472,28 +476,6 @@ impl Scheduler {
             scheduler: Arc::clone(self),
             broken: false,
             connection: None,
-        })
-    }
-
-    fn warm_guard(self: &Arc<Self>, table: &mut Table, id: &str) -> Option<Guard> {
-        let entry = table.entries.get_mut(id)?;
-        let address = entry.address?;
-        let State::Serving(instance) = &mut entry.state else {
-            return None;
-        };
-        Some(Guard {
-            sandbox: SandboxRef {
-                namespace: entry.namespace.clone(),
-                id: id.to_owned(),
-            },
-            address,
-            kind: StartKind::Warm,
-            steps: Vec::new(),
-            gone: entry.gone.clone(),
-            tenancy: instance.tenancy.clone(),
-            scheduler: Arc::clone(self),
-            broken: false,
-            connection: instance.connections.pop(),
         })
     }
 

@@ -335,6 +335,15 @@ async fn calls_wait_while_a_function_is_built() {
 }
 
 #[tokio::test]
+async fn an_instance_that_runs_serves_while_its_template_is_made_anew() {
+    let w = world(2, 0);
+    let a = function("a");
+    drop(w.acquire(&a).await);
+    a.set_state(RevisionState::Building);
+    assert_eq!(w.acquire(&a).await.kind, StartKind::Warm);
+}
+
+#[tokio::test]
 async fn a_failed_start_is_tried_once_more_and_leaves_nothing() {
     let w = world(2, 0);
     let a = function("a");

@@ -225,7 +225,7 @@ impl Scheduler {
     /// Starts instances of `revision` until there are `wanted`, and leaves them idle.
     pub async fn grow(self: &Arc<Self>, revision: &Arc<Revision>, wanted: usize) {
         let _growing = self.growing.lock().await;
-        while self.count_of(revision) < wanted && !revision.retired() {
+        while self.count_of(revision) < self.wanted(revision, wanted) && !revision.retired() {
             if let Err(err) = self.start_another(revision, true).await {
                 tracing::warn!(
                     "{} has fewer instances than the {wanted} asked for: {err}",
@@ -234,6 +234,18 @@ impl Scheduler {
                 return;
             }
         }
+        let now = self.wanted(revision, wanted);
+        if now < wanted {
+            // The one that was just being started was not there to be ended.
+            self.shrink(revision, now);
+        }
+    }
+
+    /// How many instances a user still wants who once wanted `wanted`.
+    fn wanted(&self, revision: &Arc<Revision>, wanted: usize) -> usize {
+        let table = self.table();
+        let floor = table.floors.get(revision.function());
+        floor.map_or(wanted, |floor| wanted.min(*floor as usize))
     }
 
     /// Starts instances that a user wants kept and that have been lost, while there is room.
@@ -241,7 +253,7 @@ impl Scheduler {
         let Ok(_growing) = self.growing.try_lock() else {
             return;
         };
-        while self.count_of(revision) < wanted && !revision.retired() {
+        while self.count_of(revision) < self.wanted(revision, wanted) && !revision.retired() {
             match self.start_another(revision, false).await {
                 Ok(()) => {}
                 Err(StartError::Busy { .. }) => return,

@@ -57,12 +57,26 @@ pub fn receive(
     deadline: Instant,
     allowed: Duration,
 ) -> Result<(Report, i32), ZygoteError> {
+    receive_from(control, None, deadline, allowed)
+}
+
+/// [`receive`] from a tree in the sandbox with the pid 1 `init`: when that has ended, so has
+/// everything that would report, and the agent comes home without a word of it.
+pub fn receive_from(
+    control: BorrowedFd<'_>,
+    init: Option<BorrowedFd<'_>>,
+    deadline: Instant,
+    allowed: Duration,
+) -> Result<(Report, i32), ZygoteError> {
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    let mut fds = vec![PollFd::new(control, PollFlags::POLLIN)];
+    fds.extend(init.map(|init| PollFd::new(init, PollFlags::POLLIN)));
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match nix::poll::poll(&mut [PollFd::new(control, PollFlags::POLLIN)], timeout) {
+        match nix::poll::poll(&mut fds, timeout) {
             Ok(0) => return Err(ZygoteError::Deadline(allowed)),
+            Ok(_) if fds[0].any() == Some(false) => return Err(ZygoteError::InitGone),
             Ok(_) => break,
             Err(Errno::EINTR) => {}
             Err(err) => return Err(errno("waiting for the zygote")(err)),
@@ -73,9 +87,12 @@ pub fn receive(
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [io::IoSliceMut::new(&mut bytes)];
     let got = recvmsg(control, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
-        .map_err(|err| ZygoteError::Io {
-            doing: "hearing from the zygote".into(),
-            source: err.into(),
+        .map_err(|err| match err {
+            rustix::io::Errno::CONNRESET => ZygoteError::Gone,
+            err => ZygoteError::Io {
+                doing: "hearing from the zygote".into(),
+                source: err.into(),
+            },
         })?
         .bytes;
     if got == 0 {
