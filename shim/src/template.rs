@@ -120,7 +120,7 @@ impl Templates {
             .map_err(ShimError::engine("look at the zygote"))
     }
 
-    /// A seat whose agent can clone the template, ready or made now; `true` when it was ready.
+    /// A seat whose agent can clone the template, ready or made now; `true` when a clone waits in it.
     pub fn seat(
         &self,
         template: TemplateRef,
@@ -132,7 +132,10 @@ impl Templates {
         let (seat, was_ready) = match standing.take_living() {
             Some(found) => found,
             None => match self.make_seat(template, &standing, limits) {
-                Ok(seat) => (seat, false),
+                Ok(seat) => {
+                    tracing::info!("A seat of {} was made on the call's path", template.id);
+                    (seat, false)
+                }
                 Err(ShimError::Engine { source, .. }) if is_gone(source.as_ref()) => {
                     // Somebody killed the zygote: build it anew, once.
                     self.forget(template);

@@ -338,12 +338,9 @@ impl SandboxContainer {
             return Ok(Arc::new(Seat::plain(cgroup)));
         }
         let template = templates.resolve(plan.template)?;
-        let (seat, ready) = templates.seat(template, &plan.rootfs, &plan.limits)?;
-        if !ready {
-            tracing::info!(
-                "No clone of {} was ready: one is made on the call's path",
-                template.id
-            );
+        let (seat, prepared) = templates.seat(template, &plan.rootfs, &plan.limits)?;
+        if !prepared {
+            tracing::info!("No clone of {} waits: one is made now", template.id);
         }
         Ok(seat)
     }
