@@ -281,10 +281,10 @@ impl SandboxContainer {
             .map_err(Failed::Before)?;
         steps.add("streams", begun.elapsed());
         let _starting = self.starting();
-        let (this, wanted) = (Arc::clone(self), Arc::clone(plan));
-        // One visit to another thread for everything that waits for the kernel.
-        let restored = blocking(move || Ok(this.restore_here(&wanted, &ends, until))).await;
-        let (done, tenancy) = restored.map_err(Failed::Within)??;
+        // Here and now: another thread would have to be woken, and would wake this one in the end.
+        let (done, tenancy) =
+            tokio::task::block_in_place(|| self.restore_here(plan, &ends, until))?;
+        drop(ends);
         steps.0.extend(done.0);
         self.first.connect(streams, None);
         let (template, pids) = (tenancy.seat.template, tenancy.restored.clone());
