@@ -302,16 +302,19 @@ impl SandboxOps for Host {
     ) -> Result<ColdStart, StartError> {
         let name = revision.record.function.to_string();
         let begun = Instant::now();
-        let spare = self
+        let Spare {
+            tenancy,
+            mounts,
+            spec,
+        } = self
             .take_or_make_spare(revision)
             .await
             .map_err(|err| failed(&name, err))?;
         let mut steps = vec![("snapshot".to_owned(), micros(begun.elapsed()))];
-        let spec_json = spare.spec.clone().in_sandbox(&sandbox.id);
-        let record = self.function_record(sandbox, revision, &spare.tenancy, spec_json);
+        let spec_json = spec.in_sandbox(&sandbox.id);
+        let record = self.function_record(sandbox, revision, &tenancy, spec_json);
         let run = async {
-            self.run_task(sandbox, record, &spare.mounts, &mut steps)
-                .await?;
+            self.run_task(sandbox, record, &mounts, &mut steps).await?;
             let address = self.sandbox_address(sandbox).await?;
             let begun = Instant::now();
             self.ready(sandbox, revision, address).await?;
@@ -321,11 +324,11 @@ impl SandboxOps for Host {
         match run.await {
             Ok(address) => Ok(ColdStart {
                 address,
-                tenancy: spare.tenancy,
+                tenancy,
                 steps,
             }),
             Err(err) => {
-                self.destroy(sandbox, Some(&spare.tenancy)).await;
+                self.destroy(sandbox, Some(&tenancy)).await;
                 Err(err)
             }
         }
@@ -343,16 +346,20 @@ impl SandboxOps for Host {
         self.ensure_prepared(revision, template)
             .await
             .map_err(|err| err.into_start(&name))?;
-        let spare = self
+        let Spare {
+            tenancy,
+            mounts,
+            spec,
+        } = self
             .take_or_make_spare(revision)
             .await
             .map_err(|err| failed(&name, err))?;
         let mut steps = vec![("snapshot".to_owned(), micros(begun.elapsed()))];
-        let spec_json = spare.spec.clone().in_sandbox(&sandbox.id);
+        let spec_json = spec.in_sandbox(&sandbox.id);
         let mut request = proto::RepurposeRequest::new();
         request.sandbox_id = sandbox.id.clone();
-        request.tenancy = spare.tenancy.clone();
-        request.rootfs = wire_mounts(&spare.mounts);
+        request.tenancy = tenancy.clone();
+        request.rootfs = wire_mounts(&mounts);
         request.template_id = template.id.clone();
         request.generation = template.generation;
         request.limits = Some(wire_limits(record.limits)).into();
@@ -368,13 +375,13 @@ impl SandboxOps for Host {
                 steps.extend(taken_by_call(taken, called));
                 self.update_record(
                     sandbox,
-                    self.function_record(sandbox, revision, &spare.tenancy, spec_json),
+                    self.function_record(sandbox, revision, &tenancy, spec_json),
                 );
                 refill_spares(self, revision);
-                Ok((spare.tenancy, steps))
+                Ok((tenancy, steps))
             }
             Err(err) => {
-                self.destroy(sandbox, Some(&spare.tenancy)).await;
+                self.destroy(sandbox, Some(&tenancy)).await;
                 Err(PrepareError::Shim(err).into_start(&name))
             }
         }
