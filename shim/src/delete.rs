@@ -5,7 +5,6 @@
 //! control group is swept at once, by whichever of the parallel `delete` calls comes first.
 
 use std::io::Write;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -75,8 +74,7 @@ fn free_sandbox(flags: &Flags, config: &Config) -> anyhow::Result<(u32, u32)> {
     record.kill_init();
     let endpoint = Group::Sandboxes.endpoint(config, &flags.address, &flags.namespace);
     let lock = start::lock(&endpoint)?;
-    let shim_lives = UnixStream::connect(&endpoint.socket).is_ok();
-    if !shim_lives {
+    if !start::serves(&endpoint) {
         cgroup::sweep(&cgroup_parent(config, &flags.namespace))
             .context("Failed to remove the dead shim's control groups")?;
         open_network(config)?

@@ -27,6 +27,8 @@ use crate::task::{Container, TaskService, Tasks};
 use crate::{logging, reap, sandbox, start};
 
 /// After this long a promised container is not waited for any more.
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
 const PROMISE_LIMIT: Duration = Duration::from_secs(30);
 /// A shim that nobody ever gave a task ends by itself.
 const UNUSED_LIMIT: Duration = Duration::from_secs(60);
@@ -130,6 +132,8 @@ fn server(shim: &Arc<Shim>) -> anyhow::Result<Server> {
     // Programs that this process runs must not inherit the socket.
     rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::CLOEXEC)
         .context("The descriptor 3 must be the listening socket; containerd runs `start` first")?;
+    // Once more, so that SO_PEERCRED names this process and not the one that ran `start`.
+    rustix::net::listen(&listener, BACKLOG).context("Failed to listen on the inherited socket")?;
     let listener = std::os::unix::net::UnixListener::from(listener);
     let listener = listener
         .set_nonblocking(true)

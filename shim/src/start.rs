@@ -28,6 +28,8 @@ pub const LISTENER_FD: i32 = 3;
 /// Descriptor of the pipe on which the daemon says that it serves.
 pub const READY_FD: i32 = 4;
 
+/// How long a killed shim may take to end; containerd gives a cleanup five seconds.
+const END_LIMIT: Duration = Duration::from_secs(3);
 const READY_LIMIT: Duration = Duration::from_secs(10);
 
 /// Runs `start` in the bundle, which is the current directory.
@@ -41,7 +43,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
         .with_context(|| format!("Failed to create {}", directory.display()))?;
 
     let lock = lock(&endpoint)?;
-    if UnixStream::connect(&endpoint.socket).is_err() {
+    if !serves(&endpoint) {
         launch(flags, &config, &endpoint)?;
     }
     let promises = endpoint.promises();
@@ -75,6 +77,40 @@ pub fn lock(endpoint: &Endpoint) -> anyhow::Result<Flock<File>> {
     Flock::lock(file, FlockArg::LockExclusive)
         .map_err(|(_, errno)| errno)
         .with_context(|| format!("Failed to lock {}", path.display()))
+}
+
+/// Whether a shim serves the endpoint. The sockets of one that was killed are closed one after the
+/// other, the listening one not first: for some milliseconds it still takes connections. Its end is
+/// waited for, since it holds its locks until then.
+pub fn serves(endpoint: &Endpoint) -> bool {
+    let Ok(stream) = UnixStream::connect(&endpoint.socket) else {
+        return false;
+    };
+    let Ok(peer) = rustix::net::sockopt::socket_peercred(&stream) else {
+        return false;
+    };
+    if !is_ending(peer.pid.as_raw_nonzero().get()) {
+        return true;
+    }
+    if let Ok(pidfd) = rustix::process::pidfd_open(peer.pid, rustix::process::PidfdFlags::empty()) {
+        let limit = PollTimeout::try_from(END_LIMIT).unwrap_or(PollTimeout::NONE);
+        // Whether it has ended by then or not, it serves nobody any more.
+        let _ = poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], limit);
+    }
+    false
+}
+
+/// Whether a process has ended or is doing so (proc_pid_stat(5), "flags").
+fn is_ending(pid: i32) -> bool {
+    const PF_EXITING: u64 = 0x4;
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return true;
+    };
+    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let flags = after_name.split_whitespace().nth(6);
+    flags
+        .and_then(|flags| flags.parse::<u64>().ok())
+        .is_none_or(|flags| flags & PF_EXITING != 0)
 }
 
 fn launch(flags: &Flags, config: &Config, endpoint: &Endpoint) -> anyhow::Result<()> {

@@ -273,7 +273,7 @@ impl Zygote {
 /// Name the tenancy's cgroups in the zygote's request: its memory is the instance's.
 ///
 /// # Errors
-/// As [`Zygote::build`] and [`Agent::start`].
+/// As [`Zygote::build`] and [`PreparedClone::start`].
 pub fn start_copy(
     zygote: ZygoteRequest<'_>,
     request: &StartRequest<'_>,

@@ -128,7 +128,12 @@ impl Storage {
         machine.scale("hello-python", 0)?;
         intact(machine, &self.init_id)?;
         machine.scale("hello-python", 0)?;
-        crash(&machine.pids_of("trenv-zygote"));
+        // A clone that was being made comes after the first look.
+        until("the end of the zygotes", PATIENCE, || {
+            let zygotes = machine.pids_of("trenv-zygote");
+            crash(&zygotes);
+            zygotes.is_empty()
+        })?;
         let mut reasons = String::new();
         let mut wrong = None;
         until("a template made anew", PATIENCE, || {
