@@ -6,7 +6,9 @@
 //! of version 1 takes long. Only as many seats as shall be ready have a clone, since a clone holds
 //! a copy of what calls write.
 
-use std::collections::{HashMap, VecDeque};
+mod standing;
+
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -24,6 +26,7 @@ use trenv_snapshot::zygote::{self, StartRequest, Started, Zygote, ZygoteError, Z
 use crate::error::{Result, ShimError, pool_error};
 use crate::reap::Unswept;
 use crate::sandbox::{Seat, TemplateRef, Tenancy};
+use standing::Standing;
 
 /// Seats kept after tenancies have given them back.
 const SEATS_MAX: usize = 32;
@@ -44,25 +47,6 @@ pub struct Templates {
     /// Held while a zygote is built, so that none is built twice.
     building: Mutex<()>,
     next_seat: AtomicU64,
-}
-
-/// A template whose zygote stands.
-struct Standing {
-    zygote: Zygote,
-    zygote_cgroup: TenancyCgroup,
-    limits: Mutex<Limits>,
-    seats: Mutex<Vec<Arc<Seat>>>,
-    /// Held while seats are made ready.
-    filling: Mutex<()>,
-    /// Roots mounted ahead, by the mounts they were made of.
-    staged: Mutex<VecDeque<(Vec<Mount>, OwnedFd)>>,
-    /// Seats to keep ready, with a clone each.
-    wanted: AtomicUsize,
-    /// The layers, for building the zygote anew.
-    rootfs: Vec<Mount>,
-    // Keeps the pages in the pool for as long as the zygote may be built again from them.
-    _reader: TemplateReader,
-    _unswept: Unswept,
 }
 
 impl Templates {
@@ -487,60 +471,6 @@ impl Templates {
             .collect();
         for standing in gone {
             standing.end();
-        }
-    }
-}
-
-impl Standing {
-    /// A seat whose agent lives, one with a clone if there is one; `true` when it has one.
-    fn take_living(&self) -> Option<(Arc<Seat>, bool)> {
-        let prepared = {
-            let mut seats = lock(&self.seats);
-            let at = seats.iter().rposition(|seat| seat.is_prepared());
-            at.map(|at| seats.remove(at))
-        };
-        match prepared {
-            Some(seat) => Some((seat, true)),
-            None => self.take_unprepared().map(|seat| (seat, false)),
-        }
-    }
-
-    /// A seat without a clone whose agent lives.
-    fn take_unprepared(&self) -> Option<Arc<Seat>> {
-        loop {
-            let seat = {
-                let mut seats = lock(&self.seats);
-                let at = seats.iter().rposition(|seat| !seat.is_prepared())?;
-                seats.remove(at)
-            };
-            if seat.agent_lives() {
-                return Some(seat);
-            }
-            if let Err(err) = seat.remove() {
-                tracing::warn!("A spare cgroup stays until the next sweep: {}", err.chain());
-            }
-        }
-    }
-
-    /// Seats in which a clone waits.
-    fn prepared(&self) -> usize {
-        let seats = lock(&self.seats);
-        seats.iter().filter(|seat| seat.is_prepared()).count()
-    }
-
-    /// Ends the zygote and its seats, whoever still holds this.
-    fn end(&self) {
-        for seat in std::mem::take(&mut *lock(&self.seats)) {
-            if let Err(err) = seat.remove() {
-                tracing::warn!("A spare cgroup stays until the next sweep: {}", err.chain());
-            }
-        }
-        let gone = self
-            .zygote_cgroup
-            .kill_all()
-            .and_then(|()| self.zygote_cgroup.remove());
-        if let Err(err) = gone {
-            tracing::warn!("The cgroup of a zygote stays until the next sweep: {err}");
         }
     }
 }

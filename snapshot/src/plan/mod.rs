@@ -11,6 +11,7 @@ mod layout;
 mod memory;
 mod process;
 mod region;
+mod thread;
 
 use trenv_pool::Extent;
 use trenv_restorer::wire::{Capsule, Header, MAGIC, MARKS, MAX_AGENTS, OWN_SENTENCES, STACK, fd};

@@ -5,8 +5,8 @@ use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
 use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
-use super::{PlanError, credentials, files, frame, memory};
-use crate::manifest::{Manifest, MappingKind, PAGE, Process, Thread};
+use super::{PlanError, credentials, files, memory, thread};
+use crate::manifest::{Manifest, MappingKind, PAGE, Process};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
 pub mod mark {
@@ -17,7 +17,6 @@ pub mod mark {
 }
 
 const ARCH_SET_FS: u64 = 0x1002;
-const ARCH_SET_GS: u64 = 0x1001;
 const PR_SET_MM_MAP: u64 = 14;
 
 /// Where the programs of a tree are in the region.
@@ -252,7 +251,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     for thread in &process.threads[1..] {
         ready.push(region.put_words(&[0]));
         let words = (gate, ready.last().copied().filter(|_| shared));
-        let its = thread_program(thread, process, manifest, words, region);
+        let its = thread::program(thread, process, manifest, words, region);
         let stack = region.put(&vec![0; THREAD_STACK as usize], 16);
         program.about(region.sentence(format!("making thread {} of process {pid}", thread.tid)));
         let args = [
@@ -266,8 +265,8 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     let main = &process.threads[0];
     program.about(region.sentence(format!("setting up the main thread of process {pid}")));
     program.call(libc::SYS_arch_prctl, [ARCH_SET_FS, main.registers.fs_base]);
-    thread_state(main, process, region, program);
-    send_pending(&process.pending, None, pid, region, program);
+    thread::state(main, process, region, program);
+    thread::send_pending(&process.pending, None, pid, region, program);
     credentials::take(main, manifest, region, program);
     if shared {
         // A filter may forbid what the others still have to do.
@@ -287,7 +286,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
         .call(libc::SYS_close, [control + fd::CONTROL])
         .or_not();
     program.verb(verb::RELEASE, [gate]);
-    program.verb(verb::SIGRETURN, [put_frame(main, region)]);
+    program.verb(verb::SIGRETURN, [thread::put_frame(main, region)]);
 }
 
 fn bound(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
@@ -509,113 +508,4 @@ fn own_limits() -> Vec<(u64, u64)> {
             (limit.rlim_cur, limit.rlim_max)
         })
         .collect()
-}
-
-fn thread_program(
-    thread: &Thread,
-    process: &Process,
-    manifest: &Manifest,
-    (gate, ready): (u64, Option<u64>),
-    region: &mut Region,
-) -> u64 {
-    let mut program = Program::default();
-    program.about(region.sentence(format!("setting up thread {}", thread.tid)));
-    thread_state(thread, process, region, &mut program);
-    credentials::take(thread, manifest, region, &mut program);
-    match ready {
-        // The main thread's filters become this one's.
-        Some(ready) => {
-            program.verb(verb::RELEASE, [ready]);
-        }
-        None => credentials::take_filters(thread, false, manifest, region, &mut program),
-    }
-    program.verb(verb::WAIT, [gate]);
-    program.verb(verb::SIGRETURN, [put_frame(thread, region)]);
-    region.put_program(&program)
-}
-
-/// What the kernel keeps per thread, registers and credentials aside.
-fn thread_state(thread: &Thread, process: &Process, region: &mut Region, program: &mut Program) {
-    if thread.registers.gs_base != 0 {
-        program.call(
-            libc::SYS_arch_prctl,
-            [ARCH_SET_GS, thread.registers.gs_base],
-        );
-    }
-    program.call(libc::SYS_set_tid_address, [thread.clear_tid]);
-    if thread.robust_list.0 != 0 {
-        program.call(
-            libc::SYS_set_robust_list,
-            [thread.robust_list.0, thread.robust_list.1],
-        );
-    }
-    if let Some((address, size, signature)) = thread.rseq {
-        program.call(
-            libc::SYS_rseq,
-            [address, u64::from(size), 0, u64::from(signature)],
-        );
-    }
-    let name = region.put_text(&thread.name);
-    program.call(libc::SYS_prctl, [libc::PR_SET_NAME as u64, name]);
-    if thread.nice != 0 {
-        program.call(
-            libc::SYS_setpriority,
-            [libc::PRIO_PROCESS as u64, 0, thread.nice as u64],
-        );
-    }
-    if thread.scheduling != (0, 0) {
-        let parameter = region.put_words(&[thread.scheduling.1 as u64]);
-        program.call(
-            libc::SYS_sched_setscheduler,
-            [0, thread.scheduling.0 as u64, parameter],
-        );
-    }
-    if let Some(mask) = &thread.affinity {
-        let length = mask.len() as u64;
-        let mask = region.put(mask, 8);
-        program.call(libc::SYS_sched_setaffinity, [0, length, mask]);
-    }
-    if thread.parent_death_signal != 0 {
-        let signal = thread.parent_death_signal;
-        program.call(libc::SYS_prctl, [libc::PR_SET_PDEATHSIG as u64, signal]);
-    }
-    send_pending(
-        &thread.pending,
-        Some(thread.tid),
-        process.pid,
-        region,
-        program,
-    );
-}
-
-/// Signals that were pending are sent again; all are blocked until the frame is taken.
-fn send_pending(
-    pending: &[Vec<u8>],
-    tid: Option<i32>,
-    pid: i32,
-    region: &mut Region,
-    program: &mut Program,
-) {
-    for info in pending {
-        let signal = info
-            .first_chunk()
-            .map_or(0, |bytes| i32::from_ne_bytes(*bytes)) as u64;
-        let info = region.put(info, 8);
-        match tid {
-            Some(tid) => {
-                let args = [pid as u64, tid as u64, signal, info];
-                program.call(libc::SYS_rt_tgsigqueueinfo, args);
-            }
-            None => {
-                program.call(libc::SYS_rt_sigqueueinfo, [pid as u64, signal, info]);
-            }
-        }
-    }
-}
-
-fn put_frame(thread: &Thread, region: &mut Region) -> u64 {
-    let at = region.put(&vec![0; frame::size(thread)], 64);
-    let bytes = frame::build(thread, at);
-    region.set(at, &bytes);
-    at
 }
