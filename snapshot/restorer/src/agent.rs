@@ -100,7 +100,7 @@ unsafe fn unmap(header: *mut Header, start: u64, end: u64) {
 /// Serves requests until the socket closes.
 ///
 /// # Safety
-/// As [`zygote`]; `index` names the stacks of this agent alone.
+/// As [`enter`]; `index` names the stacks of this agent alone.
 unsafe fn serve(header: *mut Header, index: u64) -> ! {
     // SAFETY: the header is the planner's.
     let control = unsafe { (*header).control };

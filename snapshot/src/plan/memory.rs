@@ -5,7 +5,7 @@ use trenv_pool::{Extent, Source};
 
 use super::layout::{Placed, Placement, kernel_owned};
 use super::region::{Program, Region};
-use super::{PlanError, build_fd, process};
+use super::{PlanError, build_fd};
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
 
 const HUGE: u64 = 2 << 20;
@@ -13,6 +13,7 @@ const HUGE: u64 = 2 << 20;
 const HUGE_WORTH: u64 = 448;
 const MADV_COLLAPSE: u64 = 25;
 const MAP_DROPPABLE: u64 = 8;
+const PR_SET_MM_MAP: u64 = 14;
 const READ_WRITE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
 
 /// A part of a page run that lies in one extent.
@@ -162,7 +163,40 @@ fn describe(process: &Process, number: u64, region: &mut Region, program: &mut P
     open(&process.exe, region, program);
     program.call(libc::SYS_dup3, [0, number, 0]).from(0, 0);
     program.call(libc::SYS_close, [0]).from(0, 0);
-    process::describe_memory(process, Some(number), region, program);
+    describe_memory(process, Some(number), region, program);
+}
+
+/// PR_SET_MM_MAP (prctl(2)): what the kernel knows of code, data, heap, stack and arguments.
+pub fn describe_memory(
+    process: &Process,
+    exe: Option<u64>,
+    region: &mut Region,
+    program: &mut Program,
+) {
+    let layout = &process.layout;
+    let auxv = region.put(&process.auxv, 8);
+    let exe = exe.map_or(u64::from(u32::MAX), |fd| fd & 0xffff_ffff);
+    let map = region.put_words(&[
+        layout.start_code,
+        layout.end_code,
+        layout.start_data,
+        layout.end_data,
+        layout.start_brk,
+        layout.brk,
+        layout.start_stack,
+        layout.arg_start,
+        layout.arg_end,
+        layout.env_start,
+        layout.env_end,
+        auxv,
+        process.auxv.len() as u64 | exe << 32,
+    ]);
+    program.about(region.sentence(format!("describing the memory of process {}", process.pid)));
+    let size = 13 * 8;
+    program.call(
+        libc::SYS_prctl,
+        [libc::PR_SET_MM as u64, PR_SET_MM_MAP, map, size, 0],
+    );
 }
 
 fn inside<'a>(mapping: &Mapping, pieces: &'a [Piece]) -> impl Iterator<Item = &'a Piece> {

@@ -17,7 +17,6 @@ pub mod mark {
 }
 
 const ARCH_SET_FS: u64 = 0x1002;
-const PR_SET_MM_MAP: u64 = 14;
 
 /// Where the programs of a tree are in the region.
 #[derive(Debug)]
@@ -373,7 +372,7 @@ fn move_memory(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut 
             program.call(libc::SYS_dup3, [0, number, 0]).from(0, 0);
             program.call(libc::SYS_close, [0]).from(0, 0);
         }
-        describe_memory(process, exe, region, program);
+        memory::describe_memory(process, exe, region, program);
     }
 }
 
@@ -391,39 +390,6 @@ fn advise_about_forks(process: &Process, region: &mut Region, program: &mut Prog
             }
         }
     }
-}
-
-/// PR_SET_MM_MAP (prctl(2)): what the kernel knows of code, data, heap, stack and arguments.
-pub fn describe_memory(
-    process: &Process,
-    exe: Option<u64>,
-    region: &mut Region,
-    program: &mut Program,
-) {
-    let layout = &process.layout;
-    let auxv = region.put(&process.auxv, 8);
-    let exe = exe.map_or(u64::from(u32::MAX), |fd| fd & 0xffff_ffff);
-    let map = region.put_words(&[
-        layout.start_code,
-        layout.end_code,
-        layout.start_data,
-        layout.end_data,
-        layout.start_brk,
-        layout.brk,
-        layout.start_stack,
-        layout.arg_start,
-        layout.arg_end,
-        layout.env_start,
-        layout.env_end,
-        auxv,
-        process.auxv.len() as u64 | exe << 32,
-    ]);
-    program.about(region.sentence(format!("describing the memory of process {}", process.pid)));
-    let size = 13 * 8;
-    program.call(
-        libc::SYS_prctl,
-        [libc::PR_SET_MM as u64, PR_SET_MM_MAP, map, size, 0],
-    );
 }
 
 /// What a process has once: signal actions, timers, limits, working directory.
