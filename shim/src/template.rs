@@ -445,7 +445,8 @@ impl Templates {
             let _ = cgroup.kill_all().and_then(|()| cgroup.remove());
             return Err(ShimError::engine("move an agent into its cgroup")(err));
         }
-        Seat::with_agent(cgroup, template, limits.clone(), agent).map(Arc::new)
+        let seat = Seat::with_agent(cgroup, template, limits.clone(), agent);
+        Ok(Arc::new(seat))
     }
 
     fn is_standing(&self, template: TemplateRef, standing: &Arc<Standing>) -> bool {
@@ -504,7 +505,8 @@ pub fn layers_only(active: &[Mount]) -> Vec<Mount> {
         .collect()
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Locks; a panic elsewhere leaves what is locked as usable as it was.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -257,7 +257,7 @@ impl Zygote {
         Ok(Agent {
             control: ours,
             pid,
-            _turn: Turn {
+            turn: Turn {
                 number,
                 agent: Some(open_pidfd(pid)?),
                 stacks: Arc::clone(&self.stacks),
@@ -307,7 +307,7 @@ pub struct Agent {
     // Closing it ends the agent; what follows is dropped afterwards.
     control: OwnedFd,
     pid: i32,
-    _turn: Turn,
+    turn: Turn,
     tree: Arc<Tree>,
 }
 
@@ -361,6 +361,13 @@ impl Agent {
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Whether it can still be asked for a clone.
+    #[must_use]
+    pub fn lives(&self) -> bool {
+        let agent = self.turn.agent.as_ref();
+        agent.is_some_and(|agent| !has_ended(agent))
     }
 
     /// Makes a clone, in the agent's own cgroup or in that of the given directory (cgroup v2).

@@ -158,13 +158,7 @@ impl Host {
         let (containerd, key) = (self.namespace(namespace), key.to_owned());
         tokio::spawn(async move {
             tokio::time::sleep(HOUSEKEEPING_PAUSE).await;
-            let removed = match containerd {
-                Ok(containerd) => containerd.remove_snapshot(&key).await,
-                Err(err) => Err(err),
-            };
-            if let Err(err) = removed {
-                tracing::warn!("A snapshot stays behind until the provider starts again: {err}");
-            }
+            remove_snapshot(containerd, &key).await;
         });
     }
 
@@ -474,7 +468,9 @@ pub fn refill_spares(host: &Host, revision: &Arc<Revision>) {
         while revision.spares() < SPARES && !revision.retired() {
             match make_spare(&containerd, &revision).await {
                 Ok(spare) if revision.retired() => {
-                    remove_spare(&containerd, &revision, &spare).await;
+                    // It was made while the revision was retired.
+                    let containerd = containerd.namespace(&revision.record.function.namespace);
+                    remove_snapshot(containerd, &spare.tenancy).await;
                 }
                 Ok(spare) => {
                     // A root that is not mounted ahead is mounted at the start.
@@ -495,10 +491,9 @@ pub fn refill_spares(host: &Host, revision: &Arc<Revision>) {
     });
 }
 
-/// Takes back a snapshot whose revision was retired while it was made.
-async fn remove_spare(containerd: &Containerd, revision: &Revision, spare: &Spare) {
-    let removed = match containerd.namespace(&revision.record.function.namespace) {
-        Ok(containerd) => containerd.remove_snapshot(&spare.tenancy).await,
+async fn remove_snapshot(containerd: Result<Namespaced, ContainerdError>, key: &str) {
+    let removed = match containerd {
+        Ok(containerd) => containerd.remove_snapshot(key).await,
         Err(err) => Err(err),
     };
     if let Err(err) = removed {

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -18,7 +18,7 @@ use trenv_snapshot::zygote::{Agent, PreparedClone, Started};
 use crate::error::{Result, ShimError};
 use crate::runc::signal_process;
 use crate::stats::Groups;
-use crate::template::start_error;
+use crate::template::{lock, start_error};
 
 const END_LIMIT: Duration = Duration::from_secs(10);
 
@@ -33,8 +33,6 @@ pub struct Seat {
     agent_pid: Option<i32>,
     agent: Mutex<Option<Agent>>,
     clone: Mutex<Option<PreparedClone>>,
-    /// Tells whether the agent still lives.
-    agent_pidfd: Option<OwnedFd>,
     limits: Mutex<Option<Limits>>,
     /// The kernel never sets this counter back.
     oom_kills: AtomicU64,
@@ -56,7 +54,6 @@ impl Seat {
             agent_pid: None,
             agent: Mutex::new(None),
             clone: Mutex::new(None),
-            agent_pidfd: None,
             limits: Mutex::new(None),
             oom_kills: AtomicU64::new(0),
         }
@@ -68,29 +65,22 @@ impl Seat {
         template: TemplateRef,
         limits: Limits,
         agent: Agent,
-    ) -> Result<Self> {
+    ) -> Self {
         let inside = cgroup.dir_fd().is_none().then(|| agent.pid());
-        let pidfd = open_pidfd(agent.pid())?;
-        Ok(Self {
+        Self {
             cgroup,
             template: Some(template),
             agent_pid: inside,
             agent: Mutex::new(Some(agent)),
             clone: Mutex::new(None),
-            agent_pidfd: Some(pidfd),
             limits: Mutex::new(Some(limits)),
             oom_kills: AtomicU64::new(0),
-        })
+        }
     }
 
     /// Whether the agent can still be asked for a start.
     pub fn agent_lives(&self) -> bool {
-        let agent = lock(&self.agent);
-        agent.is_some()
-            && self
-                .agent_pidfd
-                .as_ref()
-                .is_some_and(|pidfd| !has_ended(pidfd))
+        lock(&self.agent).as_ref().is_some_and(Agent::lives)
     }
 
     /// Sets the tenancy's limits, unless the cgroup has them already.
@@ -310,10 +300,6 @@ pub struct Tenancy {
     pub seccomp: Option<Seccomp>,
     /// Host pids of a tree that came from a template, in the template's order.
     pub restored: Vec<i32>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn open_pidfd(pid: i32) -> Result<OwnedFd> {

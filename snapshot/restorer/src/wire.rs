@@ -29,12 +29,10 @@ pub const MAX_LOADED: usize = 8;
 pub mod fd {
     /// The socket to the zygote's owner.
     pub const CONTROL: u64 = 0;
-    /// pidfd of the zygote.
-    pub const HOME: u64 = 1;
     /// The program that a process becomes to be loaded.
-    pub const LOADER: u64 = 2;
+    pub const LOADER: u64 = 1;
     /// The capsule of each process that is loaded.
-    pub const CAPSULES: u64 = 3;
+    pub const CAPSULES: u64 = 2;
     /// Standard input, output and error of the tenancy.
     pub const STDIO: u64 = CAPSULES + super::MAX_LOADED as u64;
     /// pidfd of the sandbox's pid 1.
@@ -52,7 +50,7 @@ pub mod task_fd {
 }
 
 /// What the region begins with.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct Header {
     pub magic: u64,

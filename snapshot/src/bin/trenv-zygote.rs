@@ -55,15 +55,10 @@ fn become_zygote() -> Result<()> {
         bail!("This process has no vdso");
     }
     let zero = File::open("/dev/zero").context("Failed to open /dev/zero")?;
-    let home = rustix::process::pidfd_open(
-        rustix::process::getpid(),
-        rustix::process::PidfdFlags::empty(),
-    )
-    .context("Failed to open this process")?;
     enter_rootfs()?;
 
     map_region(base, code, length)?;
-    arrange_descriptors(control, capsules, &home, &zero)?;
+    arrange_descriptors(control, capsules, &zero)?;
     quiet_signals();
     // SAFETY: the region is complete; the restorer unmaps this program and never comes back.
     unsafe {
@@ -133,11 +128,10 @@ fn map_region(base: u64, code: u64, length: u64) -> Result<()> {
 }
 
 /// Everything to its number from the control descriptor on, and nothing else stays open.
-fn arrange_descriptors(control: i32, capsules: i32, home: &OwnedFd, zero: &File) -> Result<()> {
+fn arrange_descriptors(control: i32, capsules: i32, zero: &File) -> Result<()> {
     let to = |number: u64| control + number as i32;
     let mut places = vec![
         (loader_fd::CONTROL, to(fd::CONTROL)),
-        (home.as_raw_fd(), to(fd::HOME)),
         (loader_fd::LOADER, to(fd::LOADER)),
         (loader_fd::PAGES, to(build_fd::PAGES)),
         (zero.as_raw_fd(), to(build_fd::ZERO)),

@@ -211,20 +211,11 @@ impl CapsulePlan {
             base,
             length: region.length(),
             build: frame.build,
-            prepare: 0,
-            root: 0,
-            root_pid: 0,
-            root_stack: 0,
-            root_left: 0,
-            stacks: 0,
             control: tree.control,
             vdso_length,
             vdso_offset,
             vdso_words: frame.vdso_words,
-            helper_pid: 0,
-            clone_left: 0,
-            helper_left: 0,
-            marks: [0; MARKS],
+            ..Header::default()
         };
         region.set(header, &header_bytes(&content));
         let at = end.next_multiple_of(PAGE);
