@@ -21,9 +21,10 @@ const PAUSE: Duration = Duration::from_millis(10);
 const READS: u32 = 100;
 
 /// Calls `tell` when processes of these groups may have been killed for want of memory, until the
-/// groups are gone. `tell` answers whether there were any.
+/// groups are gone, and once at the beginning. `tell` answers whether there were any.
 pub async fn follow(groups: &Groups, mut tell: impl FnMut() -> bool) -> Result<()> {
     let notice = Notice::open(groups)?;
+    tell();
     while notice.next().await? {
         for _ in 0..notice.reads() {
             if tell() {

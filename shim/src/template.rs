@@ -446,6 +446,7 @@ impl Templates {
             return Err(ShimError::engine("move an agent into its cgroup")(err));
         }
         let seat = Seat::with_agent(cgroup, template, limits.clone(), agent);
+        seat.groups()?;
         Ok(Arc::new(seat))
     }
 

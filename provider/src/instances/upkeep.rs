@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::table::State;
-use super::{SandboxRef, Scheduler, StartError};
+use super::{HOUSEKEEPING_PAUSE, SandboxRef, Scheduler, StartError};
 use crate::functions::{FunctionName, Revision};
 
 const TICK: Duration = Duration::from_secs(1);
@@ -53,6 +53,9 @@ impl Scheduler {
         let mut not_before = Instant::now();
         loop {
             let _ = tokio::time::timeout(TICK, self.upkeep.notified()).await;
+            if self.table().idle().next().is_some() {
+                tokio::time::sleep(HOUSEKEEPING_PAUSE).await;
+            }
             if self.table().stopping {
                 return;
             }

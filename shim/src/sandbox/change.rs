@@ -25,7 +25,9 @@ use crate::template::{METHODS, start_error};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 const DEADLINE_MAX: Duration = Duration::from_secs(300);
-const HOUSEKEEPING_PAUSE: Duration = Duration::from_millis(20);
+/// How long what only prepares the next start, or tells of the last one, lets the call that caused it
+/// go first.
+pub const HOUSEKEEPING_PAUSE: Duration = Duration::from_millis(20);
 const STREAMS_LIMIT: Duration = Duration::from_secs(2);
 
 /// Timed steps, in order.

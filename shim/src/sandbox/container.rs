@@ -17,13 +17,13 @@ use trenv_sandbox::{ProcessSpec, Sandbox};
 use trenv_sandbox_proto::{SandboxInfo, State};
 
 use super::Sandboxes;
+use super::change::HOUSEKEEPING_PAUSE;
 use super::spec::{Kind, SandboxSpec};
 use super::tenancy::{Seat, Seccomp, Tenancy};
 use crate::error::{Result, ShimError};
 use crate::oom;
 use crate::reap::Exit;
 use crate::runc::blocking;
-use crate::stats::Groups;
 use crate::stdio::{Owner, Uris};
 use crate::task::{Phase, Process};
 
@@ -236,11 +236,11 @@ impl SandboxContainer {
         let (seat, this) = (Arc::clone(seat), Weak::clone(&self.this));
         let mut following = JoinSet::new();
         following.spawn(async move {
-            let followed = match Groups::of_dirs(&seat.cgroup.dirs()) {
-                Ok(groups) => {
-                    let tell = || this.upgrade().is_none_or(|this| this.tell_oom(&seat));
-                    oom::follow(&groups, tell).await
-                }
+            // The call that started the function goes first.
+            tokio::time::sleep(HOUSEKEEPING_PAUSE).await;
+            let tell = || this.upgrade().is_none_or(|this| this.tell_oom(&seat));
+            let followed = match seat.groups() {
+                Ok(groups) => oom::follow(groups, tell).await,
                 Err(err) => Err(err),
             };
             if let Err(err) = followed {

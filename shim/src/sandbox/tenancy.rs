@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -36,6 +36,7 @@ pub struct Seat {
     limits: Mutex<Option<Limits>>,
     /// The kernel never sets this counter back.
     oom_kills: AtomicU64,
+    groups: OnceLock<Groups>,
 }
 
 /// A template and its generation.
@@ -56,6 +57,7 @@ impl Seat {
             clone: Mutex::new(None),
             limits: Mutex::new(None),
             oom_kills: AtomicU64::new(0),
+            groups: OnceLock::new(),
         }
     }
 
@@ -75,6 +77,7 @@ impl Seat {
             clone: Mutex::new(None),
             limits: Mutex::new(Some(limits)),
             oom_kills: AtomicU64::new(0),
+            groups: OnceLock::new(),
         }
     }
 
@@ -210,13 +213,23 @@ impl Seat {
 
     /// Whether the kernel has killed a process here for want of memory since the last question.
     pub fn new_oom_kills(&self) -> bool {
-        let kills = Groups::of_dirs(&self.cgroup.dirs()).map_or(0, |groups| groups.oom_kills());
+        let kills = self.groups().map_or(0, Groups::oom_kills);
         self.oom_kills.swap(kills, Ordering::Relaxed) < kills
     }
 
     /// Figures of the tenancy's cgroup.
     pub fn metrics(&self) -> Result<Any> {
-        Groups::of_dirs(&self.cgroup.dirs())?.metrics()
+        self.groups()?.metrics()
+    }
+
+    /// Where the figures of the tenancy's cgroup are: looked up once, since a cgroup of version 1 lies
+    /// in many places and serves many tenancies.
+    pub fn groups(&self) -> Result<&Groups> {
+        if let Some(groups) = self.groups.get() {
+            return Ok(groups);
+        }
+        let groups = Groups::of_dirs(&self.cgroup.dirs())?;
+        Ok(self.groups.get_or_init(|| groups))
     }
 }
 

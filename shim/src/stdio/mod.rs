@@ -10,8 +10,10 @@ mod copy;
 mod program;
 mod target;
 
+use std::fmt;
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -59,11 +61,22 @@ impl ProcessEnds {
 }
 
 /// The shim's side: copiers at work.
-#[derive(Debug)]
 pub struct Streams {
     copiers: JoinSet<()>,
+    /// Those that wait for [`Streams::begin`].
+    waiting: Vec<Copier>,
     stdin_open: watch::Sender<bool>,
-    begun: watch::Sender<bool>,
+}
+
+type Copier = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+impl fmt::Debug for Streams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Streams")
+            .field("copiers", &self.copiers.len())
+            .field("waiting", &self.waiting.len())
+            .finish_non_exhaustive()
+    }
 }
 
 /// Makes pipes for a process without a terminal. Copying starts with [`Streams::begin`].
@@ -73,17 +86,16 @@ pub async fn pipes(
     overflow: Overflow,
 ) -> Result<(ProcessEnds, Streams)> {
     let (stdin_open, closed) = watch::channel(true);
-    let (begun, begin) = watch::channel(false);
-    let mut copiers = JoinSet::new();
+    let mut waiting: Vec<Copier> = Vec::new();
     let stdin = if uris.stdin.is_empty() {
         null()?
     } else {
         let (read, write) = pipe()?;
-        copiers.spawn(copy::input(
+        waiting.push(Box::pin(copy::input(
             target::open_input(&uris.stdin)?,
             copy::sender(write)?,
             closed,
-        ));
+        )));
         read
     };
     let (stdout_target, stderr_target) =
@@ -92,13 +104,7 @@ pub async fn pipes(
         let Some(target) = target else { return null() };
         let (read, write) = pipe()?;
         let copier = copy::output(copy::receiver(read)?, target, overflow, owner.clone(), name);
-        let mut begin = begin.clone();
-        copiers.spawn(async move {
-            // An error means that the process was never made.
-            if begin.wait_for(|begun| *begun).await.is_ok() {
-                copier.await;
-            }
-        });
+        waiting.push(Box::pin(copier));
         Ok(write)
     };
     let ends = [
@@ -107,9 +113,9 @@ pub async fn pipes(
         output(stderr_target, "stderr")?,
     ];
     let streams = Streams {
-        copiers,
+        copiers: JoinSet::new(),
+        waiting,
         stdin_open,
-        begun,
     };
     Ok((ProcessEnds(ends), streams))
 }
@@ -139,19 +145,20 @@ pub async fn console(
         owner.clone(),
         "stdout",
     ));
-    let begun = watch::Sender::new(true);
     Ok(Streams {
         copiers,
+        waiting: Vec::new(),
         stdin_open,
-        begun,
     })
 }
 
 impl Streams {
     /// Starts passing output on. Until then what comes through the pipes is not the process's but
     /// that of the program which makes it.
-    pub fn begin(&self) {
-        self.begun.send_replace(true);
+    pub fn begin(&mut self) {
+        for copier in self.waiting.drain(..) {
+            self.copiers.spawn(copier);
+        }
     }
 
     /// Closes the process's standard input.

@@ -80,7 +80,7 @@ impl Process {
     }
 
     /// Gives the streams to the process.
-    pub fn connect(&self, streams: Streams, console: Option<Console>) {
+    pub fn connect(&self, mut streams: Streams, console: Option<Console>) {
         streams.begin();
         let mut state = self.lock();
         state.streams = Some(streams);
