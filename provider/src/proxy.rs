@@ -130,6 +130,7 @@ impl Proxy {
         request: Request<Body>,
         begun: Instant,
     ) -> Result<Response<Body>, Failure> {
+        guard.mark_called();
         let gone = guard.gone.clone();
         let deadline = tokio::time::Instant::from(begun + self.timeout);
         let mut request = request;

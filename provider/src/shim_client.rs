@@ -109,9 +109,10 @@ impl ShimClient {
         Ok(twice!(self, list(context(QUICK), &request))?.sandboxes)
     }
 
-    /// Ends the tenancy of a sandbox.
-    pub async fn reset(&self, sandbox: &str) -> Result<Vec<Step>> {
+    /// Ends the tenancy of a sandbox, which has served no call if it is `unused`.
+    pub async fn reset(&self, sandbox: &str, unused: bool) -> Result<Vec<Step>> {
         let mut request = proto::ResetRequest::new();
+        request.unused = unused;
         request.request_id = request_id();
         request.sandbox_id = sandbox.to_owned();
         let client = self.client().await?;

@@ -87,7 +87,7 @@ impl WorkingSet {
         let memory = File::options()
             .write(true)
             .open(format!("/proc/{zygote}/mem"))?;
-        // A tenancy without a call wrote next to nothing: the majority decides.
+        // Not every call does the same: the majority decides.
         let enough = self.rounds.div_ceil(2);
         for (table, written) in self.tables.iter().zip(&self.written) {
             let Some(table) = table else { continue };

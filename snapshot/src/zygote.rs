@@ -218,8 +218,8 @@ impl Zygote {
     /// Learns from an instance which pages its calls touch: those that they write are copied ahead
     /// by later clones, in a few large steps instead of a fault each, and those of files that they
     /// read are there in later clones from the start. Call it at a tenancy's end, before the tree is
-    /// killed, with the pids of its start; it has an effect for the first few tenancies, and tells
-    /// whether it had one.
+    /// killed, with the pids of its start, for tenancies that had calls; it has an effect for the first
+    /// few, and tells whether it had one.
     ///
     /// # Errors
     /// When /proc cannot be read, as when the instance has ended. Nothing changes then.

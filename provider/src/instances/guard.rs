@@ -33,6 +33,13 @@ impl Guard {
         self.connection = None;
     }
 
+    /// Says that the function gets a call to serve.
+    pub fn mark_called(&self) {
+        if let Some(entry) = self.scheduler.table().entries.get_mut(&self.sandbox.id) {
+            entry.called = true;
+        }
+    }
+
     /// A connection that an earlier call left.
     pub fn take_connection(&mut self) -> Option<Connection> {
         self.connection.take()

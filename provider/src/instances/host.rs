@@ -381,11 +381,16 @@ impl SandboxOps for Host {
         }
     }
 
-    async fn reset(&self, sandbox: &SandboxRef, tenancy: &str) -> Result<Vec<Step>, StartError> {
+    async fn reset(
+        &self,
+        sandbox: &SandboxRef,
+        tenancy: &str,
+        unused: bool,
+    ) -> Result<Vec<Step>, StartError> {
         let begun = Instant::now();
         let steps = self
             .shim(&sandbox.namespace)
-            .reset(&sandbox.id)
+            .reset(&sandbox.id, unused)
             .await
             .map_err(|err| failed(&sandbox.id, err))?;
         let steps = taken_by_call(steps, micros(begun.elapsed()));

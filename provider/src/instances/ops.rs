@@ -70,8 +70,14 @@ pub trait SandboxOps: Send + Sync + std::fmt::Debug {
         template: &Template,
     ) -> Result<(String, Vec<Step>), StartError>;
 
-    /// Ends the tenancy `tenancy`, after which the sandbox is idle.
-    async fn reset(&self, sandbox: &SandboxRef, tenancy: &str) -> Result<Vec<Step>, StartError>;
+    /// Ends the tenancy `tenancy`, after which the sandbox is idle. One that was `unused` has served no
+    /// call.
+    async fn reset(
+        &self,
+        sandbox: &SandboxRef,
+        tenancy: &str,
+        unused: bool,
+    ) -> Result<Vec<Step>, StartError>;
 
     /// Ends a sandbox with whatever runs in it, and frees all of it. Can be repeated.
     async fn destroy(&self, sandbox: &SandboxRef, tenancy: Option<&str>);

@@ -218,7 +218,8 @@ impl Scheduler {
         let (sandbox, kind, fresh) = match plan {
             Plan::Repurpose(sandbox) => (sandbox, StartKind::Repurposed, false),
             Plan::Evict(sandbox, tenancy) => {
-                match self.ops.reset(&sandbox, &tenancy).await {
+                let unused = !self.was_called(&sandbox.id);
+                match self.ops.reset(&sandbox, &tenancy, unused).await {
                     Ok(taken) => steps.extend(taken),
                     Err(err) => {
                         self.discard(&sandbox, Some(&tenancy)).await;
@@ -339,14 +340,20 @@ impl Scheduler {
         sandbox: &SandboxRef,
         tenancy: Option<&str>,
     ) {
+        let unused = !self.was_called(&sandbox.id);
         if let Some(tenancy) = tenancy
-            && let Err(err) = self.ops.reset(sandbox, tenancy).await
+            && let Err(err) = self.ops.reset(sandbox, tenancy, unused).await
         {
             tracing::warn!(sandbox = sandbox.id, "{err}; the sandbox is destroyed");
             self.discard(sandbox, Some(tenancy)).await;
             return;
         }
         self.put_idle(sandbox);
+    }
+
+    fn was_called(&self, id: &str) -> bool {
+        let table = self.table();
+        table.entries.get(id).is_some_and(|entry| entry.called)
     }
 
     /// Makes a busy sandbox available.
@@ -452,6 +459,7 @@ impl Scheduler {
         let mut table = self.table();
         let entry = table.entries.get_mut(&sandbox.id)?;
         entry.address = Some(address);
+        entry.called = false;
         let gone = entry.gone.clone();
         entry.state = State::Serving(Instance {
             revision: Arc::clone(revision),
@@ -505,6 +513,7 @@ impl Scheduler {
                 namespace: sandbox.namespace.clone(),
                 address: Some(address),
                 state,
+                called: false,
                 gone: CancellationToken::new(),
             },
         );

@@ -48,6 +48,8 @@ pub(super) struct Entry {
     pub namespace: String,
     pub address: Option<SocketAddr>,
     pub state: State,
+    /// Its instance has served a call.
+    pub called: bool,
     /// Cancelled when the sandbox is gone, so that open calls end at once.
     pub gone: CancellationToken,
 }
@@ -79,6 +81,7 @@ impl Table {
                 namespace: namespace.to_owned(),
                 address: None,
                 state: State::Busy,
+                called: false,
                 gone: CancellationToken::new(),
             },
         );

@@ -91,7 +91,7 @@ impl SandboxOps for Fake {
         Ok((revision.new_tenancy(), vec![("restore".into(), 1)]))
     }
 
-    async fn reset(&self, sandbox: &SandboxRef, _: &str) -> Result<Vec<Step>, StartError> {
+    async fn reset(&self, sandbox: &SandboxRef, _: &str, _: bool) -> Result<Vec<Step>, StartError> {
         assert!(
             self.serving.lock().unwrap().remove(&sandbox.id),
             "only one with a tenancy"

@@ -99,12 +99,12 @@ struct NeededLinux {
 }
 
 impl SandboxContainer {
-    /// Ends the tenancy: Ready, Resetting, Idle.
-    pub async fn reset(self: &Arc<Self>) -> Result<Steps> {
+    /// Ends the tenancy: Ready, Resetting, Idle. The zygote learns from one that was `called`.
+    pub async fn reset(self: &Arc<Self>, called: bool) -> Result<Steps> {
         self.claim("reset", proto::State::READY, proto::State::RESETTING)?;
         let tenancy = self.lock().tenancy.take();
         let mut steps = Steps::default();
-        match self.end_tenancy(tenancy, &mut steps).await {
+        match self.end_tenancy(tenancy, called, &mut steps).await {
             Ok(()) => {
                 self.settle(proto::State::IDLE, "the tenancy was ended", |_| {})?;
                 Ok(steps)
@@ -186,7 +186,7 @@ impl SandboxContainer {
         steps.parts("dump", dumped.steps.iter().copied());
         let written = self.write_through(&tenancy, &mut steps).await;
         let ended = match written {
-            Ok(()) => self.end_tenancy(Some(tenancy), &mut steps).await,
+            Ok(()) => self.end_tenancy(Some(tenancy), false, &mut steps).await,
             Err(err) => Err(err),
         };
         if let Err(err) = ended {
@@ -224,13 +224,16 @@ impl SandboxContainer {
     async fn end_tenancy(
         self: &Arc<Self>,
         tenancy: Option<Tenancy>,
+        called: bool,
         steps: &mut Steps,
     ) -> Result<()> {
         let this = Arc::clone(self);
         let mut timed = std::mem::take(steps);
         let (timed, seat) = blocking(move || {
             let seat = tenancy.map(|tenancy| {
-                this.all.templates.learn(&tenancy);
+                if called {
+                    this.all.templates.learn(&tenancy);
+                }
                 tenancy.seat
             });
             timed.time("kill", || {
