@@ -5,8 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod look_up;
 mod mounts;
 
+pub use look_up::look_up;
 pub use mounts::{bind, overlay_from_mounts, sync_upper, tmpfs};
 
 /// A mount as containerd describes it.

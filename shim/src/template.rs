@@ -9,7 +9,7 @@
 mod standing;
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use trenv_config::Config;
 use trenv_pool::{Pool, PoolError, PoolOptions, TemplateId, TemplateReader};
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
-use trenv_sandbox::rootfs::{Mount, overlay_from_mounts};
+use trenv_sandbox::rootfs::{Mount, look_up, overlay_from_mounts};
 use trenv_snapshot::Fingerprint;
 use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
 use trenv_snapshot::zygote::{self, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
@@ -188,6 +188,8 @@ impl Templates {
         })?;
         let root = overlay_from_mounts(&rootfs)
             .map_err(ShimError::engine("mount the root of a tenancy to come"))?;
+        let opened = standing.zygote.opened().iter().map(String::as_str);
+        look_up(root.as_fd(), opened);
         let mut staged = lock(&standing.staged);
         staged.push_back((rootfs, root));
         if staged.len() > STAGED_MAX {

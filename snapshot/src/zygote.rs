@@ -112,6 +112,7 @@ struct Tree {
     processes: usize,
     root_pid: i32,
     oom_score_adj: i32,
+    opened: Vec<String>,
 }
 
 /// Which agents' stacks are in use.
@@ -168,6 +169,7 @@ impl Zygote {
                 processes: plan.processes,
                 root_pid: plan.root_pid,
                 oom_score_adj: plan.oom_score_adj,
+                opened: plan.opened,
             }),
             working_set: Mutex::new(WorkingSet::new(plan.stored, plan.file_pages, plan.tables)),
             stacks: Arc::new(Mutex::new(Stacks {
@@ -200,6 +202,12 @@ impl Zygote {
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Paths that a start opens in the tenancy's root.
+    #[must_use]
+    pub fn opened(&self) -> &[String] {
+        &self.tree.opened
     }
 
     /// DRAM that the zygote's memory takes.

@@ -68,7 +68,11 @@ impl proto::Sandbox for SandboxService {
         self.all
             .requests
             .once("Reset", &request.request_id.clone(), async move {
-                let steps = all.get(&request.sandbox_id)?.reset(!request.unused).await?.into_proto();
+                let steps = all
+                    .get(&request.sandbox_id)?
+                    .reset(!request.unused)
+                    .await?
+                    .into_proto();
                 Ok(proto::ResetResponse {
                     steps,
                     ..proto::ResetResponse::default()

@@ -13,10 +13,12 @@ mod process;
 mod region;
 mod thread;
 
+use std::collections::BTreeSet;
+
 use trenv_pool::Extent;
 use trenv_restorer::wire::{Capsule, Header, MAGIC, MARKS, MAX_AGENTS, OWN_SENTENCES, STACK, fd};
 
-use crate::manifest::{Manifest, MappingKind, PAGE};
+use crate::manifest::{Manifest, MappingKind, ObjectKind, PAGE};
 use layout::{Placement, Way, kernel_owned};
 use memory::Copy;
 use process::Tree;
@@ -69,6 +71,8 @@ pub struct Plan {
     pub file_pages: Vec<Stored>,
     /// Per process, the table of ranges that a clone copies ahead of its writes.
     pub tables: Vec<Option<u64>>,
+    /// Paths that a start opens in the new root.
+    pub opened: Vec<String>,
 }
 
 /// The file from which a process is loaded: its head, its pages, its region.
@@ -185,8 +189,34 @@ impl Plan {
             stored: stored(manifest, &placement),
             file_pages: file_pages(manifest, &placement),
             tables: programs.tables,
+            opened: opened(manifest, &placement),
         })
     }
+}
+
+/// What the processes of a start look up in their root: working directories, open files, and what
+/// those that are loaded map.
+fn opened(manifest: &Manifest, placement: &Placement) -> Vec<String> {
+    let mut paths = BTreeSet::new();
+    for (process, way) in manifest.processes.iter().zip(&placement.ways) {
+        paths.insert(&process.cwd);
+        if *way == Way::Loaded {
+            paths.insert(&process.exe);
+            for mapping in &process.mappings {
+                if let MappingKind::File { path, .. } | MappingKind::SharedReadOnly { path, .. } =
+                    &mapping.kind
+                {
+                    paths.insert(path);
+                }
+            }
+        }
+    }
+    for object in &manifest.objects {
+        if let ObjectKind::Path { path, .. } = &object.kind {
+            paths.insert(path);
+        }
+    }
+    paths.into_iter().cloned().collect()
 }
 
 impl CapsulePlan {

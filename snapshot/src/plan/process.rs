@@ -48,6 +48,9 @@ pub struct Tree<'a> {
 pub struct Own {
     limits: Vec<(u64, u64)>,
     capabilities: u64,
+    /// The kernel takes a process into the time namespace of its children when it executes a program
+    /// (fs/exec.c, exec_task_namespaces; from 6.2).
+    exec_enters_clock: bool,
 }
 
 impl Tree<'_> {
@@ -178,6 +181,11 @@ fn program_of(
                 program.verb(verb::SHARE, [pid, its, stack, words.left[child]])
             }
         };
+        if tree.way(index) == Way::Loaded {
+            // The child comes as far as to wait for this process's exec, which then wakes it up on a
+            // processor that idles. A new task stays where it was made, behind its parent.
+            program.call(libc::SYS_sched_yield, []);
+        }
     }
     match tree.way(index) {
         Way::Loaded => {
@@ -225,7 +233,9 @@ pub fn capsule_program(
 ) -> (Program, Vec<memory::Copy>, u64) {
     let process = tree.process(index);
     let mut program = Program::default();
-    program.verb(verb::ENTER_CLOCK, []);
+    if !tree.own.exec_enters_clock {
+        program.verb(verb::ENTER_CLOCK, []);
+    }
     bound(index, tree, region, &mut program);
     // Above everything that `files::make` has made.
     let exe = tree.control + fd::OBJECTS + tree.manifest.objects.len() as u64;
@@ -458,7 +468,21 @@ impl Own {
         Ok(Self {
             limits: own_limits(),
             capabilities,
+            exec_enters_clock: kernel_is_from(6, 2),
         })
+    }
+}
+
+/// Whether the kernel is of this version or later; `false` where its version cannot be read.
+fn kernel_is_from(major: u32, minor: u32) -> bool {
+    let Ok(names) = nix::sys::utsname::uname() else {
+        return false;
+    };
+    let release = names.release().to_string_lossy();
+    let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(own_major)), Some(Ok(own_minor))) => (own_major, own_minor) >= (major, minor),
+        _ => false,
     }
 }
 
