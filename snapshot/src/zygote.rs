@@ -329,6 +329,28 @@ pub struct PreparedClone {
     tree: Arc<Tree>,
 }
 
+/// A restored tree that waits before its first instruction. Dropping it ends the tree's processes.
+#[derive(Debug)]
+pub struct Parked {
+    control: OwnedFd,
+    processes: usize,
+}
+
+impl Parked {
+    /// Lets the tree go on.
+    ///
+    /// # Errors
+    /// When its processes have ended.
+    pub fn resume(self) -> Result<(), ZygoteError> {
+        let_go(self.control.as_fd(), self.processes)
+    }
+}
+
+/// Says to each process of a tree, as soon as it is restored, that it may go on.
+fn let_go(control: BorrowedFd<'_>, processes: usize) -> Result<(), ZygoteError> {
+    (0..processes).try_for_each(|_| send(control, wire::request::GO, 0, &[]))
+}
+
 /// An agent's hold on its stacks.
 #[derive(Debug)]
 struct Turn {
@@ -430,17 +452,35 @@ impl PreparedClone {
     }
 
     /// Gives the clone's memory to the tree in a sandbox and waits until every process of it is
-    /// restored.
+    /// restored and runs.
     ///
     /// # Errors
     /// When a step failed: what was made of the tree must then be killed with its cgroup.
     pub fn start(self, request: &StartRequest<'_>) -> Result<Started, ZygoteError> {
+        self.restore(request, true)
+    }
+
+    /// Like [`PreparedClone::start`], but every process of the tree stops before its first
+    /// instruction, until [`Parked::resume`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn park(self, request: &StartRequest<'_>) -> Result<(Started, Parked), ZygoteError> {
+        let started = self.restore(request, false)?;
+        let (control, processes) = (self.control, self.tree.processes);
+        Ok((started, Parked { control, processes }))
+    }
+
+    fn restore(&self, request: &StartRequest<'_>, go: bool) -> Result<Started, ZygoteError> {
         let begun = now();
         let deadline = Instant::now() + request.deadline;
         let control = self.control.as_fd();
         let [input, output, error] = request.stdio;
         let descriptors = [input, output, error, request.init];
         send(control, wire::request::START, 0, &descriptors)?;
+        if go {
+            let_go(control, self.tree.processes)?;
+        }
         let processes = self.tree.processes;
         let mut pids = vec![0; processes];
         let mut marks = [0; MARKS];

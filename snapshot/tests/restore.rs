@@ -64,6 +64,35 @@ fn a_threaded_program_goes_on_where_it_was() -> TestResult {
 }
 
 #[test]
+fn a_parked_tree_waits_before_its_first_instruction() -> TestResult {
+    let bed = Bed::new()?;
+    let zygote = counted_once(&bed)?;
+    let mut agent = zygote.agent()?;
+    let (mut instance, parked) = bed.park(&mut agent)?;
+    instance.tell("count");
+    assert!(!instance.has_answered(), "it runs although nobody said so");
+    parked.resume()?;
+    assert!(instance.answer().starts_with("1 "), "the counter goes on");
+    assert!(instance.ask("count").starts_with("2 "));
+    Ok(())
+}
+
+#[test]
+fn a_parked_tree_ends_when_nobody_can_resume_it() -> TestResult {
+    let bed = Bed::new()?;
+    let zygote = counted_once(&bed)?;
+    let (instance, parked) = bed.park(&mut zygote.agent()?)?;
+    drop(parked);
+    let gone = || !std::path::Path::new(&format!("/proc/{}/exe", instance.root)).exists();
+    let begun = std::time::Instant::now();
+    while !gone() && begun.elapsed() < std::time::Duration::from_secs(5) {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(gone(), "it waits for ever");
+    Ok(())
+}
+
+#[test]
 fn memory_keeps_its_meaning() -> TestResult {
     memory_is_right(&[])
 }

@@ -7,6 +7,7 @@ use crate::wire::STACK;
 /// Numbers used by the restorer itself; programs carry theirs with them.
 pub mod nr {
     pub const SENDTO: u64 = 44;
+    pub const RECVFROM: u64 = 45;
     pub const RECVMSG: u64 = 47;
     pub const MUNMAP: u64 = 11;
     pub const WRITE: u64 = 1;

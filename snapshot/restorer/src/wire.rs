@@ -147,6 +147,8 @@ pub mod verb {
     pub const MAKE_CLOCK: u16 = 11;
     /// Enter that time namespace; the address space must be this process's alone by now.
     pub const ENTER_CLOCK: u16 = 14;
+    /// Wait for a [`super::request::GO`] of this process's own from the control socket.
+    pub const AWAIT_GO: u16 = 15;
 }
 
 /// How a system call's result is judged.
@@ -189,6 +191,8 @@ pub mod request {
     /// Make a clone of the address space that waits for its start. Descriptors: its socket, and the
     /// cgroup's directory on cgroup v2.
     pub const CLONE: u32 = 3;
+    /// Let one process of a restored tree go on; it is sent once for each.
+    pub const GO: u32 = 4;
 }
 
 /// A request.

@@ -291,6 +291,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     );
     program.verb(verb::MARK, [mark::THREADS]);
     program.verb(verb::REPORT, [index as u64]);
+    program.verb(verb::AWAIT_GO, []);
     program
         .call(libc::SYS_close, [control + fd::CONTROL])
         .or_not();

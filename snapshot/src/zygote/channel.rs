@@ -39,7 +39,9 @@ pub fn send(
     bytes[4..].copy_from_slice(&request.agent.to_ne_bytes());
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+    if !descriptors.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
     let parts = [io::IoSlice::new(&bytes)];
     match sendmsg(control, &parts, &mut ancillary, SendFlags::NOSIGNAL) {
         Ok(_) => Ok(()),

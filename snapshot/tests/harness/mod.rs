@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 use trenv_pool::{Backend, Pool, TemplateId};
 use trenv_snapshot::TaskGroup;
 use trenv_snapshot::dump::{DumpRequest, Dumped, dump};
-use trenv_snapshot::zygote::{Agent, StartRequest, Started, Zygote, ZygoteRequest, start_copy};
+use trenv_snapshot::zygote::{
+    Agent, Parked, StartRequest, Started, Zygote, ZygoteRequest, start_copy,
+};
 
 pub type TestResult = Result<(), Box<dyn std::error::Error>>;
 type Made<T> = Result<T, Box<dyn std::error::Error>>;
@@ -213,6 +215,20 @@ impl Bed {
         self.start_in(agent, sandbox, init)
     }
 
+    /// Clones the tree into a new sandbox, where it waits before its first instruction.
+    pub fn park(&self, agent: &mut Agent) -> Made<(Instance, Parked)> {
+        let (sandbox, init) = sandbox()?;
+        let mut parked = None;
+        let instance = self.start_by(sandbox, init, |group, request| {
+            group.add(agent.pid())?;
+            *group.guest.lock().unwrap() = Some(agent.pid());
+            let (started, waits) = agent.make_clone(None)?.park(request)?;
+            parked = Some(waits);
+            Ok(started)
+        })?;
+        Ok((instance, parked.ok_or("nothing was parked")?))
+    }
+
     /// Copies the tree's memory for this one instance.
     pub fn start_copy(&self, template: &TemplateId) -> Made<Instance> {
         let (sandbox, init) = sandbox()?;
@@ -279,12 +295,8 @@ impl Bed {
 impl Instance {
     pub fn ask(&mut self, line: &str) -> String {
         // One write: the program takes what a read gives it for a line.
-        self.input
-            .write_all(format!("{line}\n").as_bytes())
-            .unwrap();
-        let mut answer = String::new();
-        self.output.read_line(&mut answer).unwrap();
-        answer.trim_end().to_owned()
+        self.tell(line);
+        self.answer()
     }
 }
 
@@ -310,6 +322,27 @@ impl Instance {
 }
 
 impl Instance {
+    /// Whether an answer lies in its output.
+    pub fn has_answered(&mut self) -> bool {
+        let output = self.output.get_ref().as_fd();
+        let mut poll = [nix::poll::PollFd::new(output, nix::poll::PollFlags::POLLIN)];
+        nix::poll::poll(&mut poll, nix::poll::PollTimeout::from(200u8)).unwrap() > 0
+    }
+
+    /// Sends a line without waiting for its answer.
+    pub fn tell(&mut self, line: &str) {
+        self.input
+            .write_all(format!("{line}\n").as_bytes())
+            .unwrap();
+    }
+
+    /// The answer to a line that was sent.
+    pub fn answer(&mut self) -> String {
+        let mut answer = String::new();
+        self.output.read_line(&mut answer).unwrap();
+        answer.trim_end().to_owned()
+    }
+
     /// Page faults of the root process so far that needed no input or output.
     pub fn faults(&self) -> Made<u64> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.root))?;
