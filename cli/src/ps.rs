@@ -87,6 +87,7 @@ pub fn state(sandbox: &SandboxInfo) -> &'static str {
         Ok(State::RESETTING) => "resetting",
         Ok(State::RESTORING) => "restoring",
         Ok(State::READY) => "ready",
+        Ok(State::PARKED) => "parked",
         Ok(State::DEAD) => "dead",
         Ok(State::STATE_UNSPECIFIED) | Err(_) => "unknown",
     }

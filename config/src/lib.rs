@@ -93,6 +93,9 @@ pub struct Provider {
     pub idle_sandboxes: usize,
     /// Sandboxes at most, serving and idle together.
     pub max_sandboxes: usize,
+    /// Sandboxes that hold a parked instance at most: a function likely to be called next, restored
+    /// ahead and stopped before its first instruction.
+    pub parked_instances: usize,
     /// Seconds after which an idle instance gives up its sandbox; 0: only when another needs it.
     pub keep_alive_s: u64,
     /// Seconds that a function may take until it is ready.
@@ -163,6 +166,7 @@ impl Default for Provider {
             namespace: "openfaas-fn".into(),
             idle_sandboxes: 2,
             max_sandboxes: 100,
+            parked_instances: 0,
             keep_alive_s: 0,
             ready_timeout_s: 60,
             call_timeout_s: 60,

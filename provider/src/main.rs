@@ -5,7 +5,7 @@
 //! | `rest` | routes, bodies, statuses |
 //! | `functions` | what is deployed, how it is built, what survives a restart |
 //! | `instances` | which sandbox serves which call; idle, victims, refill |
-//! | `proxy` | one call to its instance and back |
+//! | `proxy`, `connection` | one call to its instance and back |
 //! | `containerd` | images, leases, snapshots, containers and tasks over containerd's socket |
 //! | `shim_client` | handing sandboxes over, dumping and preparing, by the shim's own service |
 //! | `spec` | the OCI spec of a sandbox |
@@ -17,6 +17,7 @@
 //! A call goes `rest` -> `functions` (which revision) -> `instances` (which sandbox) -> `proxy`.
 
 mod auth;
+mod connection;
 mod containerd;
 mod error;
 mod functions;

@@ -14,10 +14,9 @@ use http::{Request, Response, StatusCode, Uri, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::SendRequest;
-use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
+use crate::connection::{connect, describe};
 use crate::error::ApiError;
 use crate::functions::Revision;
 use crate::instances::{Connection, Guard, Scheduler, StartError};
@@ -25,9 +24,6 @@ use crate::instances::{Connection, Guard, Scheduler, StartError};
 /// How long a connection to a function may lie idle and still be used. Servers close idle
 /// connections after 5 s and more; well before that a reuse cannot meet the close.
 const CONNECTION_AGE: Duration = Duration::from_secs(3);
-/// How long a new instance may refuse connections.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
-const CONNECT_PAUSE: Duration = Duration::from_millis(2);
 /// How often a call that has not been sent is given to another instance.
 const RETRIES: u32 = 5;
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
@@ -141,7 +137,7 @@ impl Proxy {
                 sent => return self.settle(guard, sender, sent, begun),
             }
         }
-        match connect(&guard).await {
+        match connect(guard.address, &guard.gone).await {
             Ok(mut sender) => {
                 let sent = send(&mut sender, request, deadline, &gone).await;
                 self.settle(guard, sender, sent, begun)
@@ -238,43 +234,6 @@ async fn reuse(guard: &mut Guard) -> Option<SendRequest<Body>> {
     matches!(ready, Ok(Ok(()))).then_some(connection.sender)
 }
 
-/// Connects; a function that is about to listen gets a moment.
-async fn connect(guard: &Guard) -> Result<SendRequest<Body>, String> {
-    let patience = Instant::now() + CONNECT_PATIENCE;
-    let stream = loop {
-        let left = patience.saturating_duration_since(Instant::now());
-        let tried = tokio::select! {
-            tried = tokio::time::timeout(left, TcpStream::connect(guard.address)) => tried,
-            () = guard.gone.cancelled() => return Err("its sandbox has ended".to_owned()),
-        };
-        match tried {
-            Ok(Ok(stream)) => break stream,
-            Ok(Err(err)) if left.is_zero() => return Err(err.to_string()),
-            Ok(Err(_)) => tokio::time::sleep(CONNECT_PAUSE).await,
-            Err(_) => {
-                return Err(format!(
-                    "no connection to {} within {} s",
-                    guard.address,
-                    CONNECT_PATIENCE.as_secs()
-                ));
-            }
-        }
-    };
-    stream.set_nodelay(true).map_err(|err| err.to_string())?;
-    let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(|err| describe(&err))?;
-    let gone = guard.gone.clone();
-    tokio::spawn(async move {
-        // The connection ends when nobody holds its sender, or with its sandbox.
-        tokio::select! {
-            _ = connection => {}
-            () = gone.cancelled() => {}
-        }
-    });
-    Ok(sender)
-}
-
 fn outgoing(request: Request<Body>, path_and_query: &str) -> Result<Request<Body>, ApiError> {
     let (mut head, body) = request.into_parts();
     head.uri = Uri::builder()
@@ -359,17 +318,6 @@ fn died() -> ApiError {
         "The function's sandbox ended during the call; call again, and look at the function's logs"
             .to_owned(),
     )
-}
-
-/// An error with its causes, since hyper tells the cause in the source only.
-fn describe(err: &hyper::Error) -> String {
-    let mut text = err.to_string();
-    let mut source = std::error::Error::source(err);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 /// A reply's body, which holds the instance until its end.

@@ -63,6 +63,7 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
         SchedulerOptions {
             limit: provider.max_sandboxes,
             idle: provider.idle_sandboxes,
+            parked: provider.parked_instances,
             keep_alive: (provider.keep_alive_s > 0)
                 .then(|| Duration::from_secs(provider.keep_alive_s)),
             patience: call_timeout,

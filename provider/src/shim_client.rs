@@ -128,6 +128,17 @@ impl ShimClient {
         Ok(steps(self.outcome(answer).await?.steps))
     }
 
+    /// Lets a parked tenancy go on.
+    pub async fn resume(&self, sandbox: &str, tenancy: &str) -> Result<Vec<Step>> {
+        let mut request = proto::ResumeRequest::new();
+        request.request_id = request_id();
+        request.sandbox_id = sandbox.to_owned();
+        request.tenancy = tenancy.to_owned();
+        let client = self.client().await?;
+        let answer = client.resume(context(SLOW), &request).await;
+        Ok(steps(self.outcome(answer).await?.steps))
+    }
+
     /// Dumps the function of a sandbox into the template `key`.
     pub async fn snapshot(&self, sandbox: &str, key: &str) -> Result<proto::SnapshotResponse> {
         let mut request = proto::SnapshotRequest::new();

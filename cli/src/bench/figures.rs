@@ -17,15 +17,17 @@ pub enum Kind {
     ColdTrenv,
     Evicted,
     Repurposed,
+    Parked,
     Warm,
 }
 
 impl Kind {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::ColdRunc,
         Self::ColdTrenv,
         Self::Evicted,
         Self::Repurposed,
+        Self::Parked,
         Self::Warm,
     ];
 
@@ -35,6 +37,7 @@ impl Kind {
             Self::ColdTrenv => "cold_trenv",
             Self::Evicted => "evicted",
             Self::Repurposed => "repurposed",
+            Self::Parked => "parked",
             Self::Warm => "warm",
         }
     }
@@ -45,6 +48,7 @@ impl Kind {
             "cold" => Some(Self::ColdTrenv),
             "evicted" => Some(Self::Evicted),
             "repurposed" => Some(Self::Repurposed),
+            "parked" => Some(Self::Parked),
             "warm" => Some(Self::Warm),
             _ => None,
         }
@@ -56,6 +60,7 @@ impl Kind {
             Self::ColdTrenv => "cold through trenv",
             Self::Evicted => "evicted",
             Self::Repurposed => "repurposed",
+            Self::Parked => "parked",
             Self::Warm => "warm",
         }
     }
@@ -161,6 +166,8 @@ pub struct Report {
     /// Steps of repurposed starts, in the shim's words.
     pub steps: BTreeMap<String, Series>,
     pub memory: BTreeMap<String, MemoryFigures>,
+    /// Memory that each parked instance of a function has to itself, in KiB.
+    pub parked_kb: BTreeMap<String, u64>,
     /// Why calls failed, each reason once.
     pub failures: Vec<String>,
     /// Calls that were to start one way and started another; they count where they belong.
@@ -216,6 +223,7 @@ impl Serialize for Report {
         map.serialize_entry("functions", &self.functions)?;
         map.serialize_entry("steps", &self.steps)?;
         map.serialize_entry("memory", &self.memory)?;
+        map.serialize_entry("parked_kb_each", &self.parked_kb)?;
         map.serialize_entry("started_otherwise", &self.otherwise)?;
         map.serialize_entry("failures", &self.failures)?;
         map.end()
@@ -272,6 +280,10 @@ impl std::fmt::Display for Report {
         }
         if !self.memory.is_empty() {
             write!(f, "\n{}", super::memory::table(&self.memory))?;
+        }
+        for (name, kilobytes) in &self.parked_kb {
+            let own = bytes(kilobytes << 10);
+            writeln!(f, "\nA parked instance of {name} has {own} to itself.")?;
         }
         if self.otherwise > 0 {
             writeln!(

@@ -15,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use trenv_config::Config;
+use trenv_sandbox_proto::State;
 
 use super::figures::{Kind, Machine, Report};
 use super::memory;
@@ -182,6 +183,25 @@ impl<'a> Bench<'a> {
                 _ => self.scale(&name, 0).await?,
             }
             self.call(&name, kind).await;
+        }
+        self.weigh_parked().await
+    }
+
+    /// What each parked instance has to itself, where the provider parks any.
+    async fn weigh_parked(&mut self) -> anyhow::Result<()> {
+        self.pause().await;
+        let all = sandboxes(self.config, &self.config.provider.namespace).await?;
+        for name in self.names() {
+            let of_it = |tenancy: &str| tenancy.rsplitn(3, '-').nth(2) == Some(&name);
+            let parked: Vec<i32> = all
+                .iter()
+                .filter(|one| one.state == State::PARKED.into() && of_it(&one.tenancy))
+                .map(|one| one.init_pid.cast_signed())
+                .collect();
+            if !parked.is_empty() {
+                let own = memory::weigh(&parked, &[], 0)?.private_kb_each;
+                self.report.parked_kb.insert(name, own);
+            }
         }
         Ok(())
     }
@@ -370,7 +390,8 @@ impl<'a> Bench<'a> {
             Err(err) => return self.report.record(name, wanted, Err(format!("{err:#}"))),
         };
         let kind = Kind::of_header(reply.header("x-trenv-start")).unwrap_or(wanted);
-        if kind != wanted {
+        let was_parked = wanted == Kind::Repurposed && kind == Kind::Parked;
+        if kind != wanted && !was_parked {
             self.report.otherwise += 1;
         }
         if kind == Kind::Repurposed {

@@ -12,7 +12,7 @@ use trenv_sandbox_proto as proto;
 
 use super::prepare::PrepareError;
 use super::scheduler::micros;
-use super::{ColdStart, SandboxOps, SandboxRef, StartError, wait_ready};
+use super::{ColdStart, ParkedStart, SandboxOps, SandboxRef, StartError, wait_ready};
 use crate::containerd::{Containerd, ContainerdError, Mount, Namespaced, NewContainer};
 use crate::functions::{Revision, Spare, Template};
 use crate::logs::Logs;
@@ -256,6 +256,65 @@ impl Host {
         ))
     }
 
+    /// Starts a tenancy from its template, or parks it.
+    async fn restore(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Arc<Revision>,
+        template: &Template,
+        park: bool,
+    ) -> Result<(ParkedStart, Vec<Step>), StartError> {
+        let record = &revision.record;
+        let name = record.function.to_string();
+        let begun = Instant::now();
+        self.ensure_prepared(revision, template)
+            .await
+            .map_err(|err| err.into_start(&name))?;
+        let Spare {
+            tenancy,
+            mounts,
+            spec,
+        } = self
+            .take_or_make_spare(revision)
+            .await
+            .map_err(|err| failed(&name, err))?;
+        let mut steps = vec![("snapshot".to_owned(), micros(begun.elapsed()))];
+        let spec_json = spec.in_sandbox(&sandbox.id);
+        let mut request = proto::RepurposeRequest::new();
+        request.sandbox_id = sandbox.id.clone();
+        request.tenancy = tenancy.clone();
+        request.rootfs = wire_mounts(&mounts);
+        request.template_id = template.id.clone();
+        request.generation = template.generation;
+        request.limits = Some(wire_limits(record.limits)).into();
+        request.hostname = sandbox.id.clone();
+        request.mounts = wire_mounts(&revision.binds);
+        request.read_only_rootfs = record.read_only;
+        request.spec_json = String::from_utf8_lossy(&spec_json).into_owned();
+        request.park = park;
+        let begun = Instant::now();
+        let answer = self.shim(&sandbox.namespace).repurpose(request).await;
+        let called = micros(begun.elapsed());
+        match answer {
+            Ok(taken) => {
+                steps.extend(taken_by_call(taken, called));
+                refill_spares(self, revision);
+                let spec = spec_json;
+                Ok((ParkedStart { tenancy, spec }, steps))
+            }
+            Err(err) => {
+                self.destroy(sandbox, Some(&tenancy)).await;
+                Err(PrepareError::Shim(err).into_start(&name))
+            }
+        }
+    }
+
+    /// Lets the container's record tell of a tenancy that serves from now on.
+    fn record_serving(&self, sandbox: &SandboxRef, revision: &Arc<Revision>, start: ParkedStart) {
+        let record = self.function_record(sandbox, revision, &start.tenancy, start.spec);
+        self.update_record(sandbox, record);
+    }
+
     async fn free(
         &self,
         sandbox: &SandboxRef,
@@ -334,51 +393,36 @@ impl SandboxOps for Host {
         revision: &Arc<Revision>,
         template: &Template,
     ) -> Result<(String, Vec<Step>), StartError> {
-        let record = &revision.record;
-        let name = record.function.to_string();
+        let (start, steps) = self.restore(sandbox, revision, template, false).await?;
+        let tenancy = start.tenancy.clone();
+        self.record_serving(sandbox, revision, start);
+        Ok((tenancy, steps))
+    }
+
+    async fn park(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Arc<Revision>,
+        template: &Template,
+    ) -> Result<ParkedStart, StartError> {
+        let (start, _) = self.restore(sandbox, revision, template, true).await?;
+        Ok(start)
+    }
+
+    async fn resume(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Arc<Revision>,
+        start: ParkedStart,
+    ) -> Result<Vec<Step>, StartError> {
         let begun = Instant::now();
-        self.ensure_prepared(revision, template)
+        let shim = self.shim(&sandbox.namespace);
+        let steps = shim
+            .resume(&sandbox.id, &start.tenancy)
             .await
-            .map_err(|err| err.into_start(&name))?;
-        let Spare {
-            tenancy,
-            mounts,
-            spec,
-        } = self
-            .take_or_make_spare(revision)
-            .await
-            .map_err(|err| failed(&name, err))?;
-        let mut steps = vec![("snapshot".to_owned(), micros(begun.elapsed()))];
-        let spec_json = spec.in_sandbox(&sandbox.id);
-        let mut request = proto::RepurposeRequest::new();
-        request.sandbox_id = sandbox.id.clone();
-        request.tenancy = tenancy.clone();
-        request.rootfs = wire_mounts(&mounts);
-        request.template_id = template.id.clone();
-        request.generation = template.generation;
-        request.limits = Some(wire_limits(record.limits)).into();
-        request.hostname = sandbox.id.clone();
-        request.mounts = wire_mounts(&revision.binds);
-        request.read_only_rootfs = record.read_only;
-        request.spec_json = String::from_utf8_lossy(&spec_json).into_owned();
-        let begun = Instant::now();
-        let answer = self.shim(&sandbox.namespace).repurpose(request).await;
-        let called = micros(begun.elapsed());
-        match answer {
-            Ok(taken) => {
-                steps.extend(taken_by_call(taken, called));
-                self.update_record(
-                    sandbox,
-                    self.function_record(sandbox, revision, &tenancy, spec_json),
-                );
-                refill_spares(self, revision);
-                Ok((tenancy, steps))
-            }
-            Err(err) => {
-                self.destroy(sandbox, Some(&tenancy)).await;
-                Err(PrepareError::Shim(err).into_start(&name))
-            }
-        }
+            .map_err(|err| failed(&revision.record.function.to_string(), err))?;
+        self.record_serving(sandbox, revision, start);
+        Ok(taken_by_call(steps, micros(begun.elapsed())))
     }
 
     async fn reset(

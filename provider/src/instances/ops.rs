@@ -23,6 +23,14 @@ pub struct ColdStart {
     pub steps: Vec<Step>,
 }
 
+/// A tenancy that waits before its first instruction.
+#[derive(Debug)]
+pub struct ParkedStart {
+    pub tenancy: String,
+    /// Its OCI spec.
+    pub spec: Vec<u8>,
+}
+
 /// Why an instance could not be started.
 #[derive(Debug, thiserror::Error, Clone)]
 pub enum StartError {
@@ -69,6 +77,22 @@ pub trait SandboxOps: Send + Sync + std::fmt::Debug {
         revision: &Arc<Revision>,
         template: &Template,
     ) -> Result<(String, Vec<Step>), StartError>;
+
+    /// Starts a tenancy in an idle sandbox and stops it before its first instruction.
+    async fn park(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Arc<Revision>,
+        template: &Template,
+    ) -> Result<ParkedStart, StartError>;
+
+    /// Lets a parked tenancy go on.
+    async fn resume(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Arc<Revision>,
+        start: ParkedStart,
+    ) -> Result<Vec<Step>, StartError>;
 
     /// Ends the tenancy `tenancy`, after which the sandbox is idle. One that was `unused` has served no
     /// call.

@@ -4,14 +4,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::SandboxRef;
-use super::table::{State, Table};
+use super::table::{Parked, State, Table};
 use crate::functions::Revision;
 
 /// What is to be done for a call.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Plan {
     /// This sandbox's instance serves; one call was added to it.
     Warm(String),
+    /// The function that is parked in this sandbox goes on.
+    Resume(SandboxRef, Parked),
     /// This idle sandbox takes the function.
     Repurpose(SandboxRef),
     /// This sandbox is reset, then takes the function.
@@ -42,10 +44,19 @@ impl Table {
     pub fn plan_start(&mut self, revision: &Arc<Revision>, template: bool, limit: usize) -> Plan {
         let namespace = &revision.function().namespace;
         if template {
+            if let Some((sandbox, parked)) = self.take_parked(revision) {
+                return Plan::Resume(sandbox, parked);
+            }
             if let Some(id) = self.idle_in(namespace)
                 && let Some((sandbox, _)) = self.take(&id)
             {
                 return Plan::Repurpose(sandbox);
+            }
+            // What was only parked gives way before what has served.
+            if let Some(id) = self.least_wanted(Some(namespace))
+                && let Some((sandbox, Some(tenancy))) = self.take(&id)
+            {
+                return Plan::Evict(sandbox, tenancy);
             }
             // An instance that a user asked to keep gives way only when there is no room.
             let room = self.entries.len() < limit;
@@ -80,6 +91,7 @@ impl Table {
             return Plan::Create(self.reserve(&namespace));
         }
         let surplus = self.idle().map(|(id, ..)| id.clone()).next();
+        let surplus = surplus.or_else(|| self.least_wanted(None));
         let Some(id) = surplus.or_else(|| self.victim(revision, None, false)) else {
             return Plan::Wait;
         };

@@ -23,6 +23,8 @@ pub struct SchedulerOptions {
     pub limit: usize,
     /// Idle sandboxes kept ready in each namespace.
     pub idle: usize,
+    /// Sandboxes that hold a parked instance, at most.
+    pub parked: usize,
     /// After which an idle instance gives up its sandbox.
     pub keep_alive: Option<Duration>,
     /// How long a call may wait for a sandbox.
@@ -44,7 +46,7 @@ pub struct Scheduler {
     pub(super) growing: tokio::sync::Mutex<()>,
     /// Revisions whose template turned out to be gone.
     pub(super) template_gone: tokio::sync::mpsc::UnboundedSender<Arc<Revision>>,
-    metrics: Arc<Metrics>,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 impl Scheduler {
@@ -130,7 +132,7 @@ impl Scheduler {
                     plan => plan,
                 }
             };
-            if plan == Plan::Wait {
+            if matches!(plan, Plan::Wait) {
                 let waited = tokio::time::timeout_at(deadline, async {
                     tokio::select! {
                         () = &mut freed => {}
@@ -177,7 +179,7 @@ impl Scheduler {
             true => self.table().plan_start(revision, template.is_some(), limit),
             false => self.table().plan_spare(revision, template.is_some(), limit),
         };
-        if plan == Plan::Wait {
+        if matches!(plan, Plan::Wait) {
             return Err(StartError::Busy {
                 limit: self.options.limit,
                 seconds: 0,
@@ -215,7 +217,13 @@ impl Scheduler {
     ) -> Result<Guard, StartError> {
         let begun = Instant::now();
         let mut steps: Vec<Step> = Vec::new();
+        if template.is_some() {
+            self.table().note_start(revision);
+        }
         let (sandbox, kind, fresh) = match plan {
+            Plan::Resume(sandbox, parked) => {
+                return self.resume(sandbox, parked, begun).await;
+            }
             Plan::Repurpose(sandbox) => (sandbox, StartKind::Repurposed, false),
             Plan::Evict(sandbox, tenancy) => {
                 let unused = !self.was_called(&sandbox.id);
@@ -543,7 +551,7 @@ impl Scheduler {
         }
     }
 
-    fn address(&self, id: &str) -> Option<SocketAddr> {
+    pub(super) fn address(&self, id: &str) -> Option<SocketAddr> {
         self.table().entries.get(id)?.address
     }
 

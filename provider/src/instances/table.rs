@@ -10,6 +10,7 @@ use hyper::client::conn::http1::SendRequest;
 use tokio_util::sync::CancellationToken;
 
 use super::SandboxRef;
+use super::parking::Demand;
 use crate::functions::{FunctionName, Revision};
 
 /// A connection to a function that may be used again, and since when it lies idle.
@@ -41,6 +42,18 @@ pub(super) enum State {
     /// Being made, restored, reset, dumped or destroyed: counted, of no use to anybody else.
     Busy,
     Serving(Instance),
+    /// Holds a function that has been restored and waits before its first instruction.
+    Parked(Parked),
+}
+
+/// A function that waits for its first call.
+#[derive(Debug)]
+pub(super) struct Parked {
+    pub revision: Arc<Revision>,
+    pub tenancy: String,
+    /// What the container's record shall say when it goes on.
+    pub spec: Vec<u8>,
+    pub connection: Option<SendRequest<Body>>,
 }
 
 #[derive(Debug)]
@@ -67,6 +80,8 @@ pub(super) struct Table {
     pub entries: HashMap<String, Entry>,
     /// Instances that a function keeps, by the user's wish.
     pub floors: HashMap<FunctionName, u32>,
+    /// How often functions were started lately.
+    pub demand: HashMap<FunctionName, Demand>,
     pub stopping: bool,
 }
 
@@ -96,6 +111,7 @@ impl Table {
         let entry = self.entries.get_mut(id)?;
         let tenancy = match std::mem::replace(&mut entry.state, State::Busy) {
             State::Serving(instance) => Some(instance.tenancy),
+            State::Parked(parked) => Some(parked.tenancy),
             State::Idle { .. } | State::Busy => None,
         };
         let sandbox = SandboxRef {
@@ -132,6 +148,13 @@ impl Table {
     pub fn serving(&self) -> impl Iterator<Item = (&String, &Entry, &Instance)> {
         self.entries.iter().filter_map(|(id, e)| match &e.state {
             State::Serving(instance) => Some((id, e, instance)),
+            _ => None,
+        })
+    }
+
+    pub fn parked(&self) -> impl Iterator<Item = (&String, &Entry, &Parked)> {
+        self.entries.iter().filter_map(|(id, e)| match &e.state {
+            State::Parked(parked) => Some((id, e, parked)),
             _ => None,
         })
     }

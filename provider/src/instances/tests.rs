@@ -10,7 +10,8 @@ use async_trait::async_trait;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::{
-    ColdStart, Guard, SandboxOps, SandboxRef, Scheduler, SchedulerOptions, StartError, StartKind,
+    ColdStart, Guard, ParkedStart, SandboxOps, SandboxRef, Scheduler, SchedulerOptions, StartError,
+    StartKind,
 };
 use crate::containerd::{ImageConfig, ResolvedImage};
 use crate::functions::{
@@ -91,6 +92,27 @@ impl SandboxOps for Fake {
         Ok((revision.new_tenancy(), vec![("restore".into(), 1)]))
     }
 
+    async fn park(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Arc<Revision>,
+        template: &Template,
+    ) -> Result<ParkedStart, StartError> {
+        let (tenancy, _) = self.repurpose(sandbox, revision, template).await?;
+        let spec = Vec::new();
+        Ok(ParkedStart { tenancy, spec })
+    }
+
+    async fn resume(
+        &self,
+        sandbox: &SandboxRef,
+        _: &Arc<Revision>,
+        _: ParkedStart,
+    ) -> Result<Vec<Step>, StartError> {
+        assert!(self.serving.lock().unwrap().contains(&sandbox.id));
+        Ok(vec![("resume".into(), 1)])
+    }
+
     async fn reset(&self, sandbox: &SandboxRef, _: &str, _: bool) -> Result<Vec<Step>, StartError> {
         assert!(
             self.serving.lock().unwrap().remove(&sandbox.id),
@@ -115,6 +137,10 @@ struct World {
 }
 
 fn world(limit: usize, idle: usize) -> World {
+    parking_world(limit, idle, 0)
+}
+
+fn parking_world(limit: usize, idle: usize, parked: usize) -> World {
     let fake = Arc::new(Fake::default());
     let (sender, gone) = tokio::sync::mpsc::unbounded_channel();
     let scheduler = Scheduler::new(
@@ -122,6 +148,7 @@ fn world(limit: usize, idle: usize) -> World {
         SchedulerOptions {
             limit,
             idle,
+            parked,
             keep_alive: None,
             patience: Duration::from_millis(300),
         },
@@ -455,4 +482,76 @@ async fn an_instance_that_is_kept_gives_way_last() {
     // Full of calls and kept instances: a kept one gives way rather than a call fail.
     let last = w.acquire(&b).await;
     assert_eq!(last.sandbox, sandboxes.0);
+}
+
+/// Starts an instance of each function and ends it again.
+async fn called_once(w: &World, revisions: &[&Arc<Revision>]) {
+    for revision in revisions {
+        drop(w.acquire(revision).await);
+        w.scheduler.end_instances(revision);
+        until(|| w.scheduler.count_of(revision) == 0).await;
+        until(|| w.scheduler.counts().0 > 0).await;
+    }
+}
+
+#[tokio::test]
+async fn functions_that_were_called_are_parked_and_their_next_call_goes_on_there() {
+    let w = parking_world(6, 1, 1);
+    w.scheduler.serve_namespace("ns");
+    let upkeep = tokio::spawn(Arc::clone(&w.scheduler).run_upkeep());
+    let (a, b) = (function("a"), function("b"));
+    called_once(&w, &[&a]).await;
+    until(|| w.scheduler.parked_of(&a) == 1).await;
+    // An idle sandbox stays for functions that nobody expects.
+    assert_eq!(w.acquire(&b).await.kind, StartKind::Repurposed);
+    let guard = w.acquire(&a).await;
+    assert_eq!(guard.kind, StartKind::Parked);
+    assert_eq!(guard.steps, [("resume".to_owned(), 1)]);
+    w.scheduler.stop(Duration::from_secs(1)).await;
+    upkeep.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_parked_instance_gives_way_when_nothing_is_idle_and_before_one_that_has_served() {
+    let w = parking_world(2, 0, 1);
+    let (a, b) = (function("a"), function("b"));
+    let served = w.acquire(&a).await;
+    w.idle_sandbox().await;
+    w.scheduler.park().await;
+    assert_eq!(w.scheduler.parked_of(&a), 1);
+    let sandbox = served.sandbox.clone();
+    drop(served);
+    let evicting = w.acquire(&b).await;
+    assert_eq!(evicting.kind, StartKind::Evicted);
+    assert_ne!(evicting.sandbox, sandbox, "the one that has served stays");
+    assert_eq!(w.scheduler.parked_of(&a), 0);
+}
+
+#[tokio::test]
+async fn a_function_that_is_wanted_more_takes_the_place_of_a_parked_one() {
+    let w = parking_world(6, 0, 1);
+    let (a, b) = (function("a"), function("b"));
+    called_once(&w, &[&a]).await;
+    w.scheduler.park().await;
+    assert_eq!(w.scheduler.parked_of(&a), 1);
+    w.idle_sandbox().await;
+    called_once(&w, &[&b, &b, &b]).await;
+    w.scheduler.park().await;
+    until(|| w.scheduler.parked_of(&a) == 0 && w.scheduler.counts().0 == 2).await;
+    w.scheduler.park().await;
+    assert_eq!(w.scheduler.parked_of(&b), 1);
+}
+
+#[tokio::test]
+async fn a_retired_revision_is_not_parked_any_more() {
+    let w = parking_world(4, 0, 2);
+    let a = function("a");
+    called_once(&w, &[&a]).await;
+    w.scheduler.park().await;
+    assert_eq!(w.scheduler.parked_of(&a), 1);
+    a.retire();
+    w.scheduler.end_instances(&a);
+    until(|| w.scheduler.counts() == (1, 0, 1)).await;
+    w.scheduler.park().await;
+    assert_eq!(w.scheduler.parked_of(&a), 0);
 }

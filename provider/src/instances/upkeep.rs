@@ -65,7 +65,10 @@ impl Scheduler {
                 continue;
             }
             match self.refill().await {
-                true => pause = FIRST_PAUSE,
+                true => {
+                    pause = FIRST_PAUSE;
+                    self.park().await;
+                }
                 false => {
                     not_before = Instant::now() + pause;
                     pause = (pause * 2).min(LONGEST_PAUSE);
@@ -179,11 +182,11 @@ impl Scheduler {
     /// call, since the revision is retired.
     pub fn end_instances(self: &Arc<Self>, revision: &Arc<Revision>) {
         let mut table = self.table();
-        let found: Vec<String> = table
+        let serving = table
             .serving()
             .filter(|(_, _, i)| Arc::ptr_eq(&i.revision, revision) && i.in_flight == 0)
-            .map(|(id, ..)| id.clone())
-            .collect();
+            .map(|(id, ..)| id.clone());
+        let found: Vec<String> = serving.chain(table.parked_of(revision)).collect();
         for id in found {
             self.spawn_reset(&mut table, &id);
         }
@@ -272,11 +275,11 @@ impl Scheduler {
     pub async fn kill_instances(&self, revision: &Arc<Revision>) {
         let taken: Vec<(SandboxRef, Option<String>)> = {
             let mut table = self.table();
-            let ids: Vec<String> = table
+            let serving = table
                 .serving()
                 .filter(|(_, _, i)| Arc::ptr_eq(&i.revision, revision))
-                .map(|(id, ..)| id.clone())
-                .collect();
+                .map(|(id, ..)| id.clone());
+            let ids: Vec<String> = serving.chain(table.parked_of(revision)).collect();
             ids.iter().filter_map(|id| table.take(id)).collect()
         };
         for (sandbox, tenancy) in taken {
@@ -284,7 +287,7 @@ impl Scheduler {
         }
     }
 
-    fn spawn_reset(self: &Arc<Self>, table: &mut super::table::Table, id: &str) {
+    pub(super) fn spawn_reset(self: &Arc<Self>, table: &mut super::table::Table, id: &str) {
         if let Some((sandbox, tenancy)) = table.take(id) {
             let this = Arc::clone(self);
             tokio::spawn(async move { this.reset_to_idle(&sandbox, tenancy.as_deref()).await });

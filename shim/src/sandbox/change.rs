@@ -12,7 +12,7 @@ use trenv_sandbox::Rootfs;
 use trenv_sandbox::cgroup::Limits;
 use trenv_sandbox::rootfs::{Mount, sync_upper};
 use trenv_sandbox_proto as proto;
-use trenv_snapshot::zygote::{StartRequest, Started};
+use trenv_snapshot::zygote::{Parked, StartRequest, Started};
 
 use super::container::SandboxContainer;
 use super::spec::{PartSpec, RootSpec, hostname_of};
@@ -74,6 +74,13 @@ struct Plan {
     seccomp: Option<Seccomp>,
     spec_json: String,
     deadline: Duration,
+    park: bool,
+}
+
+/// What lets a parked tenancy go on.
+pub struct Held {
+    parked: Parked,
+    plan: Arc<Plan>,
 }
 
 /// A start that failed.
@@ -101,8 +108,16 @@ struct NeededLinux {
 impl SandboxContainer {
     /// Ends the tenancy: Ready, Resetting, Idle. The zygote learns from one that was `called`.
     pub async fn reset(self: &Arc<Self>, called: bool) -> Result<Steps> {
-        self.claim("reset", proto::State::READY, proto::State::RESETTING)?;
-        let tenancy = self.lock().tenancy.take();
+        let from = match self.lock().phase {
+            proto::State::PARKED => proto::State::PARKED,
+            _ => proto::State::READY,
+        };
+        self.claim("reset", from, proto::State::RESETTING)?;
+        let tenancy = {
+            let mut state = self.lock();
+            state.parked = None;
+            state.tenancy.take()
+        };
         let mut steps = Steps::default();
         match self.end_tenancy(tenancy, called, &mut steps).await {
             Ok(()) => {
@@ -126,7 +141,11 @@ impl SandboxContainer {
         let mut steps = Steps::default();
         match self.restore(&plan, &mut steps).await {
             Ok((template, pids)) => {
-                self.after_start(template, plan);
+                if plan.park {
+                    self.refill_later(template);
+                } else {
+                    self.after_start(template, plan);
+                }
                 Ok(proto::RepurposeResponse {
                     steps: steps.into_proto(),
                     pids: pids.into_iter().map(i32::cast_unsigned).collect(),
@@ -178,7 +197,7 @@ impl SandboxContainer {
         let dumped = match dumped {
             Ok(dumped) => dumped,
             Err(err) => {
-                self.settle_ready(tenancy, "the snapshot was refused")?;
+                self.settle_tenancy(tenancy, None, "the snapshot was refused")?;
                 return Err(err);
             }
         };
@@ -287,13 +306,19 @@ impl SandboxContainer {
         steps.add("streams", begun.elapsed());
         let _starting = self.starting();
         // Here and now: another thread would have to be woken, and would wake this one in the end.
-        let (done, tenancy) =
+        let (done, tenancy, parked) =
             tokio::task::block_in_place(|| self.restore_here(plan, &ends, until))?;
         drop(ends);
         steps.0.extend(done.0);
         self.first.connect(streams, None);
         let (template, pids) = (tenancy.seat.template, tenancy.restored.clone());
-        self.settle_ready(tenancy, "the function was started from its template")
+        let reason = match parked {
+            Some(_) => "the function was parked",
+            None => "the function was started from its template",
+        };
+        let plan = Arc::clone(plan);
+        let held = parked.map(|parked| Held { parked, plan });
+        self.settle_tenancy(tenancy, held, reason)
             .map_err(Failed::Within)?;
         Ok((template, pids))
     }
@@ -304,7 +329,7 @@ impl SandboxContainer {
         plan: &Plan,
         ends: &ProcessEnds,
         until: Instant,
-    ) -> std::result::Result<(Steps, Tenancy), Failed> {
+    ) -> std::result::Result<(Steps, Tenancy, Option<Parked>), Failed> {
         let mut steps = Steps::default();
         let seat = steps
             .time("cgroup", || self.seat_for(plan))
@@ -314,10 +339,10 @@ impl SandboxContainer {
             .time("rootfs", || self.enter(plan))
             .map_err(Failed::Within)?;
         steps.parts("rootfs", parts);
-        let (root, started) = steps
+        let (root, started, parked) = steps
             .time("restore", || {
-                let started = self.start_tree(plan, &seat, ends, until)?;
-                Ok((Root::of_started(&started)?, started))
+                let (started, parked) = self.start_tree(plan, &seat, ends, until)?;
+                Ok((Root::of_started(&started)?, started, parked))
             })
             .map_err(Failed::Within)?;
         steps.parts("restore", started.steps.iter().copied());
@@ -330,7 +355,7 @@ impl SandboxContainer {
             seccomp: plan.seccomp.clone(),
             restored: started.pids,
         };
-        Ok((steps, tenancy))
+        Ok((steps, tenancy, parked))
     }
 
     fn seat_for(&self, plan: &Plan) -> Result<Arc<Seat>> {
@@ -375,7 +400,7 @@ impl SandboxContainer {
         seat: &Seat,
         ends: &ProcessEnds,
         until: Instant,
-    ) -> Result<Started> {
+    ) -> Result<(Started, Option<Parked>)> {
         let [input, output, error] = &ends.0;
         let request = StartRequest {
             init: self.sandbox.init_pidfd(),
@@ -384,9 +409,61 @@ impl SandboxContainer {
         };
         if plan.copy {
             let templates = &self.all.templates;
-            return templates.start_copy(plan.template, &plan.rootfs, &seat.cgroup, &request);
+            return templates
+                .start_copy(plan.template, &plan.rootfs, &seat.cgroup, &request)
+                .map(|started| (started, None));
         }
-        seat.take_clone()?.start(&request).map_err(start_error)
+        let clone = seat.take_clone()?;
+        if plan.park {
+            let parked = clone.park(&request).map_err(start_error)?;
+            return Ok((parked.0, Some(parked.1)));
+        }
+        let started = clone.start(&request).map_err(start_error)?;
+        Ok((started, None))
+    }
+
+    /// Lets a parked tenancy go on: Parked, Ready.
+    pub async fn resume(self: &Arc<Self>, tenancy: &str) -> Result<Steps> {
+        let begun = Instant::now();
+        let there = {
+            let state = self.lock();
+            let there = state.tenancy.as_ref();
+            there.is_some_and(|there| there.id == tenancy)
+        };
+        if !there {
+            return Err(ShimError::NotFound {
+                kind: "parked tenancy",
+                id: tenancy.to_owned(),
+            });
+        }
+        self.claim("resume", proto::State::PARKED, proto::State::RESTORING)?;
+        let (held, template) = {
+            let mut state = self.lock();
+            let template = state.tenancy.as_ref().and_then(|one| one.seat.template);
+            (state.parked.take(), template)
+        };
+        let resumed = match held {
+            Some(held) => held
+                .parked
+                .resume()
+                .map_err(start_error)
+                .map(|()| held.plan),
+            None => Err(ShimError::Fault("a parked sandbox holds nothing".into())),
+        };
+        match resumed {
+            Ok(plan) => {
+                self.settle(proto::State::READY, "the parked function goes on", |_| {})?;
+                let mut steps = Steps::default();
+                steps.add("resume", begun.elapsed());
+                self.after_start(template, plan);
+                Ok(steps)
+            }
+            Err(err) => {
+                self.die(Exit::now(137), "the parked function is gone")
+                    .await;
+                Err(err)
+            }
+        }
     }
 
     /// What need not be done before the answer.
@@ -404,15 +481,24 @@ impl SandboxContainer {
                     tracing::warn!("{} tells the last tenancy's spec: {err}", path.display());
                 }
             }
-            let Some(template) = template else { return };
-            if let Err(err) = this.all.templates.refill(template) {
-                tracing::warn!(
-                    "The next start of {} has no seat ready: {}",
-                    template.id,
-                    err.chain()
-                );
-            }
+            this.refill(template);
         });
+    }
+
+    fn refill_later(self: &Arc<Self>, template: Option<TemplateRef>) {
+        let this = Arc::clone(self);
+        after_the_call(move || this.refill(template));
+    }
+
+    fn refill(&self, template: Option<TemplateRef>) {
+        let Some(template) = template else { return };
+        if let Err(err) = self.all.templates.refill(template) {
+            tracing::warn!(
+                "The next start of {} has no seat ready: {}",
+                template.id,
+                err.chain()
+            );
+        }
     }
 }
 
@@ -436,6 +522,11 @@ impl Plan {
                 )));
             }
         };
+        if copy && request.park {
+            return Err(ShimError::InvalidArgument(
+                "Only the start method \"template\" can park a function".into(),
+            ));
+        }
         let spec: NeededSpec = if request.spec_json.is_empty() {
             NeededSpec::default()
         } else {
@@ -473,6 +564,7 @@ impl Plan {
                 0 => DEADLINE,
                 ms => Duration::from_millis(u64::from(ms)).min(DEADLINE_MAX),
             },
+            park: request.park,
         })
     }
 }

@@ -17,7 +17,7 @@ use trenv_sandbox::{ProcessSpec, Sandbox};
 use trenv_sandbox_proto::{SandboxInfo, State};
 
 use super::Sandboxes;
-use super::change::HOUSEKEEPING_PAUSE;
+use super::change::{HOUSEKEEPING_PAUSE, Held};
 use super::spec::{Kind, SandboxSpec};
 use super::tenancy::{Seat, Seccomp, Tenancy};
 use crate::error::{Result, ShimError};
@@ -56,6 +56,8 @@ pub struct Inner {
     /// The cold function that `start` will run.
     pub waiting: Option<Waiting>,
     pub tenancy: Option<Tenancy>,
+    /// What lets it go on, while it is parked.
+    pub parked: Option<Held>,
     pub execs: HashMap<String, Exec>,
     /// Starts under way.
     starting: u32,
@@ -130,6 +132,7 @@ impl SandboxContainer {
                 paused: false,
                 waiting,
                 tenancy: None,
+                parked: None,
                 execs: HashMap::new(),
                 starting: 0,
                 exits: HashMap::new(),
@@ -214,14 +217,25 @@ impl SandboxContainer {
         Ok(())
     }
 
-    /// Makes a running function the sandbox's tenancy. Its root may have ended already.
-    pub fn settle_ready(&self, tenancy: Tenancy, reason: &str) -> Result<()> {
+    /// Makes a running function the sandbox's tenancy, or one that is held before its first
+    /// instruction. Its root may have ended already.
+    pub fn settle_tenancy(
+        &self,
+        tenancy: Tenancy,
+        parked: Option<Held>,
+        reason: &str,
+    ) -> Result<()> {
         let inside = tenancy.root.pid_in_sandbox;
         let mut ended = None;
         let following = self.follow_memory(&tenancy.seat);
-        self.settle(State::READY, reason, |state| {
+        let to = match parked {
+            Some(_) => State::PARKED,
+            None => State::READY,
+        };
+        self.settle(to, reason, |state| {
             ended = state.exits.remove(&inside);
             state.tenancy = Some(tenancy);
+            state.parked = parked;
             state.following = following;
         })?;
         if let Some(exit) = ended {
@@ -283,7 +297,7 @@ impl SandboxContainer {
             .tenancy
             .as_ref()
             .is_some_and(|tenancy| tenancy.root.pid_in_sandbox == pid_in_sandbox);
-        if is_root && state.phase == State::READY {
+        if is_root && matches!(state.phase, State::READY | State::PARKED) {
             drop(state);
             self.spawn_death(exit, "the function ended");
             return;
@@ -339,6 +353,7 @@ impl SandboxContainer {
             }
             state.phase = State::DEAD;
             state.waiting = None;
+            state.parked = None;
             state.following = JoinSet::new();
             state.tenancy.take()
         };
@@ -435,6 +450,7 @@ pub fn name_of(phase: State) -> &'static str {
         State::RESETTING => "being reset",
         State::RESTORING => "being started",
         State::READY => "running a function",
+        State::PARKED => "holding a parked function",
         State::DEAD => "dead",
         State::STATE_UNSPECIFIED => "unknown",
     }

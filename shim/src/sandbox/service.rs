@@ -95,6 +95,25 @@ impl proto::Sandbox for SandboxService {
             .await
     }
 
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ResumeRequest,
+    ) -> Reply<proto::ResumeResponse> {
+        let all = Arc::clone(&self.all);
+        self.all
+            .requests
+            .once("Resume", &request.request_id.clone(), async move {
+                let sandbox = all.get(&request.sandbox_id)?;
+                let steps = sandbox.resume(&request.tenancy).await?.into_proto();
+                Ok(proto::ResumeResponse {
+                    steps,
+                    ..proto::ResumeResponse::default()
+                })
+            })
+            .await
+    }
+
     async fn snapshot(
         &self,
         _: &TtrpcContext,

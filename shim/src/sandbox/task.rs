@@ -44,7 +44,7 @@ impl SandboxContainer {
             seccomp: waiting.seccomp,
             restored: Vec::new(),
         };
-        self.settle_ready(tenancy, "the function started cold")
+        self.settle_tenancy(tenancy, None, "the function started cold")
     }
 
     async fn start_exec(&self, exec_id: &str) -> Result<u32> {

@@ -88,7 +88,15 @@ pub fn receive_from(
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [io::IoSliceMut::new(&mut bytes)];
+    // A process that may not read what it is sent leaves it in its socket, and its end makes an error
+    // of that, ahead of what it said itself.
     let got = recvmsg(control, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+        .or_else(|err| match err {
+            rustix::io::Errno::CONNRESET => {
+                recvmsg(control, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+            }
+            err => Err(err),
+        })
         .map_err(|err| match err {
             rustix::io::Errno::CONNRESET => ZygoteError::Gone,
             err => ZygoteError::Io {
