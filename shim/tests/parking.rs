@@ -8,7 +8,7 @@ mod support;
 use std::path::Path;
 use std::time::Duration;
 
-use support::containerd;
+use support::{IMAGE, TRENV, containerd};
 use support::service::{Service, Template, active, limit};
 use trenv_sandbox_proto as proto;
 
@@ -42,8 +42,23 @@ fn a_parked_tenancy_goes_on_when_it_is_resumed_and_can_be_reset_before() {
     let Some(containerd) = containerd("parking") else {
         return;
     };
-    containerd.run_function("f", COUNTER);
     let log = containerd.path("f.log");
+    let uri = format!("file://{}", log.display());
+    containerd.ctr(&[
+        "run",
+        "-d",
+        "--runtime",
+        TRENV,
+        "--log-uri",
+        &uri,
+        "--annotation",
+        "dev.trenv.sandbox=function",
+        IMAGE,
+        "f",
+        "/bin/sh",
+        "-c",
+        COUNTER,
+    ]);
     containerd.until("the function counts", || last_tick(&log) > 2);
     let service = Service::connect(&containerd);
     let template = service.snapshot(&containerd, "f");
