@@ -3,10 +3,14 @@
 //! A manifest is stored beside its pages and read back by another process later, so it is parsed as
 //! untrusted input: [`Manifest::decode`] checks every index and range that later code relies on.
 
+mod memory_object;
+
 use serde::{Deserialize, Serialize};
 
+pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject};
+
 /// Layout version of the encoded form.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A page of memory.
 pub const PAGE: u64 = 4096;
@@ -31,6 +35,8 @@ pub struct Manifest {
     pub processes: Vec<Process>,
     /// Open file descriptions, shared by the processes' descriptors.
     pub objects: Vec<Object>,
+    /// Memory that is shared, and files without a name.
+    pub memory: Vec<MemoryObject>,
     /// Contents of the sandbox's tmpfs mounts.
     pub tmpfs: Vec<TmpfsEntry>,
     /// Seccomp filters, oldest first, as BPF instructions of 8 bytes.
@@ -108,6 +114,21 @@ pub enum MappingKind {
         path: String,
         offset: u64,
     },
+    /// Memory without a path, made for each instance.
+    Object {
+        object: usize,
+        offset: u64,
+        shared: bool,
+    },
+    /// A file that is mapped when the instance's file systems are there: one that is written
+    /// through the mapping, or one in a tmpfs.
+    AtStart {
+        path: String,
+        offset: u64,
+        shared: bool,
+        /// It was opened to be written.
+        writable: bool,
+    },
     Vdso,
     Vvar,
 }
@@ -157,6 +178,11 @@ pub enum ObjectKind {
     /// Regular file, directory or device, by its path in the sandbox.
     Path {
         path: String,
+        position: u64,
+    },
+    /// A memfd or a deleted file.
+    Nameless {
+        memory: usize,
         position: u64,
     },
     /// End of a pipe; `writer` tells which. Ends of one pipe carry the same number.
@@ -358,6 +384,7 @@ impl Manifest {
         self.processes
             .iter()
             .flat_map(|process| &process.pages)
+            .chain(self.memory.iter().flat_map(|object| &object.pages))
             .map(|run| run.pages)
             .sum()
     }
@@ -414,7 +441,7 @@ impl Manifest {
                 }
             }
         }
-        Ok(())
+        memory_object::check(self)
     }
 }
 

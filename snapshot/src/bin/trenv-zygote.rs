@@ -133,6 +133,7 @@ fn arrange_descriptors(control: i32, capsules: i32, zero: &File) -> Result<()> {
     let mut places = vec![
         (loader_fd::CONTROL, to(fd::CONTROL)),
         (loader_fd::LOADER, to(fd::LOADER)),
+        (loader_fd::CONTENT, to(fd::CONTENT)),
         (loader_fd::PAGES, to(build_fd::PAGES)),
         (zero.as_raw_fd(), to(build_fd::ZERO)),
     ];

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use super::memory_objects::MemoryObjects;
 use super::process::sandbox_path;
 use super::{DumpError, DumpRequest, descriptor_of, proc_link, proc_text, same_file, sockets};
 use crate::manifest::{Descriptor, EpollTarget, Object, ObjectKind, Process};
@@ -42,7 +43,11 @@ impl<'a> Files<'a> {
     }
 
     /// Descriptors of one process; new open files are added.
-    pub fn of_process(&mut self, host: i32) -> Result<Vec<Descriptor>, DumpError> {
+    pub fn of_process(
+        &mut self,
+        host: i32,
+        memory: &mut MemoryObjects,
+    ) -> Result<Vec<Descriptor>, DumpError> {
         let path = format!("/proc/{host}/fd");
         let mut numbers = Vec::new();
         for entry in std::fs::read_dir(&path).map_err(DumpError::io(format!("reading {path}")))? {
@@ -62,7 +67,7 @@ impl<'a> Files<'a> {
             let link = proc_link(&format!("/proc/{host}/fd/{number}"))?;
             let object = match self.known(&link, host, number)? {
                 Some(object) => object,
-                None => self.add(link, host, number, &info)?,
+                None => self.add(link, host, number, &info, memory)?,
             };
             descriptors.push(Descriptor {
                 number,
@@ -116,6 +121,7 @@ impl<'a> Files<'a> {
         host: i32,
         number: i32,
         info: &Info,
+        memory: &mut MemoryObjects,
     ) -> Result<usize, DumpError> {
         let pidfd = self
             .pidfds
@@ -123,7 +129,19 @@ impl<'a> Files<'a> {
             .ok_or_else(|| DumpError::Refused(format!("process {host} came late")))?;
         let copy = descriptor_of(pidfd, number, host)?;
         let pid = self.ids.get(&host).copied().unwrap_or(host);
-        let kind = self.kind(&link, &copy, number, pid, info)?;
+        let kind = match nameless(&link, &copy)? {
+            true => {
+                let what = format!("descriptor {number} of process {pid}");
+                if info.text.contains("\nlock:") {
+                    return Err(DumpError::Refused(format!("{what} has a lock ({link})")));
+                }
+                ObjectKind::Nameless {
+                    memory: memory.of_descriptor(&copy, info.flags, &link, host, &what)?,
+                    position: info.decimal("pos")?,
+                }
+            }
+            false => self.kind(&link, &copy, number, pid, info)?,
+        };
         let index = self.objects.len();
         self.objects.push(Object {
             flags: info.flags & !O_CLOEXEC,
@@ -208,7 +226,6 @@ impl<'a> Files<'a> {
             _ if link.starts_with("anon_inode:") => {
                 return refuse("of a kind that cannot be captured");
             }
-            _ if link.starts_with("/memfd:") => return refuse("a memfd"),
             _ => {}
         }
         if meta.file_type().is_char_device() && link.starts_with("/dev/pts/")
@@ -245,6 +262,15 @@ impl<'a> Files<'a> {
             ))),
         }
     }
+}
+
+/// Whether a descriptor is of a regular file without a path: a memfd, or a deleted one.
+fn nameless(link: &str, copy: &OwnedFd) -> Result<bool, DumpError> {
+    if !link.ends_with(" (deleted)") {
+        return Ok(false);
+    }
+    let meta = nix::sys::stat::fstat(copy).map_err(DumpError::errno("reading a descriptor"))?;
+    Ok(meta.st_mode & nix::libc::S_IFMT == nix::libc::S_IFREG)
 }
 
 fn pipe(copy: &OwnedFd, inode: u64, info: &Info, pid: i32) -> Result<ObjectKind, DumpError> {

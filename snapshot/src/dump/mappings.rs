@@ -1,5 +1,6 @@
 //! VMAs of a process, from /proc/PID/smaps.
 
+use super::memory_objects::MemoryObjects;
 use super::{DumpError, proc_text};
 use crate::manifest::{Mapping, MappingFlags, MappingKind};
 
@@ -7,15 +8,17 @@ use crate::manifest::{Mapping, MappingFlags, MappingKind};
 pub const RESTORER: &str = "/memfd:trenv-restorer";
 
 /// Reads every VMA, refusing by name what cannot be captured.
-pub fn read(host: i32, pid: i32) -> Result<Vec<Mapping>, DumpError> {
+pub fn read(host: i32, pid: i32, memory: &mut MemoryObjects) -> Result<Vec<Mapping>, DumpError> {
     let path = format!("/proc/{host}/smaps");
+    let tmpfs = tmpfs_devices(host)?;
     let mut found = Vec::new();
     let mut current: Option<Line> = None;
     for line in proc_text(&path)?.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
             if let Some(head) = current.take()
-                && let Some(mapping) = head.mapping(flags, pid)?
+                && let Some(mut mapping) = head.mapping(flags, pid)?
             {
+                head.find_file(&mut mapping, &tmpfs, (host, pid), memory)?;
                 found.push(mapping);
             }
         } else if let Some(head) = Line::parse(line) {
@@ -23,6 +26,21 @@ pub fn read(host: i32, pid: i32) -> Result<Vec<Mapping>, DumpError> {
         }
     }
     Ok(found)
+}
+
+/// Device numbers of the tmpfs mounts that a process sees, as maps has them.
+fn tmpfs_devices(host: i32) -> Result<Vec<String>, DumpError> {
+    let mounts = proc_text(&format!("/proc/{host}/mountinfo"))?;
+    let device = |line: &str| {
+        let (left, right) = line.split_once(" - ")?;
+        let (major, minor) = left.split(' ').nth(2)?.split_once(':')?;
+        let number = |text: &str| text.parse::<u32>().ok();
+        let (major, minor) = (number(major)?, number(minor)?);
+        right
+            .starts_with("tmpfs ")
+            .then(|| format!("{major:02x}:{minor:02x}"))
+    };
+    Ok(mounts.lines().filter_map(device).collect())
 }
 
 /// Address of a `syscall` instruction in the vdso.
@@ -49,6 +67,7 @@ struct Line {
     end: u64,
     access: String,
     offset: u64,
+    device: String,
     inode: u64,
     name: String,
 }
@@ -60,19 +79,20 @@ impl Line {
         let mut fields = rest.splitn(4, ' ');
         let access = fields.next()?;
         let offset = fields.next()?;
-        fields.next()?;
+        let device = fields.next()?;
         let (inode, name) = fields.next()?.split_once(' ').unwrap_or(("0", ""));
         Some(Self {
             start: u64::from_str_radix(start, 16).ok()?,
             end: u64::from_str_radix(end, 16).ok()?,
             access: access.into(),
             offset: u64::from_str_radix(offset, 16).ok()?,
+            device: device.into(),
             inode: inode.parse().ok()?,
             name: name.trim().into(),
         })
     }
 
-    fn mapping(self, flags: &str, pid: i32) -> Result<Option<Mapping>, DumpError> {
+    fn mapping(&self, flags: &str, pid: i32) -> Result<Option<Mapping>, DumpError> {
         let name = self.name.as_str();
         if name == "[vsyscall]" || name.starts_with(RESTORER) {
             return Ok(None);
@@ -112,15 +132,20 @@ impl Line {
             "[vdso]" => MappingKind::Vdso,
             _ if name.starts_with("[vvar") => MappingKind::Vvar,
             _ if self.inode == 0 && !shared && !name.starts_with('/') => MappingKind::Anonymous,
-            _ if name.ends_with(" (deleted)") => {
-                return refuse(if shared {
-                    "is shared memory"
-                } else {
-                    "maps a deleted file"
-                });
-            }
+            _ if name.starts_with("/SYSV") => return refuse("is SysV shared memory"),
+            // Which object it is of is found out by its file.
+            _ if name.ends_with(" (deleted)") => MappingKind::Object {
+                object: usize::MAX,
+                offset: self.offset,
+                shared,
+            },
             _ if !name.starts_with('/') => return refuse("is of an unknown kind"),
-            _ if shared && writable => return refuse("is a writable shared file mapping"),
+            _ if shared && writable => MappingKind::AtStart {
+                path: unescape(name),
+                offset: self.offset,
+                shared,
+                writable,
+            },
             _ if shared => MappingKind::SharedReadOnly {
                 path: unescape(name),
                 offset: self.offset,
@@ -143,6 +168,46 @@ impl Line {
             kind,
             flags: properties,
         }))
+    }
+
+    /// What stands behind a mapping that /proc names only in part.
+    fn find_file(
+        &self,
+        mapping: &mut Mapping,
+        tmpfs: &[String],
+        (host, pid): (i32, i32),
+        memory: &mut MemoryObjects,
+    ) -> Result<(), DumpError> {
+        let what = || {
+            let (start, end) = (self.start, self.end);
+            format!("mapping {start:#x}-{end:#x} of process {pid}")
+        };
+        mapping.kind = match mapping.kind.clone() {
+            MappingKind::Object { offset, shared, .. } => MappingKind::Object {
+                object: memory.of_mapping(host, &unescape(&self.name), mapping, &what())?,
+                offset,
+                shared,
+            },
+            // The zygote has the function's layers only.
+            MappingKind::File { path, offset } if tmpfs.contains(&self.device) => {
+                MappingKind::AtStart {
+                    path,
+                    offset,
+                    shared: false,
+                    writable: false,
+                }
+            }
+            MappingKind::SharedReadOnly { path, offset } if tmpfs.contains(&self.device) => {
+                MappingKind::AtStart {
+                    path,
+                    offset,
+                    shared: true,
+                    writable: false,
+                }
+            }
+            other => other,
+        };
+        Ok(())
     }
 }
 
@@ -199,25 +264,37 @@ mod tests {
     fn refuses_by_name() {
         for (line, flags, why) in [
             (
-                "1000-2000 rw-s 00000000 00:01 5 /dev/zero (deleted)",
+                "1000-2000 rw-s 00000000 00:01 5 /SYSV00000000 (deleted)",
                 "rd wr sh",
-                "shared memory",
-            ),
-            (
-                "1000-2000 r-xp 00000000 00:01 5 /tmp/x.so (deleted)",
-                "rd ex",
-                "deleted file",
+                "SysV shared memory",
             ),
             ("1000-2000 rw-p 00000000 00:00 0 ", "rd wr lo", "mlock"),
-            (
-                "1000-2000 rw-s 00000000 00:01 5 /srv/db",
-                "rd wr sh",
-                "writable shared",
-            ),
         ] {
             let err = mapping(line, flags).unwrap_err().to_string();
             assert!(err.contains(why), "{err}");
         }
+    }
+
+    #[test]
+    fn tells_what_is_mapped_later() {
+        let kind = |line: &str| mapping(line, "rd wr sh").unwrap().unwrap().kind;
+        assert_eq!(
+            kind("1000-2000 rw-s 00003000 00:01 5 /dev/zero (deleted)"),
+            MappingKind::Object {
+                object: usize::MAX,
+                offset: 0x3000,
+                shared: true
+            }
+        );
+        assert_eq!(
+            kind("1000-2000 rw-s 00001000 00:01 5 /srv/db"),
+            MappingKind::AtStart {
+                path: "/srv/db".into(),
+                offset: 0x1000,
+                shared: true,
+                writable: true
+            }
+        );
     }
 
     #[test]

@@ -10,6 +10,7 @@
 mod files;
 mod mappings;
 mod memory;
+mod memory_objects;
 mod process;
 mod sockets;
 mod tmpfs;
@@ -28,6 +29,7 @@ use trenv_pool::{TemplateInfo, TemplateWriter};
 use crate::TaskGroup;
 use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::manifest::{Manifest, ManifestError, VERSION};
+use memory_objects::MemoryObjects;
 use tracee::Tracee;
 
 /// How long the stop of all threads may take.
@@ -155,9 +157,10 @@ fn dump_here(
         .take()
         .ok_or_else(|| DumpError::Refused("it was dumped already".into()))?;
     step("stop");
-    let mut manifest = capture(request, &mut tree)?;
+    let (mut manifest, objects) = capture(request, &mut tree)?;
     step("describe");
-    let image_bytes = memory::store(&tree, &mut manifest, &mut writer)?;
+    let image_bytes = memory::store(&tree, &mut manifest, &mut writer)?
+        + objects.store(&mut manifest.memory, &mut writer)?;
     step("store");
     let encoded = manifest.encode()?;
     let template = writer.commit(&encoded)?;
@@ -304,13 +307,17 @@ impl Drop for StoppedTree {
     }
 }
 
-fn capture(request: &DumpRequest<'_>, tree: &mut StoppedTree) -> Result<Manifest, DumpError> {
+fn capture(
+    request: &DumpRequest<'_>,
+    tree: &mut StoppedTree,
+) -> Result<(Manifest, MemoryObjects), DumpError> {
     let mut manifest = Manifest {
         version: VERSION,
         fingerprint: Fingerprint::of_this_machine()?.to_string(),
         monotonic: monotonic(request.root_pid)?,
         processes: Vec::new(),
         objects: Vec::new(),
+        memory: Vec::new(),
         tmpfs: tmpfs::read(request.root_pid)?,
         filters: Vec::new(),
     };
@@ -319,18 +326,20 @@ fn capture(request: &DumpRequest<'_>, tree: &mut StoppedTree) -> Result<Manifest
         .iter()
         .map(|entry| (entry.host_pid, entry.pid))
         .collect();
+    let mut memory = MemoryObjects::default();
     let mut files = files::Files::new(request, &tree.pidfds, &ids);
     for entry in &order {
         let Some(threads) = tree.threads.get_mut(&entry.host_pid) else {
             continue;
         };
         let mut captured =
-            process::capture(entry, threads, request.init_pid, &mut manifest.filters)?;
-        captured.descriptors = files.of_process(entry.host_pid)?;
+            process::capture(entry, threads, request.init_pid, &mut manifest, &mut memory)?;
+        captured.descriptors = files.of_process(entry.host_pid, &mut memory)?;
         manifest.processes.push(captured);
     }
     manifest.objects = files.finish(&manifest.processes)?;
-    Ok(manifest)
+    manifest.memory = memory.describe()?;
+    Ok((manifest, memory))
 }
 
 /// CLOCK_MONOTONIC as the tree sees it, nanoseconds.

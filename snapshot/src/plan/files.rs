@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use nix::libc;
 use trenv_restorer::wire::{fd, verb};
 
-use super::PlanError;
 use super::region::{Program, Region};
+use super::{PlanError, shared};
 use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
 
 /// Status flags that F_SETFL can set.
@@ -63,6 +63,11 @@ pub fn make(
                 if *position > 0 {
                     program.call(libc::SYS_lseek, [at, *position, libc::SEEK_SET as u64]);
                 }
+            }
+            ObjectKind::Nameless { memory, position } => {
+                shared::open(*memory, object.flags, control, region, program);
+                move_to(at, program);
+                program.call(libc::SYS_lseek, [at, *position, libc::SEEK_SET as u64]);
             }
             ObjectKind::Pipe { pipe, writer, .. } => {
                 pairs.entry(*pipe).or_default()[usize::from(*writer)] = Some(index);

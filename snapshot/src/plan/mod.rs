@@ -11,6 +11,7 @@ mod layout;
 mod memory;
 mod process;
 mod region;
+mod shared;
 mod thread;
 
 use trenv_pool::Extent;
@@ -18,10 +19,11 @@ use trenv_restorer::wire::{Capsule, Header, MAGIC, MARKS, MAX_AGENTS, OWN_SENTEN
 
 use crate::manifest::{Manifest, MappingKind, PAGE};
 use layout::{Placement, Way, kernel_owned};
-use memory::Copy;
+pub use memory::Copy;
 use process::Tree;
 pub use region::LOADER;
 use region::{Program, Region};
+use shared::{Shared, When};
 
 /// Length that the region may have.
 const REGION_LIMIT: u64 = 64 << 20;
@@ -54,6 +56,8 @@ pub struct Plan {
     pub stack: u64,
     /// Number of the control descriptor.
     pub control: u64,
+    /// What each clone copies: a file of pages from the pool.
+    pub content: Vec<Copy>,
     /// The processes that are loaded, in the manifest's order.
     pub capsules: Vec<CapsulePlan>,
     /// Sentences about steps, by number less the restorer's own.
@@ -113,9 +117,11 @@ impl Plan {
         let pieces = memory::pieces(manifest, extents)?;
         let control = files::control_descriptor(manifest);
         let own = process::Own::read()?;
+        let shared = Shared::of(manifest, &placement, &pieces, control);
         let tree = Tree {
             manifest,
             placement: &placement,
+            shared: &shared,
             control,
             own: &own,
         };
@@ -160,7 +166,7 @@ impl Plan {
         let (entry, code, length) = (region.entry(), region.code_length(), region.length());
         let (bytes, mut sentences) = region.finish()?;
         let mut capsules = Vec::new();
-        for (index, (way, pieces)) in placement.ways.iter().zip(&pieces).enumerate() {
+        for (index, (way, pieces)) in placement.ways.iter().zip(&pieces.processes).enumerate() {
             if *way == Way::Loaded {
                 let (capsule, its) = CapsulePlan::of(index, tree, pieces, next)?;
                 next += its.len() as u32;
@@ -177,6 +183,7 @@ impl Plan {
             header,
             stack: stacks + STACK,
             control,
+            content: shared.content(),
             capsules,
             sentences,
             processes: manifest.processes.len(),
@@ -293,6 +300,9 @@ fn stored(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
     for place in &placement.placed {
         let process = &manifest.processes[place.process];
         let mapping = &process.mappings[place.mapping];
+        if When::of(mapping, manifest) != When::Zygote {
+            continue;
+        }
         let runs = process.pages.iter();
         for run in runs.filter(|run| mapping.start <= run.start && run.start < mapping.end) {
             all.push(Stored {
@@ -449,6 +459,8 @@ mod tests {
                     vec![
                         mapping(0x40_0000, 4, MappingKind::Anonymous),
                         mapping(0x50_0000, 4, file),
+                        mapping(0x60_0000, 2, shared::sample::of(0)),
+                        mapping(0x70_0000, 1, shared::sample::of(1)),
                     ],
                 ),
             ],
@@ -459,12 +471,13 @@ mod tests {
                     position: 0,
                 },
             }],
+            memory: shared::sample::objects(),
             tmpfs: Vec::new(),
             filters: vec![vec![6]],
         };
         let extents = vec![Extent {
             first_page: 0,
-            pages: 2,
+            pages: 4,
             source: Source::Data { offset: 0 },
         }];
         (manifest, extents)

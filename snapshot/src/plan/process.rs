@@ -5,8 +5,9 @@ use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
 use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
+use super::shared::{Shared, When};
 use super::{PlanError, credentials, files, memory, thread};
-use crate::manifest::{Manifest, MappingKind, PAGE, Process};
+use crate::manifest::{Manifest, PAGE, Process};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
 pub mod mark {
@@ -38,6 +39,7 @@ pub struct Programs {
 pub struct Tree<'a> {
     pub manifest: &'a Manifest,
     pub placement: &'a Placement,
+    pub shared: &'a Shared,
     /// Number of the control descriptor.
     pub control: u64,
     pub own: &'a Own,
@@ -113,6 +115,7 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
         region,
         &mut prepare,
     );
+    tree.shared.make_ahead(tree, region, &mut prepare);
     if let Some(table) = tables[tree.placement.heir] {
         prepare.verb(verb::COPY_AHEAD, [table]);
     }
@@ -156,8 +159,10 @@ fn program_of(
     if index == 0 {
         program.verb(verb::MARK, [mark::RUNS]);
         program.verb(verb::MAKE_CLOCK, [tree.manifest.monotonic]);
-        files::make(tree.manifest, tree.control, region, &mut program)?;
+        // Open files may lie there.
         files::fill_tmpfs(tree.manifest, region, &mut program);
+        tree.shared.make_unlinked(tree, region, &mut program);
+        files::make(tree.manifest, tree.control, region, &mut program)?;
     }
     if tree.way(index) != Way::Loaded {
         bound(index, tree, region, &mut program);
@@ -229,7 +234,16 @@ pub fn capsule_program(
     bound(index, tree, region, &mut program);
     // Above everything that `files::make` has made.
     let exe = tree.control + fd::OBJECTS + tree.manifest.objects.len() as u64;
-    let (copies, end) = memory::load(process, pieces, PAGE, exe, region, &mut program, vdso_words);
+    let numbers = (tree.control, exe);
+    let (copies, end) = memory::load(
+        process,
+        pieces,
+        PAGE,
+        numbers,
+        region,
+        &mut program,
+        vdso_words,
+    );
     become_process(index, tree, region, &mut program);
     (program, copies, end)
 }
@@ -354,7 +368,8 @@ fn move_memory(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut 
     }
     for place in placement.of_process(index) {
         let mapping = &process.mappings[place.mapping];
-        if place.at != mapping.start {
+        let there = When::of(mapping, manifest) != When::Start;
+        if there && place.at != mapping.start {
             program.about(region.sentence(format!(
                 "moving mapping {:#x} of process {}",
                 mapping.start, process.pid
@@ -363,6 +378,7 @@ fn move_memory(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut 
             program.call(libc::SYS_mremap, args).exactly(mapping.start);
         }
     }
+    tree.shared.map_at_start(index, tree, region, program);
     if index != placement.heir {
         let heir = &manifest.processes[placement.heir];
         let exe = (heir.exe != process.exe).then_some(tree.control + fd::OBJECTS - 1);
@@ -383,7 +399,7 @@ fn advise_about_forks(process: &Process, region: &mut Region, program: &mut Prog
             (mapping.flags.dont_fork, libc::MADV_DONTFORK),
             (mapping.flags.wipe_on_fork, libc::MADV_WIPEONFORK),
         ] {
-            if wanted && mapping.kind == MappingKind::Anonymous {
+            if wanted && !kernel_owned(mapping) {
                 program.about(region.sentence(format!("advising about {:#x}", mapping.start)));
                 let length = mapping.end - mapping.start;
                 program.call(libc::SYS_madvise, [mapping.start, length, advice as u64]);

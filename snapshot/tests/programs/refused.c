@@ -30,14 +30,6 @@ int main(int count, char **arguments) {
     int failed = 0;
     if (!strcmp(state, "tcp")) failed = tcp() < 0;
     if (!strcmp(state, "mlock")) failed = mlock(page, 4096);
-    if (!strcmp(state, "shared")) {
-        page = mmap(0, 4096, 3, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-        page[0] = 1;
-    }
-    if (!strcmp(state, "deleted")) {
-        char name[] = "/tmp/trenv-test-XXXXXX";
-        failed = mkostemp(name, 0) < 0 || unlink(name);
-    }
     if (!strcmp(state, "zombie")) {
         siginfo_t ended;
         if (fork() == 0) _exit(0);

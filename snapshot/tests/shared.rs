@@ -1,0 +1,46 @@
+//! Restores trees whose processes share memory, and files that no path leads to. Needs root.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use harness::{Bed, TestResult};
+
+/// Two instances side by side, a third after them, and one by copying; then a second snapshot.
+/// Each question counts `step` further.
+fn counts_on(program: &str, arguments: &[&str], step: u32) -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile(program)?;
+    let mut command = vec![program.as_str()];
+    command.extend(arguments);
+    let mut first = bed.run(&command)?;
+    let expect = |turn: u32| format!("{} ok", turn * step);
+    assert_eq!(first.ask("add"), expect(1), "before the snapshot");
+    let template = bed.dump(first)?;
+    let zygote = bed.zygote(&template)?;
+    let mut agent = zygote.agent()?;
+    let mut one = bed.start(&mut agent)?;
+    let mut other = bed.start(&mut agent)?;
+    for turn in 2..6 {
+        assert_eq!(one.ask("add"), expect(turn));
+    }
+    assert_eq!(other.ask("add"), expect(2), "it has memory of its own");
+    zygote.learn(&one.pids)?;
+    let mut third = bed.start(&mut agent)?;
+    assert_eq!(third.ask("add"), expect(2), "the template is as it was");
+    let mut copy = bed.start_copy(&template)?;
+    assert_eq!(copy.ask("add"), expect(2));
+    let zygote = bed.zygote(&bed.dump(one)?)?;
+    assert_eq!(bed.start(&mut zygote.agent()?)?.ask("add"), expect(6));
+    Ok(())
+}
+
+#[test]
+fn a_family_with_a_small_root_shares_memory() -> TestResult {
+    counts_on("shared", &["40"], 3)
+}
+
+#[test]
+fn a_family_with_a_large_root_shares_memory() -> TestResult {
+    counts_on("shared", &["9000"], 3)
+}
