@@ -44,3 +44,18 @@ fn a_family_with_a_small_root_shares_memory() -> TestResult {
 fn a_family_with_a_large_root_shares_memory() -> TestResult {
     counts_on("shared", &["9000"], 3)
 }
+
+#[test]
+fn files_that_a_small_parent_maps_are_mapped_again() -> TestResult {
+    counts_on("files", &["40", "4000"], 2)
+}
+
+#[test]
+fn files_that_a_large_parent_maps_are_mapped_again() -> TestResult {
+    counts_on("files", &["9000", "4000"], 2)
+}
+
+#[test]
+fn files_that_a_small_child_maps_are_mapped_again() -> TestResult {
+    counts_on("files", &["9000", "40"], 2)
+}
