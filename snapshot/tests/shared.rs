@@ -13,7 +13,11 @@ fn counts_on(program: &str, arguments: &[&str], step: u32) -> TestResult {
     let program = bed.compile(program)?;
     let mut command = vec![program.as_str()];
     command.extend(arguments);
-    let mut first = bed.run(&command)?;
+    comes_back(&bed, &command, step)
+}
+
+fn comes_back(bed: &Bed, command: &[&str], step: u32) -> TestResult {
+    let mut first = bed.run(command)?;
     let expect = |turn: u32| format!("{} ok", turn * step);
     assert_eq!(first.ask("add"), expect(1), "before the snapshot");
     let template = bed.dump(first)?;
@@ -58,4 +62,19 @@ fn files_that_a_large_parent_maps_are_mapped_again() -> TestResult {
 #[test]
 fn files_that_a_small_child_maps_are_mapped_again() -> TestResult {
     counts_on("files", &["9000", "40"], 2)
+}
+
+fn multiprocessing(method: &str) -> TestResult {
+    let program = format!("{}/tests/programs/pool.py", env!("CARGO_MANIFEST_DIR"));
+    comes_back(&Bed::new()?, &["/usr/bin/python3", &program, method], 2)
+}
+
+#[test]
+fn pythons_multiprocessing_by_fork() -> TestResult {
+    multiprocessing("fork")
+}
+
+#[test]
+fn pythons_multiprocessing_by_spawn() -> TestResult {
+    multiprocessing("spawn")
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use super::memory_objects::MemoryObjects;
+use super::memory_objects::{MemoryObjects, other_name};
 use super::process::sandbox_path;
 use super::{DumpError, DumpRequest, descriptor_of, proc_link, proc_text, same_file, sockets};
 use crate::manifest::{Descriptor, EpollTarget, Object, ObjectKind, Process};
@@ -130,17 +130,20 @@ impl<'a> Files<'a> {
         let copy = descriptor_of(pidfd, number, host)?;
         let pid = self.ids.get(&host).copied().unwrap_or(host);
         let kind = match nameless(&link, &copy)? {
-            true => {
-                let what = format!("descriptor {number} of process {pid}");
-                if info.text.contains("\nlock:") {
-                    return Err(DumpError::Refused(format!("{what} has a lock ({link})")));
+            None => self.kind(&link, &copy, number, pid, info)?,
+            Some(file) => match other_name(&file, &link, host) {
+                Some(path) => self.kind(&path, &copy, number, pid, info)?,
+                None => {
+                    let what = format!("descriptor {number} of process {pid}");
+                    if info.text.contains("\nlock:") {
+                        return Err(DumpError::Refused(format!("{what} has a lock ({link})")));
+                    }
+                    ObjectKind::Nameless {
+                        memory: memory.of_descriptor(&copy, info.flags, &link, host, &what)?,
+                        position: info.decimal("pos")?,
+                    }
                 }
-                ObjectKind::Nameless {
-                    memory: memory.of_descriptor(&copy, info.flags, &link, host, &what)?,
-                    position: info.decimal("pos")?,
-                }
-            }
-            false => self.kind(&link, &copy, number, pid, info)?,
+            },
         };
         let index = self.objects.len();
         self.objects.push(Object {
@@ -264,13 +267,17 @@ impl<'a> Files<'a> {
     }
 }
 
-/// Whether a descriptor is of a regular file without a path: a memfd, or a deleted one.
-fn nameless(link: &str, copy: &OwnedFd) -> Result<bool, DumpError> {
+/// The file behind a descriptor, where it is a regular one without a path: a memfd, or deleted.
+fn nameless(link: &str, copy: &OwnedFd) -> Result<Option<std::fs::File>, DumpError> {
     if !link.ends_with(" (deleted)") {
-        return Ok(false);
+        return Ok(None);
     }
-    let meta = nix::sys::stat::fstat(copy).map_err(DumpError::errno("reading a descriptor"))?;
-    Ok(meta.st_mode & nix::libc::S_IFMT == nix::libc::S_IFREG)
+    let file = copy.try_clone().map(std::fs::File::from);
+    let file = file.map_err(DumpError::io("duplicating a descriptor"))?;
+    let meta = file
+        .metadata()
+        .map_err(DumpError::io("reading a descriptor"))?;
+    Ok(meta.is_file().then_some(file))
 }
 
 fn pipe(copy: &OwnedFd, inode: u64, info: &Info, pid: i32) -> Result<ObjectKind, DumpError> {

@@ -1,6 +1,6 @@
 //! VMAs of a process, from /proc/PID/smaps.
 
-use super::memory_objects::MemoryObjects;
+use super::memory_objects::{MemoryObjects, mapped_file, other_name};
 use super::{DumpError, proc_text};
 use crate::manifest::{Mapping, MappingFlags, MappingKind};
 
@@ -183,11 +183,23 @@ impl Line {
             format!("mapping {start:#x}-{end:#x} of process {pid}")
         };
         mapping.kind = match mapping.kind.clone() {
-            MappingKind::Object { offset, shared, .. } => MappingKind::Object {
-                object: memory.of_mapping(host, &unescape(&self.name), mapping, &what())?,
-                offset,
-                shared,
-            },
+            MappingKind::Object { offset, shared, .. } => {
+                let link = unescape(&self.name);
+                let file = mapped_file(host, self.start, self.end).ok();
+                match file.and_then(|file| other_name(&file, &link, host)) {
+                    Some(path) => MappingKind::AtStart {
+                        path,
+                        offset,
+                        shared,
+                        writable: shared,
+                    },
+                    None => MappingKind::Object {
+                        object: memory.of_mapping(host, &link, mapping, &what())?,
+                        offset,
+                        shared,
+                    },
+                }
+            }
             // The zygote has the function's layers only.
             MappingKind::File { path, offset } if tmpfs.contains(&self.device) => {
                 MappingKind::AtStart {

@@ -45,6 +45,26 @@ struct Found {
     written_through_mapping: bool,
 }
 
+/// Another name that a deleted file has in the directory where it was: sem_open(3) makes a file
+/// under a name of its own and links it to the wanted one.
+pub fn other_name(file: &File, link: &str, host: i32) -> Option<String> {
+    let meta = file.metadata().ok().filter(|meta| meta.nlink() > 0)?;
+    let directory = Path::new(link).parent()?;
+    let inside = directory.strip_prefix("/").ok()?;
+    let list = std::fs::read_dir(Path::new(&format!("/proc/{host}/root")).join(inside)).ok()?;
+    let same = list.flatten().find(|entry| {
+        let other = entry.metadata();
+        other.is_ok_and(|other| (other.dev(), other.ino()) == (meta.dev(), meta.ino()))
+    })?;
+    let name = directory.join(same.file_name());
+    name.into_os_string().into_string().ok()
+}
+
+/// Opens what a mapping is of.
+pub fn mapped_file(host: i32, start: u64, end: u64) -> std::io::Result<File> {
+    File::open(format!("/proc/{host}/map_files/{start:x}-{end:x}"))
+}
+
 impl MemoryObjects {
     /// The object behind a mapping.
     pub fn of_mapping(
@@ -57,9 +77,7 @@ impl MemoryObjects {
         let MappingKind::Object { shared, .. } = mapping.kind else {
             return Err(DumpError::Refused(format!("{what} is of an unknown kind")));
         };
-        let (start, end) = (mapping.start, mapping.end);
-        let path = format!("/proc/{host}/map_files/{start:x}-{end:x}");
-        let file = File::open(&path).map_err(|_| {
+        let file = mapped_file(host, mapping.start, mapping.end).map_err(|_| {
             DumpError::Refused(format!("{what} maps a file that can no longer be read"))
         })?;
         let index = self.add(file, link, host, what)?;

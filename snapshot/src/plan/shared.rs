@@ -18,8 +18,9 @@ use crate::manifest::{Manifest, Mapping, MappingKind, MemoryKind, MemoryObject};
 
 /// Bytes that one sendfile(2) moves at most.
 const PART: u64 = 1 << 30;
-/// Status flags that are of an open call only.
 const O_TMPFILE: u32 = libc::O_TMPFILE as u32;
+/// Flags by which a file was opened once, and cannot be by its link in /proc.
+const NOT_AGAIN: u32 = O_TMPFILE | libc::O_NOFOLLOW as u32;
 
 /// When a mapping is made, but for processes that are loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -243,7 +244,7 @@ pub fn open(object: usize, flags: u32, control: u64, region: &mut Region, progra
     let number = control + fd::MEMORY + object as u64;
     program.about(region.sentence("opening a memfd or a deleted file".into()));
     let path = region.put_text(&format!("/proc/self/fd/{number}"));
-    let (here, flags) = (libc::AT_FDCWD as u64, u64::from(flags & !O_TMPFILE));
+    let (here, flags) = (libc::AT_FDCWD as u64, u64::from(flags & !NOT_AGAIN));
     program
         .call(libc::SYS_openat, [here, path, flags, 0])
         .into(0);
