@@ -18,6 +18,9 @@ pub const PAGE: u64 = 4096;
 /// End of the user's half of the address space.
 pub const ADDRESS_END: u64 = 0x7fff_ffff_f000;
 
+pub const MCL_FUTURE: u32 = 2;
+pub const MCL_ONFAULT: u32 = 4;
+
 /// At most: above these an encoded form is not ours.
 const MOST_PROCESSES: usize = 256;
 const MOST_THREADS: usize = 4096;
@@ -57,6 +60,8 @@ pub struct Process {
     pub layout: Layout,
     pub auxv: Vec<u8>,
     pub mappings: Vec<Mapping>,
+    /// Flags of mlockall(2) for what is mapped later, [`MCL_FUTURE`] among them; 0 for none.
+    pub lock_future: u32,
     /// Stored pages, in address order; they follow each other in the pool.
     pub pages: Vec<PageRun>,
     pub descriptors: Vec<Descriptor>,
@@ -145,6 +150,9 @@ pub struct MappingFlags {
     pub huge: bool,
     pub no_huge: bool,
     pub mergeable: bool,
+    pub locked: bool,
+    /// Pages are locked when they are there, not all at once.
+    pub lock_on_fault: bool,
 }
 
 /// Consecutive stored pages.
@@ -418,6 +426,9 @@ impl Manifest {
                 return wrong(format!("process {pid} has {mappings} mappings"));
             }
             check_memory(process)?;
+            if ![0, MCL_FUTURE, MCL_FUTURE | MCL_ONFAULT].contains(&process.lock_future) {
+                return wrong(format!("the memory locks of process {pid}"));
+            }
             for descriptor in &process.descriptors {
                 if descriptor.object >= self.objects.len()
                     || !(0..1 << 20).contains(&descriptor.number)

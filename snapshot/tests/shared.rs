@@ -78,3 +78,13 @@ fn pythons_multiprocessing_by_fork() -> TestResult {
 fn pythons_multiprocessing_by_spawn() -> TestResult {
     multiprocessing("spawn")
 }
+
+#[test]
+fn locked_memory_is_locked_again() -> TestResult {
+    counts_on("locked", &[], 1)
+}
+
+#[test]
+fn what_is_mapped_later_is_locked_too() -> TestResult {
+    counts_on("locked", &["future"], 1)
+}

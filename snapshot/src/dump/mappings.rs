@@ -2,7 +2,7 @@
 
 use super::memory_objects::{MemoryObjects, mapped_file, other_name};
 use super::{DumpError, proc_text};
-use crate::manifest::{Mapping, MappingFlags, MappingKind};
+use crate::manifest::{MCL_FUTURE, MCL_ONFAULT, Mapping, MappingFlags, MappingKind};
 
 /// Name of the region that a restored process was brought up from; it is not part of the process.
 pub const RESTORER: &str = "/memfd:trenv-restorer";
@@ -13,11 +13,17 @@ pub fn read(host: i32, pid: i32, memory: &mut MemoryObjects) -> Result<Vec<Mappi
     let tmpfs = tmpfs_devices(host)?;
     let mut found = Vec::new();
     let mut current: Option<Line> = None;
+    let mut resident = 0;
     for line in proc_text(&path)?.lines() {
-        if let Some(flags) = line.strip_prefix("VmFlags:") {
+        if let Some(kilobytes) = line.strip_prefix("Rss:") {
+            resident = kilobytes.trim_end_matches("kB").trim().parse().unwrap_or(0);
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
             if let Some(head) = current.take()
                 && let Some(mut mapping) = head.mapping(flags, pid)?
             {
+                // The kernel tells of MLOCK_ONFAULT by what is not there only.
+                let pages = (mapping.end - mapping.start) >> 10;
+                mapping.flags.lock_on_fault = mapping.flags.locked && resident < pages;
                 head.find_file(&mut mapping, &tmpfs, (host, pid), memory)?;
                 found.push(mapping);
             }
@@ -26,6 +32,27 @@ pub fn read(host: i32, pid: i32, memory: &mut MemoryObjects) -> Result<Vec<Mappi
         }
     }
     Ok(found)
+}
+
+/// Flags by which what is mapped is locked (mlockall(2)), by a mapping that was just made.
+pub fn lock_of(host: i32, at: u64) -> Result<u32, DumpError> {
+    let text = proc_text(&format!("/proc/{host}/smaps"))?;
+    let mut ours = false;
+    let mut resident = false;
+    for line in text.lines() {
+        if let Some(head) = Line::parse(line) {
+            ours = head.start <= at && at < head.end;
+        } else if let Some(kilobytes) = line.strip_prefix("Rss:").filter(|_| ours) {
+            resident = kilobytes.trim() != "0 kB";
+        } else if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| ours) {
+            return Ok(match flags.split_whitespace().any(|flag| flag == "lo") {
+                true if resident => MCL_FUTURE,
+                true => MCL_FUTURE | MCL_ONFAULT,
+                false => 0,
+            });
+        }
+    }
+    Ok(0)
 }
 
 /// Device numbers of the tmpfs mounts that a process sees, as maps has them.
@@ -116,7 +143,7 @@ impl Line {
                 "hg" => properties.huge = true,
                 "nh" => properties.no_huge = true,
                 "mg" => properties.mergeable = true,
-                "lo" => return refuse("is locked in memory (mlock)"),
+                "lo" => properties.locked = true,
                 "ss" => return refuse("is a shadow stack"),
                 "um" | "uw" | "ui" => return refuse("is watched by a userfaultfd"),
                 "ht" => return refuse("uses huge TLB pages"),
@@ -274,14 +301,11 @@ mod tests {
 
     #[test]
     fn refuses_by_name() {
-        for (line, flags, why) in [
-            (
-                "1000-2000 rw-s 00000000 00:01 5 /SYSV00000000 (deleted)",
-                "rd wr sh",
-                "SysV shared memory",
-            ),
-            ("1000-2000 rw-p 00000000 00:00 0 ", "rd wr lo", "mlock"),
-        ] {
+        for (line, flags, why) in [(
+            "1000-2000 rw-s 00000000 00:01 5 /SYSV00000000 (deleted)",
+            "rd wr sh",
+            "SysV shared memory",
+        )] {
             let err = mapping(line, flags).unwrap_err().to_string();
             assert!(err.contains(why), "{err}");
         }

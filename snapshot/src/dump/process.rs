@@ -159,6 +159,10 @@ pub fn capture(
 
     let mut caller = Caller::new(leader, gate, host)?;
     let actions = caller.signal_actions()?;
+    let lock_future = match vmas.iter().any(|vma| vma.flags.locked) {
+        true => mappings::lock_of(host, caller.scratch)?,
+        false => 0,
+    };
     let mut timers = [[0; 4]; 3];
     for (which, timer) in timers.iter_mut().enumerate() {
         caller.call(
@@ -205,6 +209,7 @@ pub fn capture(
         auxv: std::fs::read(format!("/proc/{host}/auxv"))
             .map_err(DumpError::io("reading the auxiliary vector"))?,
         mappings: vmas,
+        lock_future,
         pages: Vec::new(),
         descriptors: Vec::new(),
         actions,

@@ -8,6 +8,7 @@ mod credentials;
 mod files;
 mod frame;
 mod layout;
+mod lock;
 mod memory;
 mod process;
 mod region;
@@ -408,6 +409,7 @@ mod tests {
                 pages: 1,
             }],
             mappings,
+            lock_future: 0,
             descriptors: vec![Descriptor {
                 number: 3,
                 object: 0,

@@ -6,7 +6,7 @@ use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::{Shared, When};
-use super::{PlanError, credentials, files, memory, thread};
+use super::{PlanError, credentials, files, lock, memory, thread};
 use crate::manifest::{Manifest, PAGE, Process};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
@@ -116,6 +116,7 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
         &mut prepare,
     );
     tree.shared.make_ahead(tree, region, &mut prepare);
+    lock::ahead(tree, region, &mut prepare);
     if let Some(table) = tables[tree.placement.heir] {
         prepare.verb(verb::COPY_AHEAD, [table]);
     }
@@ -253,6 +254,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     let (process, manifest, control) = (tree.process(index), tree.manifest, tree.control);
     let pid = process.pid;
     advise_about_forks(process, region, program);
+    lock::at_start(index, tree, region, program);
     program.verb(verb::MARK, [mark::MEMORY]);
     files::install(manifest, process, control, region, program);
     program.verb(verb::MARK, [mark::FILES]);
