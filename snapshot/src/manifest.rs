@@ -7,7 +7,7 @@ mod memory_object;
 
 use serde::{Deserialize, Serialize};
 
-pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject};
+pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject, SemaphoreSet};
 
 /// Layout version of the encoded form.
 pub const VERSION: u32 = 2;
@@ -40,6 +40,8 @@ pub struct Manifest {
     pub objects: Vec<Object>,
     /// Memory that is shared, and files without a name.
     pub memory: Vec<MemoryObject>,
+    /// SysV semaphores.
+    pub semaphores: Vec<SemaphoreSet>,
     /// Contents of the sandbox's tmpfs mounts.
     pub tmpfs: Vec<TmpfsEntry>,
     /// Seccomp filters, oldest first, as BPF instructions of 8 bytes.
@@ -124,6 +126,10 @@ pub enum MappingKind {
         object: usize,
         offset: u64,
         shared: bool,
+    },
+    /// SysV shared memory, the whole segment.
+    Segment {
+        id: i32,
     },
     /// A file that is mapped when the instance's file systems are there: one that is written
     /// through the mapping, or one in a tmpfs.

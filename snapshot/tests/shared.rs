@@ -88,3 +88,10 @@ fn locked_memory_is_locked_again() -> TestResult {
 fn what_is_mapped_later_is_locked_too() -> TestResult {
     counts_on("locked", &["future"], 1)
 }
+
+#[test]
+fn sysv_memory_and_semaphores_keep_their_ids() -> TestResult {
+    counts_on("sysv", &["40", "4000"], 2)?;
+    counts_on("sysv", &["9000", "40"], 2)?;
+    counts_on("sysv", &["9000", "4000"], 2)
+}

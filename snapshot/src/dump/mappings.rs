@@ -159,7 +159,11 @@ impl Line {
             "[vdso]" => MappingKind::Vdso,
             _ if name.starts_with("[vvar") => MappingKind::Vvar,
             _ if self.inode == 0 && !shared && !name.starts_with('/') => MappingKind::Anonymous,
-            _ if name.starts_with("/SYSV") => return refuse("is SysV shared memory"),
+            // Its inode's number is the segment's id (kernel: ipc/shm.c, newseg).
+            _ if name.starts_with("/SYSV") && self.offset == 0 => MappingKind::Segment {
+                id: self.inode as i32,
+            },
+            _ if name.starts_with("/SYSV") => return refuse("is a part of SysV shared memory"),
             // Which object it is of is found out by its file.
             _ if name.ends_with(" (deleted)") => MappingKind::Object {
                 object: usize::MAX,
@@ -226,6 +230,10 @@ impl Line {
                         shared,
                     },
                 }
+            }
+            MappingKind::Segment { id } => {
+                memory.check_attached(id, mapping, &what())?;
+                MappingKind::Segment { id }
             }
             // The zygote has the function's layers only.
             MappingKind::File { path, offset } if tmpfs.contains(&self.device) => {
@@ -302,9 +310,9 @@ mod tests {
     #[test]
     fn refuses_by_name() {
         for (line, flags, why) in [(
-            "1000-2000 rw-s 00000000 00:01 5 /SYSV00000000 (deleted)",
+            "1000-2000 rw-s 00001000 00:01 5 /SYSV00000000 (deleted)",
             "rd wr sh",
-            "SysV shared memory",
+            "part of SysV shared memory",
         )] {
             let err = mapping(line, flags).unwrap_err().to_string();
             assert!(err.contains(why), "{err}");

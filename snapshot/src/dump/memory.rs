@@ -67,7 +67,9 @@ fn own_pages(map: &File, mapping: &Mapping) -> Result<Vec<PageRun>, DumpError> {
         | MappingKind::File { .. }
         | MappingKind::Object { shared: false, .. }
         | MappingKind::AtStart { shared: false, .. } => mapping.start..mapping.end,
-        MappingKind::Object { .. } | MappingKind::AtStart { .. } => return Ok(Vec::new()),
+        MappingKind::Object { .. } | MappingKind::AtStart { .. } | MappingKind::Segment { .. } => {
+            return Ok(Vec::new());
+        }
         MappingKind::SharedReadOnly { .. } | MappingKind::Vdso | MappingKind::Vvar => {
             return Ok(Vec::new());
         }

@@ -13,7 +13,7 @@ use nix::libc;
 use nix::unistd::Whence;
 use trenv_pool::{PAGE_SIZE, TemplateWriter};
 
-use super::{DumpError, memory};
+use super::{DumpError, memory, sysv};
 use crate::manifest::{
     MOST_MEMORY_OBJECTS, Mapping, MappingKind, MemoryKind, MemoryObject, PAGE, PageRun,
 };
@@ -43,6 +43,7 @@ struct Found {
     private: bool,
     nameable: bool,
     written_through_mapping: bool,
+    segment: Option<sysv::Segment>,
 }
 
 /// Another name that a deleted file has in the directory where it was: sem_open(3) makes a file
@@ -106,6 +107,33 @@ impl MemoryObjects {
         Ok(index)
     }
 
+    /// SysV segments, whether they are attached or not.
+    pub fn of_segments(&mut self, segments: Vec<sysv::Segment>) -> Result<(), DumpError> {
+        for segment in segments {
+            let what = format!("SysV shared memory {}", segment.id);
+            let file = segment.file.try_clone();
+            let file = file.map_err(DumpError::io(format!("looking at {what}")))?;
+            let index = self.add(file, "", 0, &what)?;
+            self.found[index].segment = Some(segment);
+        }
+        Ok(())
+    }
+
+    /// A segment can only be mapped as a whole.
+    pub fn check_attached(&self, id: i32, mapping: &Mapping, what: &str) -> Result<(), DumpError> {
+        let segments = self.found.iter().filter_map(|found| found.segment.as_ref());
+        let mut segments = segments.filter(|segment| segment.id == id);
+        let length = mapping.end - mapping.start;
+        let whole = |segment: &sysv::Segment| segment.size.next_multiple_of(PAGE) == length;
+        let access = mapping.protection & 1 != 0;
+        if segments.next().is_some_and(whole) && access {
+            return Ok(());
+        }
+        Err(DumpError::Refused(format!(
+            "{what} is a part of SysV shared memory {id}"
+        )))
+    }
+
     fn add(&mut self, file: File, link: &str, host: i32, what: &str) -> Result<usize, DumpError> {
         let meta = file
             .metadata()
@@ -133,6 +161,7 @@ impl MemoryObjects {
             private: true,
             nameable: false,
             written_through_mapping: false,
+            segment: None,
         });
         Ok(index)
     }
@@ -189,6 +218,20 @@ impl Found {
             .f_type;
         if kind == libc::HUGETLBFS_MAGIC {
             return refuse("uses huge TLB pages");
+        }
+        if let Some(segment) = &self.segment {
+            return Ok(MemoryObject {
+                size: segment.size,
+                mode: segment.mode,
+                uid: segment.uid,
+                gid: segment.gid,
+                kind: MemoryKind::Segment {
+                    id: segment.id,
+                    key: segment.key,
+                    locked: segment.locked,
+                },
+                pages: Vec::new(),
+            });
         }
         if self.link.starts_with("/secretmem") {
             return refuse("is secret memory");

@@ -13,6 +13,7 @@ mod memory;
 mod memory_objects;
 mod process;
 mod sockets;
+mod sysv;
 mod tmpfs;
 mod tracee;
 
@@ -151,6 +152,8 @@ fn dump_here(
         .map_err(DumpError::io("opening the sandbox's network namespace"))?;
     nix::sched::setns(&network, CloneFlags::CLONE_NEWNET)
         .map_err(DumpError::errno("entering the sandbox's network namespace"))?;
+
+    sysv::enter(request.init_pid)?;
 
     let mut tree = StoppedTree::stop(request.group)?;
     let mut writer = writer
@@ -318,6 +321,7 @@ fn capture(
         processes: Vec::new(),
         objects: Vec::new(),
         memory: Vec::new(),
+        semaphores: sysv::semaphores()?,
         tmpfs: tmpfs::read(request.root_pid)?,
         filters: Vec::new(),
     };
@@ -327,6 +331,7 @@ fn capture(
         .map(|entry| (entry.host_pid, entry.pid))
         .collect();
     let mut memory = MemoryObjects::default();
+    memory.of_segments(sysv::segments()?)?;
     let mut files = files::Files::new(request, &tree.pidfds, &ids);
     for entry in &order {
         let Some(threads) = tree.threads.get_mut(&entry.host_pid) else {

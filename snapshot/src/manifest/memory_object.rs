@@ -9,6 +9,8 @@ use super::{Manifest, ManifestError, MappingKind, ObjectKind, PAGE, PageRun};
 pub const MOST_MEMORY_OBJECTS: usize = trenv_restorer::wire::MAX_MEMORY_OBJECTS;
 /// Above this no file system has a file (loff_t).
 const MOST_BYTES: u64 = 1 << 62;
+/// A segment is attached as a whole.
+const MOST_SEGMENT: u64 = 1 << 40;
 
 /// One such object, made anew for every instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,12 +30,25 @@ pub struct MemoryObject {
 pub enum MemoryKind {
     /// In a memfd.
     Memory { name: String, seals: u32 },
+    /// In a SysV segment.
+    Segment { id: i32, key: i32, locked: bool },
     /// In a file without a name, in the file system of a directory.
     Unlinked {
         directory: String,
         /// It may be given a name yet (O_TMPFILE of open(2)).
         nameable: bool,
     },
+}
+
+/// A set of SysV semaphores.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SemaphoreSet {
+    pub id: i32,
+    pub key: i32,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub values: Vec<u16>,
 }
 
 pub fn check(manifest: &Manifest) -> Result<(), ManifestError> {
@@ -45,7 +60,11 @@ pub fn check(manifest: &Manifest) -> Result<(), ManifestError> {
     for (index, object) in manifest.memory.iter().enumerate() {
         let mut from = 0;
         let room = object.size.checked_next_multiple_of(PAGE);
-        let Some(room) = room.filter(|room| *room <= MOST_BYTES) else {
+        let most = match object.kind {
+            MemoryKind::Segment { .. } => MOST_SEGMENT,
+            _ => MOST_BYTES,
+        };
+        let Some(room) = room.filter(|room| *room <= most) else {
             return wrong(format!("the size of memory object {index}"));
         };
         for run in &object.pages {
@@ -65,6 +84,9 @@ pub fn check(manifest: &Manifest) -> Result<(), ManifestError> {
                 MappingKind::Object { object, offset, .. } => {
                     object < count && offset % PAGE == 0 && offset <= MOST_BYTES
                 }
+                MappingKind::Segment { id } => manifest.memory.iter().any(|object| {
+                    matches!(object.kind, MemoryKind::Segment { id: other, .. } if other == id)
+                }),
                 MappingKind::AtStart { offset, .. } => offset % PAGE == 0,
                 _ => true,
             };
@@ -72,6 +94,11 @@ pub fn check(manifest: &Manifest) -> Result<(), ManifestError> {
                 let (pid, start) = (process.pid, mapping.start);
                 return wrong(format!("what mapping {start:#x} of process {pid} maps"));
             }
+        }
+    }
+    for set in &manifest.semaphores {
+        if set.values.is_empty() || set.id < 0 {
+            return wrong(format!("the SysV semaphores {}", set.id));
         }
     }
     for object in &manifest.objects {

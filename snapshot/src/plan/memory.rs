@@ -7,7 +7,7 @@ use trenv_restorer::wire::fd;
 use super::layout::{Placed, Placement, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::When;
-use super::{PlanError, build_fd};
+use super::{PlanError, build_fd, sysv};
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
 
 const HUGE: u64 = 2 << 20;
@@ -356,6 +356,7 @@ pub fn map(
             );
             program.exactly(place.at);
         }
+        MappingKind::Segment { id } => sysv::attach(*id, place.at, mapping, program),
         MappingKind::Vdso | MappingKind::Vvar => return,
     }
     for (wanted, advice) in [

@@ -13,6 +13,7 @@ mod memory;
 mod process;
 mod region;
 mod shared;
+mod sysv;
 mod thread;
 
 use trenv_pool::Extent;
@@ -463,6 +464,7 @@ mod tests {
                         mapping(0x50_0000, 4, file),
                         mapping(0x60_0000, 2, shared::sample::of(0)),
                         mapping(0x70_0000, 1, shared::sample::of(1)),
+                        mapping(0x80_0000, 2, MappingKind::Segment { id: 7 }),
                     ],
                 ),
             ],
@@ -474,12 +476,13 @@ mod tests {
                 },
             }],
             memory: shared::sample::objects(),
+            semaphores: Vec::new(),
             tmpfs: Vec::new(),
             filters: vec![vec![6]],
         };
         let extents = vec![Extent {
             first_page: 0,
-            pages: 4,
+            pages: 5,
             source: Source::Data { offset: 0 },
         }];
         (manifest, extents)

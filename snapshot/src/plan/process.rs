@@ -163,6 +163,7 @@ fn program_of(
         // Open files may lie there.
         files::fill_tmpfs(tree.manifest, region, &mut program);
         tree.shared.make_unlinked(tree, region, &mut program);
+        tree.shared.make_sysv(tree, region, &mut program);
         files::make(tree.manifest, tree.control, region, &mut program)?;
     }
     if tree.way(index) != Way::Loaded {

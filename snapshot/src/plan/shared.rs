@@ -14,6 +14,7 @@ use super::layout::{Placed, Placement};
 use super::memory::{self, Copy, Pieces, Sourced};
 use super::process::Tree;
 use super::region::{Program, Region};
+use super::sysv;
 use crate::manifest::{Manifest, Mapping, MappingKind, MemoryKind, MemoryObject};
 
 /// Bytes that one sendfile(2) moves at most.
@@ -36,10 +37,10 @@ pub enum When {
 impl When {
     pub fn of(mapping: &Mapping, manifest: &Manifest) -> Self {
         match mapping.kind {
-            MappingKind::AtStart { .. } => Self::Start,
+            MappingKind::AtStart { .. } | MappingKind::Segment { .. } => Self::Start,
             MappingKind::Object { object, .. } => match manifest.memory[object].kind {
                 MemoryKind::Memory { .. } => Self::Clone,
-                MemoryKind::Unlinked { .. } => Self::Start,
+                MemoryKind::Unlinked { .. } | MemoryKind::Segment { .. } => Self::Start,
             },
             _ => Self::Zygote,
         }
@@ -156,6 +157,17 @@ impl Shared {
             }
             self.fill(index, object, tree.control, region, program);
         }
+    }
+
+    /// Steps of the tree's root: SysV shared memory and semaphores.
+    pub fn make_sysv(&self, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
+        let pieces = |index: usize| {
+            let pieces = self.objects[index].iter();
+            pieces
+                .map(|piece| (piece.address, piece.from.1, piece.length))
+                .collect()
+        };
+        sysv::make(tree, pieces, region, program);
     }
 
     /// Fills the file in slot 0 and puts it in its place.
@@ -283,6 +295,11 @@ pub mod sample {
                 pages: 1,
             }],
         };
-        vec![object(memory), object(unlinked)]
+        let segment = MemoryKind::Segment {
+            id: 7,
+            key: 0,
+            locked: true,
+        };
+        vec![object(memory), object(unlinked), object(segment)]
     }
 }
