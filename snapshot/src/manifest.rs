@@ -3,10 +3,12 @@
 //! A manifest is stored beside its pages and read back by another process later, so it is parsed as
 //! untrusted input: [`Manifest::decode`] checks every index and range that later code relies on.
 
+mod file_lock;
 mod memory_object;
 
 use serde::{Deserialize, Serialize};
 
+pub use file_lock::{FileLock, LockHolder};
 pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject, SemaphoreSet};
 
 /// Layout version of the encoded form.
@@ -40,6 +42,8 @@ pub struct Manifest {
     pub objects: Vec<Object>,
     /// Memory that is shared, and files without a name.
     pub memory: Vec<MemoryObject>,
+    /// Locks that are held on open files.
+    pub locks: Vec<FileLock>,
     /// SysV semaphores.
     pub semaphores: Vec<SemaphoreSet>,
     /// Contents of the sandbox's tmpfs mounts.
@@ -458,7 +462,8 @@ impl Manifest {
                 }
             }
         }
-        memory_object::check(self)
+        memory_object::check(self)?;
+        file_lock::check(self)
     }
 }
 

@@ -95,3 +95,9 @@ fn sysv_memory_and_semaphores_keep_their_ids() -> TestResult {
     counts_on("sysv", &["9000", "40"], 2)?;
     counts_on("sysv", &["9000", "4000"], 2)
 }
+
+#[test]
+fn files_are_locked_again() -> TestResult {
+    counts_on("filelocks", &["40", "4000"], 1)?;
+    counts_on("filelocks", &["9000", "40"], 1)
+}

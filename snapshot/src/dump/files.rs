@@ -6,8 +6,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use super::memory_objects::{MemoryObjects, other_name};
 use super::process::sandbox_path;
-use super::{DumpError, DumpRequest, descriptor_of, proc_link, proc_text, same_file, sockets};
-use crate::manifest::{Descriptor, EpollTarget, Object, ObjectKind, Process};
+use super::{
+    DumpError, DumpRequest, descriptor_of, file_locks, proc_link, proc_text, same_file, sockets,
+};
+use crate::manifest::{Descriptor, EpollTarget, FileLock, Object, ObjectKind, Process};
 
 const O_CLOEXEC: u32 = nix::libc::O_CLOEXEC as u32;
 
@@ -23,6 +25,7 @@ pub struct Files<'a> {
     /// Objects by their link in /proc, which equal open files share.
     by_link: BTreeMap<String, Vec<usize>>,
     sockets: sockets::Peers,
+    locks: Vec<FileLock>,
 }
 
 impl<'a> Files<'a> {
@@ -39,6 +42,7 @@ impl<'a> Files<'a> {
             places: Vec::new(),
             by_link: BTreeMap::new(),
             sockets: sockets::Peers::default(),
+            locks: Vec::new(),
         }
     }
 
@@ -69,6 +73,7 @@ impl<'a> Files<'a> {
                 Some(object) => object,
                 None => self.add(link, host, number, &info, memory)?,
             };
+            self.find_locks(object, host, number, &info)?;
             descriptors.push(Descriptor {
                 number,
                 object,
@@ -76,6 +81,43 @@ impl<'a> Files<'a> {
             });
         }
         Ok(descriptors)
+    }
+
+    fn find_locks(
+        &mut self,
+        object: usize,
+        host: i32,
+        number: i32,
+        info: &Info,
+    ) -> Result<(), DumpError> {
+        let place = file_locks::Place {
+            object,
+            pid: self.ids.get(&host).copied().unwrap_or(host),
+            descriptor: number,
+            access: info.flags & 3,
+        };
+        let found = file_locks::read(&info.text, place)?;
+        let kind = &self.objects[object].kind;
+        if !found.is_empty()
+            && !matches!(kind, ObjectKind::Path { .. } | ObjectKind::Nameless { .. })
+        {
+            return Err(DumpError::Refused(format!(
+                "descriptor {number} of process {} has a lock, but is no file",
+                place.pid
+            )));
+        }
+        for lock in found {
+            // One of an open file is named with each descriptor of it.
+            if !self.locks.contains(&lock) {
+                self.locks.push(lock);
+            }
+        }
+        Ok(())
+    }
+
+    /// The locks on them.
+    pub fn locks(&mut self) -> Vec<FileLock> {
+        std::mem::take(&mut self.locks)
     }
 
     /// All open files, after every process was looked at.
@@ -135,9 +177,6 @@ impl<'a> Files<'a> {
                 Some(path) => self.kind(&path, &copy, number, pid, info)?,
                 None => {
                     let what = format!("descriptor {number} of process {pid}");
-                    if info.text.contains("\nlock:") {
-                        return Err(DumpError::Refused(format!("{what} has a lock ({link})")));
-                    }
                     ObjectKind::Nameless {
                         memory: memory.of_descriptor(&copy, info.flags, &link, host, &what)?,
                         position: info.decimal("pos")?,
@@ -241,9 +280,6 @@ impl<'a> Files<'a> {
         }
         if meta.file_type().is_block_device() {
             return refuse("a block device");
-        }
-        if info.text.contains("\nlock:") {
-            return refuse("a file with a lock");
         }
         let path = sandbox_path(link, &format!("file of descriptor {number}"), pid)?;
         Ok(ObjectKind::Path {

@@ -309,11 +309,14 @@ mod tests {
 
     #[test]
     fn refuses_by_name() {
-        for (line, flags, why) in [(
-            "1000-2000 rw-s 00001000 00:01 5 /SYSV00000000 (deleted)",
-            "rd wr sh",
-            "part of SysV shared memory",
-        )] {
+        for (line, flags, why) in [
+            (
+                "1000-2000 rw-s 00001000 00:01 5 /SYSV00000000 (deleted)",
+                "rd wr sh",
+                "part of SysV shared memory",
+            ),
+            ("1000-2000 rw-p 00000000 00:00 0 ", "rd wr ht", "huge TLB"),
+        ] {
             let err = mapping(line, flags).unwrap_err().to_string();
             assert!(err.contains(why), "{err}");
         }

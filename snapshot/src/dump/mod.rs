@@ -7,6 +7,7 @@
 //! The work runs on a thread of its own: ptrace belongs to a thread, and the thread enters the
 //! sandbox's network namespace for the questions that only it can answer.
 
+mod file_locks;
 mod files;
 mod mappings;
 mod memory;
@@ -321,6 +322,7 @@ fn capture(
         processes: Vec::new(),
         objects: Vec::new(),
         memory: Vec::new(),
+        locks: Vec::new(),
         semaphores: sysv::semaphores()?,
         tmpfs: tmpfs::read(request.root_pid)?,
         filters: Vec::new(),
@@ -342,6 +344,7 @@ fn capture(
         captured.descriptors = files.of_process(entry.host_pid, &mut memory)?;
         manifest.processes.push(captured);
     }
+    manifest.locks = files.locks();
     manifest.objects = files.finish(&manifest.processes)?;
     manifest.memory = memory.describe()?;
     Ok((manifest, memory))

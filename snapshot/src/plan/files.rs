@@ -6,7 +6,7 @@ use nix::libc;
 use trenv_restorer::wire::{fd, verb};
 
 use super::region::{Program, Region};
-use super::{PlanError, shared};
+use super::{PlanError, file_locks, shared};
 use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
 
 /// Status flags that F_SETFL can set.
@@ -25,7 +25,7 @@ pub fn control_descriptor(manifest: &Manifest) -> u64 {
     (highest.unwrap_or(0).max(15) + 1) as u64
 }
 
-fn place(control: u64, object: usize) -> u64 {
+pub fn place(control: u64, object: usize) -> u64 {
     control + fd::OBJECTS + object as u64
 }
 
@@ -137,6 +137,7 @@ pub fn make(
     for ends in pairs.values() {
         make_pair(manifest, *ends, control, region, program)?;
     }
+    file_locks::of_open_files(manifest, control, region, program);
     Ok(())
 }
 
@@ -328,6 +329,7 @@ pub fn install(
     program.about(region.sentence("closing what was needed for the start only".into()));
     let rest = u64::from(u32::MAX);
     program.call(libc::SYS_close_range, [control + fd::CONTROL + 1, rest, 0]);
+    file_locks::of_process(manifest, process, region, program);
     watch(manifest, process, region, program);
 }
 

@@ -5,6 +5,7 @@
 //! start to start (streams, sandbox, cgroup) is a descriptor at a fixed number.
 
 mod credentials;
+mod file_locks;
 mod files;
 mod frame;
 mod layout;
@@ -476,6 +477,7 @@ mod tests {
                 },
             }],
             memory: shared::sample::objects(),
+            locks: Vec::new(),
             semaphores: Vec::new(),
             tmpfs: Vec::new(),
             filters: vec![vec![6]],
