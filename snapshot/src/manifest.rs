@@ -203,6 +203,12 @@ pub enum ObjectKind {
         memory: usize,
         position: u64,
     },
+    /// An end of a named pipe.
+    Fifo {
+        path: String,
+        size: u64,
+        data: Vec<u8>,
+    },
     /// End of a pipe; `writer` tells which. Ends of one pipe carry the same number.
     Pipe {
         pipe: u64,
@@ -355,6 +361,7 @@ pub struct TmpfsEntry {
 pub enum TmpfsKind {
     Directory,
     File(Vec<u8>),
+    Fifo,
     Link(String),
 }
 

@@ -101,3 +101,8 @@ fn files_are_locked_again() -> TestResult {
     counts_on("filelocks", &["40", "4000"], 1)?;
     counts_on("filelocks", &["9000", "40"], 1)
 }
+
+#[test]
+fn named_pipes_hold_what_they_held() -> TestResult {
+    counts_on("fifo", &[], 1)
+}

@@ -7,7 +7,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use super::memory_objects::{MemoryObjects, other_name};
 use super::process::sandbox_path;
 use super::{
-    DumpError, DumpRequest, descriptor_of, file_locks, proc_link, proc_text, same_file, sockets,
+    DumpError, DumpRequest, descriptor_of, fifo, file_locks, proc_link, proc_text, same_file,
+    sockets,
 };
 use crate::manifest::{Descriptor, EpollTarget, FileLock, Object, ObjectKind, Process};
 
@@ -270,18 +271,31 @@ impl<'a> Files<'a> {
             }
             _ => {}
         }
+        let what = format!("file of descriptor {number}");
+        if info.flags & nix::libc::O_PATH as u32 != 0 {
+            return Ok(ObjectKind::Path {
+                path: sandbox_path(link, &what, pid)?,
+                position: 0,
+            });
+        }
         if meta.file_type().is_char_device() && link.starts_with("/dev/pts/")
             || link.starts_with("/dev/tty")
         {
             return refuse("a terminal");
         }
         if meta.file_type().is_fifo() {
-            return refuse("a named pipe");
+            let path = sandbox_path(link, &what, pid)?;
+            let is_it = |object: &Object| match &object.kind {
+                ObjectKind::Fifo { path: other, .. } => *other == path,
+                _ => false,
+            };
+            let first = !self.objects.iter().any(is_it);
+            return fifo::read(copy, path, first);
         }
         if meta.file_type().is_block_device() {
             return refuse("a block device");
         }
-        let path = sandbox_path(link, &format!("file of descriptor {number}"), pid)?;
+        let path = sandbox_path(link, &what, pid)?;
         Ok(ObjectKind::Path {
             path,
             position: info.decimal("pos")?,
@@ -341,7 +355,7 @@ fn pipe(copy: &OwnedFd, inode: u64, info: &Info, pid: i32) -> Result<ObjectKind,
 }
 
 /// Copies what a pipe holds without taking it.
-fn peek(pipe: &OwnedFd, queued: usize, size: u64) -> nix::Result<Vec<u8>> {
+pub fn peek(pipe: &OwnedFd, queued: usize, size: u64) -> nix::Result<Vec<u8>> {
     let (reader, writer) = nix::unistd::pipe()?;
     let room = i32::try_from(size).unwrap_or(i32::MAX);
     nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(room))?;

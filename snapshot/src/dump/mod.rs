@@ -7,6 +7,7 @@
 //! The work runs on a thread of its own: ptrace belongs to a thread, and the thread enters the
 //! sandbox's network namespace for the questions that only it can answer.
 
+mod fifo;
 mod file_locks;
 mod files;
 mod mappings;

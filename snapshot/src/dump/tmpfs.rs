@@ -1,6 +1,6 @@
 //! Contents of the sandbox's tmpfs mounts: what a program put there while it started.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use super::{DumpError, proc_text};
@@ -70,6 +70,8 @@ impl Found {
                     )));
                 }
                 TmpfsKind::File(std::fs::read(&path).map_err(DumpError::io(doing()))?)
+            } else if meta.file_type().is_fifo() {
+                TmpfsKind::Fifo
             } else {
                 return Err(DumpError::Refused(format!(
                     "{inside} is a special file in a tmpfs"

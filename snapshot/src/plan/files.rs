@@ -1,12 +1,15 @@
 //! Open files: made by the tree's root for everyone, then put in place by each process.
 
+mod fifo;
+mod file_locks;
+
 use std::collections::BTreeMap;
 
 use nix::libc;
 use trenv_restorer::wire::{fd, verb};
 
 use super::region::{Program, Region};
-use super::{PlanError, file_locks, shared};
+use super::{PlanError, shared};
 use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
 
 /// Status flags that F_SETFL can set.
@@ -67,7 +70,9 @@ pub fn make(
             ObjectKind::Nameless { memory, position } => {
                 shared::open(*memory, object.flags, control, region, program);
                 move_to(at, program);
-                program.call(libc::SYS_lseek, [at, *position, libc::SEEK_SET as u64]);
+                if object.flags & libc::O_PATH as u32 == 0 {
+                    program.call(libc::SYS_lseek, [at, *position, libc::SEEK_SET as u64]);
+                }
             }
             ObjectKind::Pipe { pipe, writer, .. } => {
                 pairs.entry(*pipe).or_default()[usize::from(*writer)] = Some(index);
@@ -119,6 +124,7 @@ pub fn make(
                     .into(0);
                 move_to(at, program);
             }
+            ObjectKind::Fifo { .. } => {}
             // Made by the process that holds it, once its target exists.
             ObjectKind::PidFd { .. } => {}
             ObjectKind::Inotify => {
@@ -137,6 +143,7 @@ pub fn make(
     for ends in pairs.values() {
         make_pair(manifest, *ends, control, region, program)?;
     }
+    fifo::make(manifest, control, region, program);
     file_locks::of_open_files(manifest, control, region, program);
     Ok(())
 }
@@ -373,6 +380,12 @@ pub fn fill_tmpfs(manifest: &Manifest, region: &mut Region, program: &mut Progra
             // A directory may be there already, made with the mount.
             TmpfsKind::Directory => {
                 program.call(libc::SYS_mkdir, [path, mode]).or_not();
+            }
+            TmpfsKind::Fifo => {
+                let mode = u64::from(libc::S_IFIFO) | mode;
+                program
+                    .call(libc::SYS_mknodat, [here, path, mode, 0])
+                    .or_not();
             }
             TmpfsKind::Link(target) => {
                 let target = region.put_text(target);

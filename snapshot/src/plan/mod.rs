@@ -5,11 +5,9 @@
 //! start to start (streams, sandbox, cgroup) is a descriptor at a fixed number.
 
 mod credentials;
-mod file_locks;
 mod files;
 mod frame;
 mod layout;
-mod lock;
 mod memory;
 mod process;
 mod region;

@@ -1,12 +1,14 @@
 //! The programs of the tree's processes and threads.
 
+mod lock;
+
 use nix::libc;
 use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
 use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::{Shared, When};
-use super::{PlanError, credentials, files, lock, memory, thread};
+use super::{PlanError, credentials, files, memory, thread};
 use crate::manifest::{Manifest, PAGE, Process};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.

@@ -5,9 +5,7 @@
 
 use nix::libc;
 
-use super::process::Tree;
-use super::region::{Program, Region};
-use super::shared::When;
+use super::{Program, Region, Tree, When};
 use crate::manifest::{MCL_FUTURE, Process};
 
 /// Locks of the heir that a clone takes ahead of its start.

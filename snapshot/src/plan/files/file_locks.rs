@@ -2,9 +2,9 @@
 
 use nix::libc;
 
-use super::files::place;
-use super::region::{Program, Region};
+use super::place;
 use crate::manifest::{FileLock, LockHolder, Manifest, Process};
+use crate::plan::region::{Program, Region};
 
 /// Steps of the tree's root: locks that belong to open files.
 pub fn of_open_files(
