@@ -106,3 +106,9 @@ fn files_are_locked_again() -> TestResult {
 fn named_pipes_hold_what_they_held() -> TestResult {
     counts_on("fifo", &[], 1)
 }
+
+#[test]
+fn nodes_child_process() -> TestResult {
+    let program = format!("{}/tests/programs/child.js", env!("CARGO_MANIFEST_DIR"));
+    comes_back(&Bed::new()?, &["/usr/bin/node", &program], 1)
+}
