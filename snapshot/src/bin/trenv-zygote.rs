@@ -58,6 +58,7 @@ fn become_zygote() -> Result<()> {
     enter_rootfs()?;
 
     map_region(base, code, length)?;
+    raise_descriptor_limit()?;
     arrange_descriptors(control, capsules, &zero)?;
     quiet_signals();
     // SAFETY: the region is complete; the restorer unmaps this program and never comes back.
@@ -125,6 +126,25 @@ fn map_region(base: u64, code: u64, length: u64) -> Result<()> {
     map(0, code, libc::PROT_READ | libc::PROT_EXEC).context("Failed to map the restorer's code")?;
     map(code, length - code, libc::PROT_READ | libc::PROT_WRITE)
         .context("Failed to map the restorer's data")
+}
+
+/// A start has descriptors above all that the tree uses; each process sets its own limit again.
+fn raise_descriptor_limit() -> Result<()> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: reads and sets a limit of this process by a structure on this stack.
+    let result = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        limit.rlim_cur = limit.rlim_max;
+        libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)
+    };
+    if result < 0 {
+        return Err(std::io::Error::last_os_error())
+            .context("Failed to raise the limit of open files");
+    }
+    Ok(())
 }
 
 /// Everything to its number from the control descriptor on, and nothing else stays open.

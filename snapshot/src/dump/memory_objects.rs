@@ -44,6 +44,8 @@ struct Found {
     nameable: bool,
     written_through_mapping: bool,
     segment: Option<sysv::Segment>,
+    /// Its path, of a file in a tmpfs.
+    tmpfs: Option<String>,
 }
 
 /// Another name that a deleted file has in the directory where it was: sem_open(3) makes a file
@@ -119,6 +121,13 @@ impl MemoryObjects {
         Ok(())
     }
 
+    /// A large file of a tmpfs, by its path in the sandbox.
+    pub fn of_tmpfs(&mut self, file: File, path: &str, host: i32) -> Result<(), DumpError> {
+        let index = self.add(file, path, host, path)?;
+        self.found[index].tmpfs = Some(path.to_owned());
+        Ok(())
+    }
+
     /// A segment can only be mapped as a whole.
     pub fn check_attached(&self, id: i32, mapping: &Mapping, what: &str) -> Result<(), DumpError> {
         let segments = self.found.iter().filter_map(|found| found.segment.as_ref());
@@ -162,6 +171,7 @@ impl MemoryObjects {
             nameable: false,
             written_through_mapping: false,
             segment: None,
+            tmpfs: None,
         });
         Ok(index)
     }
@@ -236,8 +246,19 @@ impl Found {
         if self.link.starts_with("/secretmem") {
             return refuse("is secret memory");
         }
-        if meta.nlink() > 0 && !self.private && !self.link.starts_with("/memfd:") {
+        let named = meta.nlink() > 0 && self.tmpfs.is_none();
+        if named && !self.private && !self.link.starts_with("/memfd:") {
             return refuse("is a deleted file that has another name");
+        }
+        if let Some(path) = &self.tmpfs {
+            return Ok(MemoryObject {
+                size: meta.size(),
+                mode: meta.mode() & 0o7777,
+                uid: meta.uid(),
+                gid: meta.gid(),
+                kind: MemoryKind::Tmpfs { path: path.clone() },
+                pages: Vec::new(),
+            });
         }
         let in_memory = kind == libc::TMPFS_MAGIC && !self.nameable;
         let kind = if in_memory || self.private {

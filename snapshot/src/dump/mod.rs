@@ -316,6 +316,7 @@ fn capture(
     request: &DumpRequest<'_>,
     tree: &mut StoppedTree,
 ) -> Result<(Manifest, MemoryObjects), DumpError> {
+    let mut memory = MemoryObjects::default();
     let mut manifest = Manifest {
         version: VERSION,
         fingerprint: Fingerprint::of_this_machine()?.to_string(),
@@ -325,7 +326,7 @@ fn capture(
         memory: Vec::new(),
         locks: Vec::new(),
         semaphores: sysv::semaphores()?,
-        tmpfs: tmpfs::read(request.root_pid)?,
+        tmpfs: tmpfs::read(request.root_pid, &mut memory)?,
         filters: Vec::new(),
     };
     let order = process::parents_first(request.root_pid, tree.threads.keys().copied())?;
@@ -333,7 +334,6 @@ fn capture(
         .iter()
         .map(|entry| (entry.host_pid, entry.pid))
         .collect();
-    let mut memory = MemoryObjects::default();
     memory.of_segments(sysv::segments()?)?;
     let mut files = files::Files::new(request, &tree.pidfds, &ids);
     for entry in &order {

@@ -30,6 +30,8 @@ pub struct MemoryObject {
 pub enum MemoryKind {
     /// In a memfd.
     Memory { name: String, seals: u32 },
+    /// In a file of a tmpfs, which is there, empty.
+    Tmpfs { path: String },
     /// In a SysV segment.
     Segment { id: i32, key: i32, locked: bool },
     /// In a file without a name, in the file system of a directory.

@@ -164,6 +164,7 @@ fn program_of(
         program.verb(verb::MAKE_CLOCK, [tree.manifest.monotonic]);
         // Open files may lie there.
         files::fill_tmpfs(tree.manifest, region, &mut program);
+        tree.shared.fill_tmpfs(tree, region, &mut program);
         tree.shared.make_unlinked(tree, region, &mut program);
         tree.shared.make_sysv(tree, region, &mut program);
         files::make(tree.manifest, tree.control, region, &mut program)?;
@@ -450,7 +451,9 @@ fn settle(
     let cwd = region.put_text(&process.cwd);
     program.call(libc::SYS_chdir, [cwd]);
     for (resource, limit) in process.limits.iter().enumerate() {
-        if own_limits.get(resource) != Some(limit) {
+        // The zygote has raised its limit of open files, to have numbers above the tree's.
+        let raised = resource == libc::RLIMIT_NOFILE as usize;
+        if raised || own_limits.get(resource) != Some(limit) {
             program.about(region.sentence(format!("setting resource limit {resource}")));
             let limit = region.put_words(&[limit.0, limit.1]);
             program.call(libc::SYS_prlimit64, [0, resource as u64, limit, 0]);

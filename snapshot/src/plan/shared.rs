@@ -40,7 +40,9 @@ impl When {
             MappingKind::AtStart { .. } | MappingKind::Segment { .. } => Self::Start,
             MappingKind::Object { object, .. } => match manifest.memory[object].kind {
                 MemoryKind::Memory { .. } => Self::Clone,
-                MemoryKind::Unlinked { .. } | MemoryKind::Segment { .. } => Self::Start,
+                MemoryKind::Unlinked { .. }
+                | MemoryKind::Segment { .. }
+                | MemoryKind::Tmpfs { .. } => Self::Start,
             },
             _ => Self::Zygote,
         }
@@ -156,6 +158,21 @@ impl Shared {
                 program.call(libc::SYS_unlinkat, [here, path, 0]);
             }
             self.fill(index, object, tree.control, region, program);
+        }
+    }
+
+    /// Steps of the tree's root: the bytes of large files in a tmpfs.
+    pub fn fill_tmpfs(&self, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
+        for (index, object) in tree.manifest.memory.iter().enumerate() {
+            if let MemoryKind::Tmpfs { path } = &object.kind {
+                program.about(region.sentence(format!("filling {path}")));
+                let path = region.put_text(path);
+                let (here, how) = (libc::AT_FDCWD as u64, libc::O_RDWR | libc::O_NOFOLLOW);
+                program
+                    .call(libc::SYS_openat, [here, path, how as u64, 0])
+                    .into(0);
+                self.fill(index, object, tree.control, region, program);
+            }
         }
     }
 

@@ -23,7 +23,8 @@ def main():
     context = multiprocessing.get_context(sys.argv[1])
     pool = context.Pool(2)
     asked, answered, lock = context.Queue(), context.Queue(), context.Lock()
-    block = shared_memory.SharedMemory(create=True, size=1 << 16)
+    block = shared_memory.SharedMemory(create=True, size=20 << 20)
+    block.buf[-3:] = b"end"
     block.buf[0] = 0
     shared = context.Value("i", 0)
     helper = context.Process(target=serve, args=(asked, answered, block.name, lock), daemon=True)
@@ -40,6 +41,8 @@ def main():
             shared.value += 2
         if seen + 1 != block.buf[0] or shared.value != block.buf[0]:
             wrong = "shared memory"
+        if bytes(block.buf[-3:]) != b"end":
+            wrong = "the end of shared memory"
         print(block.buf[0], wrong or "ok", flush=True)
 
 

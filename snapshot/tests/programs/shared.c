@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -37,6 +38,9 @@ static const char *look(void) {
     CHECK(fcntl(sealed, F_GET_SEALS) == (F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK));
     CHECK(write(sealed, "x", 1) == -1 && errno == EPERM);
     CHECK(fcntl(memfd, F_GET_SEALS) == F_SEAL_SEAL);
+    struct rlimit limit;
+    CHECK(fcntl(1023, F_GETFD) == 0 && dup2(sealed, 1024) == -1);
+    CHECK(!getrlimit(RLIMIT_NOFILE, &limit) && limit.rlim_cur == 1024);
     struct stat status;
     CHECK(!fstat(sparse, &status) && status.st_size == (8l << 30) && status.st_blocks < 64);
     CHECK(pread(sparse, bytes, 4, 5l << 30) == 4 && !memcmp(bytes, "far\0", 4));
@@ -108,6 +112,10 @@ int main(int argc, char **argv) {
     sealed = memfd_create("sealed", MFD_ALLOW_SEALING);
     if (write(sealed, "sealed!", 7) != 7) return 2;
     if (fcntl(sealed, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK)) return 3;
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit)) return 7;
+    limit.rlim_cur = 1024;
+    if (setrlimit(RLIMIT_NOFILE, &limit) || dup2(sealed, 1023) != 1023) return 8;
     sparse = memfd_create("sparse", 0);
     if (ftruncate(sparse, 8l << 30) || pwrite(sparse, "far", 3, 5l << 30) != 3) return 4;
     tail = memfd_create("tail", 0);
