@@ -3,16 +3,25 @@
 //! A manifest is stored beside its pages and read back by another process later, so it is parsed as
 //! untrusted input: [`Manifest::decode`] checks every index and range that later code relies on.
 
+mod file_lock;
+mod memory_object;
+
 use serde::{Deserialize, Serialize};
 
+pub use file_lock::{FileLock, LockHolder};
+pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject, SemaphoreSet};
+
 /// Layout version of the encoded form.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A page of memory.
 pub const PAGE: u64 = 4096;
 
 /// End of the user's half of the address space.
 pub const ADDRESS_END: u64 = 0x7fff_ffff_f000;
+
+pub const MCL_FUTURE: u32 = 2;
+pub const MCL_ONFAULT: u32 = 4;
 
 /// At most: above these an encoded form is not ours.
 const MOST_PROCESSES: usize = 256;
@@ -31,6 +40,12 @@ pub struct Manifest {
     pub processes: Vec<Process>,
     /// Open file descriptions, shared by the processes' descriptors.
     pub objects: Vec<Object>,
+    /// Memory that is shared, and files without a name.
+    pub memory: Vec<MemoryObject>,
+    /// Locks that are held on open files.
+    pub locks: Vec<FileLock>,
+    /// SysV semaphores.
+    pub semaphores: Vec<SemaphoreSet>,
     /// Contents of the sandbox's tmpfs mounts.
     pub tmpfs: Vec<TmpfsEntry>,
     /// Seccomp filters, oldest first, as BPF instructions of 8 bytes.
@@ -51,6 +66,8 @@ pub struct Process {
     pub layout: Layout,
     pub auxv: Vec<u8>,
     pub mappings: Vec<Mapping>,
+    /// Flags of mlockall(2) for what is mapped later, [`MCL_FUTURE`] among them; 0 for none.
+    pub lock_future: u32,
     /// Stored pages, in address order; they follow each other in the pool.
     pub pages: Vec<PageRun>,
     pub descriptors: Vec<Descriptor>,
@@ -108,6 +125,25 @@ pub enum MappingKind {
         path: String,
         offset: u64,
     },
+    /// Memory without a path, made for each instance.
+    Object {
+        object: usize,
+        offset: u64,
+        shared: bool,
+    },
+    /// SysV shared memory, the whole segment.
+    Segment {
+        id: i32,
+    },
+    /// A file that is mapped when the instance's file systems are there: one that is written
+    /// through the mapping, or one in a tmpfs.
+    AtStart {
+        path: String,
+        offset: u64,
+        shared: bool,
+        /// It was opened to be written.
+        writable: bool,
+    },
     Vdso,
     Vvar,
 }
@@ -124,6 +160,9 @@ pub struct MappingFlags {
     pub huge: bool,
     pub no_huge: bool,
     pub mergeable: bool,
+    pub locked: bool,
+    /// Pages are locked when they are there, not all at once.
+    pub lock_on_fault: bool,
 }
 
 /// Consecutive stored pages.
@@ -158,6 +197,17 @@ pub enum ObjectKind {
     Path {
         path: String,
         position: u64,
+    },
+    /// A memfd or a deleted file.
+    Nameless {
+        memory: usize,
+        position: u64,
+    },
+    /// An end of a named pipe.
+    Fifo {
+        path: String,
+        size: u64,
+        data: Vec<u8>,
     },
     /// End of a pipe; `writer` tells which. Ends of one pipe carry the same number.
     Pipe {
@@ -311,6 +361,7 @@ pub struct TmpfsEntry {
 pub enum TmpfsKind {
     Directory,
     File(Vec<u8>),
+    Fifo,
     Link(String),
 }
 
@@ -358,6 +409,7 @@ impl Manifest {
         self.processes
             .iter()
             .flat_map(|process| &process.pages)
+            .chain(self.memory.iter().flat_map(|object| &object.pages))
             .map(|run| run.pages)
             .sum()
     }
@@ -391,6 +443,9 @@ impl Manifest {
                 return wrong(format!("process {pid} has {mappings} mappings"));
             }
             check_memory(process)?;
+            if ![0, MCL_FUTURE, MCL_FUTURE | MCL_ONFAULT].contains(&process.lock_future) {
+                return wrong(format!("the memory locks of process {pid}"));
+            }
             for descriptor in &process.descriptors {
                 if descriptor.object >= self.objects.len()
                     || !(0..1 << 20).contains(&descriptor.number)
@@ -414,7 +469,8 @@ impl Manifest {
                 }
             }
         }
-        Ok(())
+        memory_object::check(self)?;
+        file_lock::check(self)
     }
 }
 

@@ -158,9 +158,6 @@ fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult 
     let bed = Bed::new()?;
     for (state, reason) in [
         ("tcp", "an established TCP connection to 127.0.0.1:"),
-        ("mlock", "is locked in memory (mlock)"),
-        ("shared", "is shared memory"),
-        ("deleted", "which has no path"),
         ("zombie", "is a zombie"),
         ("timer", "has POSIX timers"),
         ("inotify", "an inotify that watches something"),

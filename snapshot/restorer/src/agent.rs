@@ -210,6 +210,8 @@ unsafe fn start(header: *mut Header, index: u64) -> ! {
     // helper runs on a stack of its own while this task sleeps in vfork.
     unsafe {
         let control = (*header).control;
+        // A zygote that is given away itself was never a clone.
+        prepare(header);
         (*header).marks[0] = sys::now(sys::REALTIME);
         let entered = syscall(nr::SETNS, &[control + fd::INIT, NAMESPACES, 0, 0, 0, 0]);
         if entered < 0 {
@@ -268,11 +270,26 @@ unsafe fn clone(header: *mut Header) {
         let made = syscall(nr::CLONE3, &[(&raw const args) as u64, length, 0, 0, 0, 0]);
         if made == 0 {
             take_socket(header);
-            run(header, (*header).prepare as *const Op);
+            prepare(header);
             serve(header, 0)
         }
         if made < 0 {
             report_failure(header, 7, made);
+        }
+    }
+}
+
+/// Makes ready, once, what can be before the sandbox is known.
+///
+/// # Safety
+/// As [`serve`]; this address space must be no zygote's any more.
+unsafe fn prepare(header: *mut Header) {
+    // SAFETY: the header is the planner's, and so is the program.
+    unsafe {
+        let program = (*header).prepare;
+        if program != 0 {
+            (*header).prepare = 0;
+            run(header, program as *const Op);
         }
     }
 }

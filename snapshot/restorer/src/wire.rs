@@ -25,16 +25,23 @@ pub const MARKS: usize = 6;
 /// Processes of a tree that are loaded instead of cloned, at most.
 pub const MAX_LOADED: usize = 8;
 
+/// Objects of shared memory and files without a name of a tree, at most.
+pub const MAX_MEMORY_OBJECTS: usize = 128;
+
 /// Descriptors at and above the control descriptor, which lies above all that the tree uses.
 pub mod fd {
     /// The socket to the zygote's owner.
     pub const CONTROL: u64 = 0;
     /// The program that a process becomes to be loaded.
     pub const LOADER: u64 = 1;
+    /// Pages that are copied for each clone, as a file.
+    pub const CONTENT: u64 = 2;
     /// The capsule of each process that is loaded.
-    pub const CAPSULES: u64 = 2;
+    pub const CAPSULES: u64 = 3;
+    /// Memory objects of the tree, made by the clone or by the tree's root.
+    pub const MEMORY: u64 = CAPSULES + super::MAX_LOADED as u64;
     /// Standard input, output and error of the tenancy.
-    pub const STDIO: u64 = CAPSULES + super::MAX_LOADED as u64;
+    pub const STDIO: u64 = MEMORY + super::MAX_MEMORY_OBJECTS as u64;
     /// pidfd of the sandbox's pid 1.
     pub const INIT: u64 = STDIO + 3;
     /// First of the open files that the tree's root makes for everyone.
@@ -59,7 +66,7 @@ pub struct Header {
     pub length: u64,
     /// Program that fills the address space. A capsule's goes on to be its process.
     pub build: u64,
-    /// Program that a clone runs ahead of its start.
+    /// Program that a clone runs ahead of its start; 0 when it has run.
     pub prepare: u64,
     /// Program of the tree's root, its pid in the sandbox, the end of its stack, and the word that the
     /// kernel clears when it has left the address space (0 if it stays).

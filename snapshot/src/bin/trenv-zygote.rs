@@ -58,6 +58,7 @@ fn become_zygote() -> Result<()> {
     enter_rootfs()?;
 
     map_region(base, code, length)?;
+    raise_descriptor_limit()?;
     arrange_descriptors(control, capsules, &zero)?;
     quiet_signals();
     // SAFETY: the region is complete; the restorer unmaps this program and never comes back.
@@ -127,12 +128,32 @@ fn map_region(base: u64, code: u64, length: u64) -> Result<()> {
         .context("Failed to map the restorer's data")
 }
 
+/// A start has descriptors above all that the tree uses; each process sets its own limit again.
+fn raise_descriptor_limit() -> Result<()> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: reads and sets a limit of this process by a structure on this stack.
+    let result = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        limit.rlim_cur = limit.rlim_max;
+        libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)
+    };
+    if result < 0 {
+        return Err(std::io::Error::last_os_error())
+            .context("Failed to raise the limit of open files");
+    }
+    Ok(())
+}
+
 /// Everything to its number from the control descriptor on, and nothing else stays open.
 fn arrange_descriptors(control: i32, capsules: i32, zero: &File) -> Result<()> {
     let to = |number: u64| control + number as i32;
     let mut places = vec![
         (loader_fd::CONTROL, to(fd::CONTROL)),
         (loader_fd::LOADER, to(fd::LOADER)),
+        (loader_fd::CONTENT, to(fd::CONTENT)),
         (loader_fd::PAGES, to(build_fd::PAGES)),
         (zero.as_raw_fd(), to(build_fd::ZERO)),
     ];

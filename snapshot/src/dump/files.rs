@@ -4,9 +4,13 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use super::memory_objects::{MemoryObjects, other_name};
 use super::process::sandbox_path;
-use super::{DumpError, DumpRequest, descriptor_of, proc_link, proc_text, same_file, sockets};
-use crate::manifest::{Descriptor, EpollTarget, Object, ObjectKind, Process};
+use super::{
+    DumpError, DumpRequest, descriptor_of, fifo, file_locks, proc_link, proc_text, same_file,
+    sockets,
+};
+use crate::manifest::{Descriptor, EpollTarget, FileLock, Object, ObjectKind, Process};
 
 const O_CLOEXEC: u32 = nix::libc::O_CLOEXEC as u32;
 
@@ -22,6 +26,7 @@ pub struct Files<'a> {
     /// Objects by their link in /proc, which equal open files share.
     by_link: BTreeMap<String, Vec<usize>>,
     sockets: sockets::Peers,
+    locks: Vec<FileLock>,
 }
 
 impl<'a> Files<'a> {
@@ -38,11 +43,16 @@ impl<'a> Files<'a> {
             places: Vec::new(),
             by_link: BTreeMap::new(),
             sockets: sockets::Peers::default(),
+            locks: Vec::new(),
         }
     }
 
     /// Descriptors of one process; new open files are added.
-    pub fn of_process(&mut self, host: i32) -> Result<Vec<Descriptor>, DumpError> {
+    pub fn of_process(
+        &mut self,
+        host: i32,
+        memory: &mut MemoryObjects,
+    ) -> Result<Vec<Descriptor>, DumpError> {
         let path = format!("/proc/{host}/fd");
         let mut numbers = Vec::new();
         for entry in std::fs::read_dir(&path).map_err(DumpError::io(format!("reading {path}")))? {
@@ -62,8 +72,9 @@ impl<'a> Files<'a> {
             let link = proc_link(&format!("/proc/{host}/fd/{number}"))?;
             let object = match self.known(&link, host, number)? {
                 Some(object) => object,
-                None => self.add(link, host, number, &info)?,
+                None => self.add(link, host, number, &info, memory)?,
             };
+            self.find_locks(object, host, number, &info)?;
             descriptors.push(Descriptor {
                 number,
                 object,
@@ -71,6 +82,43 @@ impl<'a> Files<'a> {
             });
         }
         Ok(descriptors)
+    }
+
+    fn find_locks(
+        &mut self,
+        object: usize,
+        host: i32,
+        number: i32,
+        info: &Info,
+    ) -> Result<(), DumpError> {
+        let place = file_locks::Place {
+            object,
+            pid: self.ids.get(&host).copied().unwrap_or(host),
+            descriptor: number,
+            access: info.flags & 3,
+        };
+        let found = file_locks::read(&info.text, place)?;
+        let kind = &self.objects[object].kind;
+        if !found.is_empty()
+            && !matches!(kind, ObjectKind::Path { .. } | ObjectKind::Nameless { .. })
+        {
+            return Err(DumpError::Refused(format!(
+                "descriptor {number} of process {} has a lock, but is no file",
+                place.pid
+            )));
+        }
+        for lock in found {
+            // One of an open file is named with each descriptor of it.
+            if !self.locks.contains(&lock) {
+                self.locks.push(lock);
+            }
+        }
+        Ok(())
+    }
+
+    /// The locks on them.
+    pub fn locks(&mut self) -> Vec<FileLock> {
+        std::mem::take(&mut self.locks)
     }
 
     /// All open files, after every process was looked at.
@@ -116,6 +164,7 @@ impl<'a> Files<'a> {
         host: i32,
         number: i32,
         info: &Info,
+        memory: &mut MemoryObjects,
     ) -> Result<usize, DumpError> {
         let pidfd = self
             .pidfds
@@ -123,7 +172,19 @@ impl<'a> Files<'a> {
             .ok_or_else(|| DumpError::Refused(format!("process {host} came late")))?;
         let copy = descriptor_of(pidfd, number, host)?;
         let pid = self.ids.get(&host).copied().unwrap_or(host);
-        let kind = self.kind(&link, &copy, number, pid, info)?;
+        let kind = match nameless(&link, &copy)? {
+            None => self.kind(&link, &copy, number, pid, info)?,
+            Some(file) => match other_name(&file, &link, host) {
+                Some(path) => self.kind(&path, &copy, number, pid, info)?,
+                None => {
+                    let what = format!("descriptor {number} of process {pid}");
+                    ObjectKind::Nameless {
+                        memory: memory.of_descriptor(&copy, info.flags, &link, host, &what)?,
+                        position: info.decimal("pos")?,
+                    }
+                }
+            },
+        };
         let index = self.objects.len();
         self.objects.push(Object {
             flags: info.flags & !O_CLOEXEC,
@@ -208,8 +269,14 @@ impl<'a> Files<'a> {
             _ if link.starts_with("anon_inode:") => {
                 return refuse("of a kind that cannot be captured");
             }
-            _ if link.starts_with("/memfd:") => return refuse("a memfd"),
             _ => {}
+        }
+        let what = format!("file of descriptor {number}");
+        if info.flags & nix::libc::O_PATH as u32 != 0 {
+            return Ok(ObjectKind::Path {
+                path: sandbox_path(link, &what, pid)?,
+                position: 0,
+            });
         }
         if meta.file_type().is_char_device() && link.starts_with("/dev/pts/")
             || link.starts_with("/dev/tty")
@@ -217,15 +284,18 @@ impl<'a> Files<'a> {
             return refuse("a terminal");
         }
         if meta.file_type().is_fifo() {
-            return refuse("a named pipe");
+            let path = sandbox_path(link, &what, pid)?;
+            let is_it = |object: &Object| match &object.kind {
+                ObjectKind::Fifo { path: other, .. } => *other == path,
+                _ => false,
+            };
+            let first = !self.objects.iter().any(is_it);
+            return fifo::read(copy, path, first);
         }
         if meta.file_type().is_block_device() {
             return refuse("a block device");
         }
-        if info.text.contains("\nlock:") {
-            return refuse("a file with a lock");
-        }
-        let path = sandbox_path(link, &format!("file of descriptor {number}"), pid)?;
+        let path = sandbox_path(link, &what, pid)?;
         Ok(ObjectKind::Path {
             path,
             position: info.decimal("pos")?,
@@ -245,6 +315,19 @@ impl<'a> Files<'a> {
             ))),
         }
     }
+}
+
+/// The file behind a descriptor, where it is a regular one without a path: a memfd, or deleted.
+fn nameless(link: &str, copy: &OwnedFd) -> Result<Option<std::fs::File>, DumpError> {
+    if !link.ends_with(" (deleted)") {
+        return Ok(None);
+    }
+    let file = copy.try_clone().map(std::fs::File::from);
+    let file = file.map_err(DumpError::io("duplicating a descriptor"))?;
+    let meta = file
+        .metadata()
+        .map_err(DumpError::io("reading a descriptor"))?;
+    Ok(meta.is_file().then_some(file))
 }
 
 fn pipe(copy: &OwnedFd, inode: u64, info: &Info, pid: i32) -> Result<ObjectKind, DumpError> {
@@ -272,7 +355,7 @@ fn pipe(copy: &OwnedFd, inode: u64, info: &Info, pid: i32) -> Result<ObjectKind,
 }
 
 /// Copies what a pipe holds without taking it.
-fn peek(pipe: &OwnedFd, queued: usize, size: u64) -> nix::Result<Vec<u8>> {
+pub fn peek(pipe: &OwnedFd, queued: usize, size: u64) -> nix::Result<Vec<u8>> {
     let (reader, writer) = nix::unistd::pipe()?;
     let room = i32::try_from(size).unwrap_or(i32::MAX);
     nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(room))?;

@@ -1,21 +1,30 @@
 //! VMAs of a process, from /proc/PID/smaps.
 
+use super::memory_objects::{MemoryObjects, mapped_file, other_name};
 use super::{DumpError, proc_text};
-use crate::manifest::{Mapping, MappingFlags, MappingKind};
+use crate::manifest::{MCL_FUTURE, MCL_ONFAULT, Mapping, MappingFlags, MappingKind};
 
 /// Name of the region that a restored process was brought up from; it is not part of the process.
 pub const RESTORER: &str = "/memfd:trenv-restorer";
 
 /// Reads every VMA, refusing by name what cannot be captured.
-pub fn read(host: i32, pid: i32) -> Result<Vec<Mapping>, DumpError> {
+pub fn read(host: i32, pid: i32, memory: &mut MemoryObjects) -> Result<Vec<Mapping>, DumpError> {
     let path = format!("/proc/{host}/smaps");
+    let tmpfs = tmpfs_devices(host)?;
     let mut found = Vec::new();
     let mut current: Option<Line> = None;
+    let mut resident = 0;
     for line in proc_text(&path)?.lines() {
-        if let Some(flags) = line.strip_prefix("VmFlags:") {
+        if let Some(kilobytes) = line.strip_prefix("Rss:") {
+            resident = kilobytes.trim_end_matches("kB").trim().parse().unwrap_or(0);
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
             if let Some(head) = current.take()
-                && let Some(mapping) = head.mapping(flags, pid)?
+                && let Some(mut mapping) = head.mapping(flags, pid)?
             {
+                // The kernel tells of MLOCK_ONFAULT by what is not there only.
+                let pages = (mapping.end - mapping.start) >> 10;
+                mapping.flags.lock_on_fault = mapping.flags.locked && resident < pages;
+                head.find_file(&mut mapping, &tmpfs, (host, pid), memory)?;
                 found.push(mapping);
             }
         } else if let Some(head) = Line::parse(line) {
@@ -23,6 +32,42 @@ pub fn read(host: i32, pid: i32) -> Result<Vec<Mapping>, DumpError> {
         }
     }
     Ok(found)
+}
+
+/// Flags by which what is mapped is locked (mlockall(2)), by a mapping that was just made.
+pub fn lock_of(host: i32, at: u64) -> Result<u32, DumpError> {
+    let text = proc_text(&format!("/proc/{host}/smaps"))?;
+    let mut ours = false;
+    let mut resident = false;
+    for line in text.lines() {
+        if let Some(head) = Line::parse(line) {
+            ours = head.start <= at && at < head.end;
+        } else if let Some(kilobytes) = line.strip_prefix("Rss:").filter(|_| ours) {
+            resident = kilobytes.trim() != "0 kB";
+        } else if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| ours) {
+            return Ok(match flags.split_whitespace().any(|flag| flag == "lo") {
+                true if resident => MCL_FUTURE,
+                true => MCL_FUTURE | MCL_ONFAULT,
+                false => 0,
+            });
+        }
+    }
+    Ok(0)
+}
+
+/// Device numbers of the tmpfs mounts that a process sees, as maps has them.
+fn tmpfs_devices(host: i32) -> Result<Vec<String>, DumpError> {
+    let mounts = proc_text(&format!("/proc/{host}/mountinfo"))?;
+    let device = |line: &str| {
+        let (left, right) = line.split_once(" - ")?;
+        let (major, minor) = left.split(' ').nth(2)?.split_once(':')?;
+        let number = |text: &str| text.parse::<u32>().ok();
+        let (major, minor) = (number(major)?, number(minor)?);
+        right
+            .starts_with("tmpfs ")
+            .then(|| format!("{major:02x}:{minor:02x}"))
+    };
+    Ok(mounts.lines().filter_map(device).collect())
 }
 
 /// Address of a `syscall` instruction in the vdso.
@@ -49,6 +94,7 @@ struct Line {
     end: u64,
     access: String,
     offset: u64,
+    device: String,
     inode: u64,
     name: String,
 }
@@ -60,19 +106,20 @@ impl Line {
         let mut fields = rest.splitn(4, ' ');
         let access = fields.next()?;
         let offset = fields.next()?;
-        fields.next()?;
+        let device = fields.next()?;
         let (inode, name) = fields.next()?.split_once(' ').unwrap_or(("0", ""));
         Some(Self {
             start: u64::from_str_radix(start, 16).ok()?,
             end: u64::from_str_radix(end, 16).ok()?,
             access: access.into(),
             offset: u64::from_str_radix(offset, 16).ok()?,
+            device: device.into(),
             inode: inode.parse().ok()?,
             name: name.trim().into(),
         })
     }
 
-    fn mapping(self, flags: &str, pid: i32) -> Result<Option<Mapping>, DumpError> {
+    fn mapping(&self, flags: &str, pid: i32) -> Result<Option<Mapping>, DumpError> {
         let name = self.name.as_str();
         if name == "[vsyscall]" || name.starts_with(RESTORER) {
             return Ok(None);
@@ -96,7 +143,7 @@ impl Line {
                 "hg" => properties.huge = true,
                 "nh" => properties.no_huge = true,
                 "mg" => properties.mergeable = true,
-                "lo" => return refuse("is locked in memory (mlock)"),
+                "lo" => properties.locked = true,
                 "ss" => return refuse("is a shadow stack"),
                 "um" | "uw" | "ui" => return refuse("is watched by a userfaultfd"),
                 "ht" => return refuse("uses huge TLB pages"),
@@ -112,15 +159,24 @@ impl Line {
             "[vdso]" => MappingKind::Vdso,
             _ if name.starts_with("[vvar") => MappingKind::Vvar,
             _ if self.inode == 0 && !shared && !name.starts_with('/') => MappingKind::Anonymous,
-            _ if name.ends_with(" (deleted)") => {
-                return refuse(if shared {
-                    "is shared memory"
-                } else {
-                    "maps a deleted file"
-                });
-            }
+            // Its inode's number is the segment's id (kernel: ipc/shm.c, newseg).
+            _ if name.starts_with("/SYSV") && self.offset == 0 => MappingKind::Segment {
+                id: self.inode as i32,
+            },
+            _ if name.starts_with("/SYSV") => return refuse("is a part of SysV shared memory"),
+            // Which object it is of is found out by its file.
+            _ if name.ends_with(" (deleted)") => MappingKind::Object {
+                object: usize::MAX,
+                offset: self.offset,
+                shared,
+            },
             _ if !name.starts_with('/') => return refuse("is of an unknown kind"),
-            _ if shared && writable => return refuse("is a writable shared file mapping"),
+            _ if shared && writable => MappingKind::AtStart {
+                path: unescape(name),
+                offset: self.offset,
+                shared,
+                writable,
+            },
             _ if shared => MappingKind::SharedReadOnly {
                 path: unescape(name),
                 offset: self.offset,
@@ -143,6 +199,62 @@ impl Line {
             kind,
             flags: properties,
         }))
+    }
+
+    /// What stands behind a mapping that /proc names only in part.
+    fn find_file(
+        &self,
+        mapping: &mut Mapping,
+        tmpfs: &[String],
+        (host, pid): (i32, i32),
+        memory: &mut MemoryObjects,
+    ) -> Result<(), DumpError> {
+        let what = || {
+            let (start, end) = (self.start, self.end);
+            format!("mapping {start:#x}-{end:#x} of process {pid}")
+        };
+        mapping.kind = match mapping.kind.clone() {
+            MappingKind::Object { offset, shared, .. } => {
+                let link = unescape(&self.name);
+                let file = mapped_file(host, self.start, self.end).ok();
+                match file.and_then(|file| other_name(&file, &link, host)) {
+                    Some(path) => MappingKind::AtStart {
+                        path,
+                        offset,
+                        shared,
+                        writable: shared,
+                    },
+                    None => MappingKind::Object {
+                        object: memory.of_mapping(host, &link, mapping, &what())?,
+                        offset,
+                        shared,
+                    },
+                }
+            }
+            MappingKind::Segment { id } => {
+                memory.check_attached(id, mapping, &what())?;
+                MappingKind::Segment { id }
+            }
+            // The zygote has the function's layers only.
+            MappingKind::File { path, offset } if tmpfs.contains(&self.device) => {
+                MappingKind::AtStart {
+                    path,
+                    offset,
+                    shared: false,
+                    writable: false,
+                }
+            }
+            MappingKind::SharedReadOnly { path, offset } if tmpfs.contains(&self.device) => {
+                MappingKind::AtStart {
+                    path,
+                    offset,
+                    shared: true,
+                    writable: false,
+                }
+            }
+            other => other,
+        };
+        Ok(())
     }
 }
 
@@ -199,25 +311,37 @@ mod tests {
     fn refuses_by_name() {
         for (line, flags, why) in [
             (
-                "1000-2000 rw-s 00000000 00:01 5 /dev/zero (deleted)",
+                "1000-2000 rw-s 00001000 00:01 5 /SYSV00000000 (deleted)",
                 "rd wr sh",
-                "shared memory",
+                "part of SysV shared memory",
             ),
-            (
-                "1000-2000 r-xp 00000000 00:01 5 /tmp/x.so (deleted)",
-                "rd ex",
-                "deleted file",
-            ),
-            ("1000-2000 rw-p 00000000 00:00 0 ", "rd wr lo", "mlock"),
-            (
-                "1000-2000 rw-s 00000000 00:01 5 /srv/db",
-                "rd wr sh",
-                "writable shared",
-            ),
+            ("1000-2000 rw-p 00000000 00:00 0 ", "rd wr ht", "huge TLB"),
         ] {
             let err = mapping(line, flags).unwrap_err().to_string();
             assert!(err.contains(why), "{err}");
         }
+    }
+
+    #[test]
+    fn tells_what_is_mapped_later() {
+        let kind = |line: &str| mapping(line, "rd wr sh").unwrap().unwrap().kind;
+        assert_eq!(
+            kind("1000-2000 rw-s 00003000 00:01 5 /dev/zero (deleted)"),
+            MappingKind::Object {
+                object: usize::MAX,
+                offset: 0x3000,
+                shared: true
+            }
+        );
+        assert_eq!(
+            kind("1000-2000 rw-s 00001000 00:01 5 /srv/db"),
+            MappingKind::AtStart {
+                path: "/srv/db".into(),
+                offset: 0x1000,
+                shared: true,
+                writable: true
+            }
+        );
     }
 
     #[test]

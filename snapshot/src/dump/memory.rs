@@ -14,7 +14,7 @@ use super::{DumpError, StoppedTree};
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun};
 
 /// Pages read at once.
-const BATCH: u64 = 256;
+pub const BATCH: u64 = 256;
 
 /// Writes every process's pages in the manifest's order and notes their runs there.
 pub fn store(
@@ -63,7 +63,13 @@ fn own_pages(map: &File, mapping: &Mapping) -> Result<Vec<PageRun>, DumpError> {
     let wanted = match mapping.kind {
         // These come back empty by their meaning: sibling clones must not share their bytes.
         _ if mapping.flags.droppable || mapping.flags.wipe_on_fork => return Ok(Vec::new()),
-        MappingKind::Anonymous | MappingKind::File { .. } => mapping.start..mapping.end,
+        MappingKind::Anonymous
+        | MappingKind::File { .. }
+        | MappingKind::Object { shared: false, .. }
+        | MappingKind::AtStart { shared: false, .. } => mapping.start..mapping.end,
+        MappingKind::Object { .. } | MappingKind::AtStart { .. } | MappingKind::Segment { .. } => {
+            return Ok(Vec::new());
+        }
         MappingKind::SharedReadOnly { .. } | MappingKind::Vdso | MappingKind::Vvar => {
             return Ok(Vec::new());
         }
@@ -161,7 +167,7 @@ fn read_map(map: &File, range: std::ops::Range<u64>) -> Result<Vec<PageRun>, Dum
     Ok(runs)
 }
 
-fn append(runs: &mut Vec<PageRun>, start: u64, pages: u64) {
+pub fn append(runs: &mut Vec<PageRun>, start: u64, pages: u64) {
     match runs.last_mut() {
         Some(last) if last.start + last.pages * PAGE == start => last.pages += pages,
         _ => runs.push(PageRun { start, pages }),

@@ -7,11 +7,15 @@
 //! The work runs on a thread of its own: ptrace belongs to a thread, and the thread enters the
 //! sandbox's network namespace for the questions that only it can answer.
 
+mod fifo;
+mod file_locks;
 mod files;
 mod mappings;
 mod memory;
+mod memory_objects;
 mod process;
 mod sockets;
+mod sysv;
 mod tmpfs;
 mod tracee;
 
@@ -28,6 +32,7 @@ use trenv_pool::{TemplateInfo, TemplateWriter};
 use crate::TaskGroup;
 use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::manifest::{Manifest, ManifestError, VERSION};
+use memory_objects::MemoryObjects;
 use tracee::Tracee;
 
 /// How long the stop of all threads may take.
@@ -150,14 +155,17 @@ fn dump_here(
     nix::sched::setns(&network, CloneFlags::CLONE_NEWNET)
         .map_err(DumpError::errno("entering the sandbox's network namespace"))?;
 
+    sysv::enter(request.init_pid)?;
+
     let mut tree = StoppedTree::stop(request.group)?;
     let mut writer = writer
         .take()
         .ok_or_else(|| DumpError::Refused("it was dumped already".into()))?;
     step("stop");
-    let mut manifest = capture(request, &mut tree)?;
+    let (mut manifest, objects) = capture(request, &mut tree)?;
     step("describe");
-    let image_bytes = memory::store(&tree, &mut manifest, &mut writer)?;
+    let image_bytes = memory::store(&tree, &mut manifest, &mut writer)?
+        + objects.store(&mut manifest.memory, &mut writer)?;
     step("store");
     let encoded = manifest.encode()?;
     let template = writer.commit(&encoded)?;
@@ -304,14 +312,21 @@ impl Drop for StoppedTree {
     }
 }
 
-fn capture(request: &DumpRequest<'_>, tree: &mut StoppedTree) -> Result<Manifest, DumpError> {
+fn capture(
+    request: &DumpRequest<'_>,
+    tree: &mut StoppedTree,
+) -> Result<(Manifest, MemoryObjects), DumpError> {
+    let mut memory = MemoryObjects::default();
     let mut manifest = Manifest {
         version: VERSION,
         fingerprint: Fingerprint::of_this_machine()?.to_string(),
         monotonic: monotonic(request.root_pid)?,
         processes: Vec::new(),
         objects: Vec::new(),
-        tmpfs: tmpfs::read(request.root_pid)?,
+        memory: Vec::new(),
+        locks: Vec::new(),
+        semaphores: sysv::semaphores()?,
+        tmpfs: tmpfs::read(request.root_pid, &mut memory)?,
         filters: Vec::new(),
     };
     let order = process::parents_first(request.root_pid, tree.threads.keys().copied())?;
@@ -319,18 +334,21 @@ fn capture(request: &DumpRequest<'_>, tree: &mut StoppedTree) -> Result<Manifest
         .iter()
         .map(|entry| (entry.host_pid, entry.pid))
         .collect();
+    memory.of_segments(sysv::segments()?)?;
     let mut files = files::Files::new(request, &tree.pidfds, &ids);
     for entry in &order {
         let Some(threads) = tree.threads.get_mut(&entry.host_pid) else {
             continue;
         };
         let mut captured =
-            process::capture(entry, threads, request.init_pid, &mut manifest.filters)?;
-        captured.descriptors = files.of_process(entry.host_pid)?;
+            process::capture(entry, threads, request.init_pid, &mut manifest, &mut memory)?;
+        captured.descriptors = files.of_process(entry.host_pid, &mut memory)?;
         manifest.processes.push(captured);
     }
+    manifest.locks = files.locks();
     manifest.objects = files.finish(&manifest.processes)?;
-    Ok(manifest)
+    manifest.memory = memory.describe()?;
+    Ok((manifest, memory))
 }
 
 /// CLOCK_MONOTONIC as the tree sees it, nanoseconds.

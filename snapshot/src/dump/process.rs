@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use nix::libc;
 
+use super::memory_objects::MemoryObjects;
 use super::tracee::Tracee;
 use super::{DumpError, mappings, proc_link, proc_text};
 use crate::manifest::{Credentials, Layout, Manifest, MappingKind, Process, SignalAction, Thread};
@@ -134,12 +135,13 @@ pub fn capture(
     entry: &Entry,
     threads: &mut [Tracee],
     init: i32,
-    filters: &mut Vec<Vec<u64>>,
+    manifest: &mut Manifest,
+    memory: &mut MemoryObjects,
 ) -> Result<Process, DumpError> {
     let (host, pid) = (entry.host_pid, entry.pid);
     let status = Status::read(host, host)?;
     let stat = Stat::read(host)?;
-    let vmas = mappings::read(host, pid)?;
+    let vmas = mappings::read(host, pid, memory)?;
     let Some(vdso) = vmas.iter().find(|vma| vma.kind == MappingKind::Vdso) else {
         return Err(DumpError::Refused(format!("process {pid} has no vdso")));
     };
@@ -157,6 +159,10 @@ pub fn capture(
 
     let mut caller = Caller::new(leader, gate, host)?;
     let actions = caller.signal_actions()?;
+    let lock_future = match vmas.iter().any(|vma| vma.flags.locked) {
+        true => mappings::lock_of(host, caller.scratch)?,
+        false => 0,
+    };
     let mut timers = [[0; 4]; 3];
     for (which, timer) in timers.iter_mut().enumerate() {
         caller.call(
@@ -184,7 +190,7 @@ pub fn capture(
             host,
             init,
             secure_bits,
-            filters,
+            &mut manifest.filters,
         )?);
     }
     Ok(Process {
@@ -192,7 +198,7 @@ pub fn capture(
         parent: entry.parent,
         group: inner_id(host, "NSpgid")?,
         session: inner_id(host, "NSsid")?,
-        exe: proc_link(&format!("/proc/{host}/exe"))?,
+        exe: sandbox_path(&proc_link(&format!("/proc/{host}/exe"))?, "executable", pid)?,
         cwd: sandbox_path(
             &proc_link(&format!("/proc/{host}/cwd"))?,
             "working directory",
@@ -203,6 +209,7 @@ pub fn capture(
         auxv: std::fs::read(format!("/proc/{host}/auxv"))
             .map_err(DumpError::io("reading the auxiliary vector"))?,
         mappings: vmas,
+        lock_future,
         pages: Vec::new(),
         descriptors: Vec::new(),
         actions,

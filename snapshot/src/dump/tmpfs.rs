@@ -1,20 +1,28 @@
 //! Contents of the sandbox's tmpfs mounts: what a program put there while it started.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use super::memory_objects::MemoryObjects;
 use super::{DumpError, proc_text};
 use crate::manifest::{TmpfsEntry, TmpfsKind};
 
-/// Bytes that all tmpfs contents may have together.
+/// Bytes that the small files of all tmpfs mounts may have together.
 const MOST_BYTES: u64 = 4 << 20;
+/// Bytes from which on a file is large: it goes to the pool.
+const LARGE: u64 = 256 << 10;
+/// Blocks of 512 bytes that large files may have together: they are copied at each start.
+const MOST_BLOCKS: u64 = (128 << 20) / 512;
 
 /// Reads the tmpfs trees that the process sees; /dev itself is the sandbox's own.
-pub fn read(host: i32) -> Result<Vec<TmpfsEntry>, DumpError> {
+pub fn read(host: i32, memory: &mut MemoryObjects) -> Result<Vec<TmpfsEntry>, DumpError> {
     let mounts = proc_text(&format!("/proc/{host}/mountinfo"))?;
     let mut found = Found {
         entries: Vec::new(),
         bytes: 0,
+        blocks: 0,
+        host,
+        memory,
     };
     for line in mounts.lines() {
         let Some((left, right)) = line.split_once(" - ") else {
@@ -32,12 +40,15 @@ pub fn read(host: i32) -> Result<Vec<TmpfsEntry>, DumpError> {
     Ok(found.entries)
 }
 
-struct Found {
+struct Found<'a> {
     entries: Vec<TmpfsEntry>,
     bytes: u64,
+    blocks: u64,
+    host: i32,
+    memory: &'a mut MemoryObjects,
 }
 
-impl Found {
+impl Found<'_> {
     fn walk(&mut self, directory: &Path, root: &str) -> Result<(), DumpError> {
         let doing = || format!("reading {}", directory.display());
         let list = match std::fs::read_dir(directory) {
@@ -61,6 +72,17 @@ impl Found {
             } else if meta.is_symlink() {
                 let target = std::fs::read_link(&path).map_err(DumpError::io(doing()))?;
                 TmpfsKind::Link(target.to_string_lossy().into_owned())
+            } else if meta.is_file() && meta.len() >= LARGE && meta.nlink() == 1 {
+                self.blocks += meta.blocks();
+                if self.blocks > MOST_BLOCKS {
+                    return Err(DumpError::Refused(format!(
+                        "the large files in its tmpfs mounts hold more than {} MiB ({inside})",
+                        MOST_BLOCKS >> 11
+                    )));
+                }
+                let file = std::fs::File::open(&path).map_err(DumpError::io(doing()))?;
+                self.memory.of_tmpfs(file, &inside, self.host)?;
+                TmpfsKind::File(Vec::new())
             } else if meta.is_file() {
                 self.bytes += meta.len();
                 if self.bytes > MOST_BYTES {
@@ -70,6 +92,8 @@ impl Found {
                     )));
                 }
                 TmpfsKind::File(std::fs::read(&path).map_err(DumpError::io(doing()))?)
+            } else if meta.file_type().is_fifo() {
+                TmpfsKind::Fifo
             } else {
                 return Err(DumpError::Refused(format!(
                     "{inside} is a special file in a tmpfs"

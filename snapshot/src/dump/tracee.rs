@@ -111,7 +111,12 @@ impl Tracee {
         // ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK (kernel: include/linux/errno.h).
         // The last one's state lives in the kernel and is lost; the original call with its relative
         // timeout is made again.
-        if r.orig_rax as i64 >= 0 && matches!(r.rax as i64, -512 | -513 | -514 | -516) {
+        // semop(2) is never made again by the kernel, though it has done nothing.
+        let semop = matches!(r.orig_rax as i64, libc::SYS_semop | libc::SYS_semtimedop);
+        if r.orig_rax as i64 >= 0
+            && (matches!(r.rax as i64, -512 | -513 | -514 | -516)
+                || semop && r.rax as i64 == -i64::from(libc::EINTR))
+        {
             registers.rax = r.orig_rax;
             registers.rip = r.rip.wrapping_sub(2);
         }

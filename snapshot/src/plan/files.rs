@@ -1,12 +1,15 @@
 //! Open files: made by the tree's root for everyone, then put in place by each process.
 
+mod fifo;
+mod file_locks;
+
 use std::collections::BTreeMap;
 
 use nix::libc;
 use trenv_restorer::wire::{fd, verb};
 
-use super::PlanError;
 use super::region::{Program, Region};
+use super::{PlanError, shared};
 use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
 
 /// Status flags that F_SETFL can set.
@@ -25,7 +28,7 @@ pub fn control_descriptor(manifest: &Manifest) -> u64 {
     (highest.unwrap_or(0).max(15) + 1) as u64
 }
 
-fn place(control: u64, object: usize) -> u64 {
+pub fn place(control: u64, object: usize) -> u64 {
     control + fd::OBJECTS + object as u64
 }
 
@@ -61,6 +64,13 @@ pub fn make(
                     .into(0);
                 move_to(at, program);
                 if *position > 0 {
+                    program.call(libc::SYS_lseek, [at, *position, libc::SEEK_SET as u64]);
+                }
+            }
+            ObjectKind::Nameless { memory, position } => {
+                shared::open(*memory, object.flags, control, region, program);
+                move_to(at, program);
+                if object.flags & libc::O_PATH as u32 == 0 {
                     program.call(libc::SYS_lseek, [at, *position, libc::SEEK_SET as u64]);
                 }
             }
@@ -114,6 +124,7 @@ pub fn make(
                     .into(0);
                 move_to(at, program);
             }
+            ObjectKind::Fifo { .. } => {}
             // Made by the process that holds it, once its target exists.
             ObjectKind::PidFd { .. } => {}
             ObjectKind::Inotify => {
@@ -132,6 +143,8 @@ pub fn make(
     for ends in pairs.values() {
         make_pair(manifest, *ends, control, region, program)?;
     }
+    fifo::make(manifest, control, region, program);
+    file_locks::of_open_files(manifest, control, region, program);
     Ok(())
 }
 
@@ -323,6 +336,7 @@ pub fn install(
     program.about(region.sentence("closing what was needed for the start only".into()));
     let rest = u64::from(u32::MAX);
     program.call(libc::SYS_close_range, [control + fd::CONTROL + 1, rest, 0]);
+    file_locks::of_process(manifest, process, region, program);
     watch(manifest, process, region, program);
 }
 
@@ -366,6 +380,12 @@ pub fn fill_tmpfs(manifest: &Manifest, region: &mut Region, program: &mut Progra
             // A directory may be there already, made with the mount.
             TmpfsKind::Directory => {
                 program.call(libc::SYS_mkdir, [path, mode]).or_not();
+            }
+            TmpfsKind::Fifo => {
+                let mode = u64::from(libc::S_IFIFO) | mode;
+                program
+                    .call(libc::SYS_mknodat, [here, path, mode, 0])
+                    .or_not();
             }
             TmpfsKind::Link(target) => {
                 let target = region.put_text(target);

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use trenv_restorer::wire::MAX_LOADED;
 
+use super::sysv;
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE};
 
 /// Distance kept from every mapping, so that heaps and stacks may grow.
@@ -49,6 +50,8 @@ pub struct Placement {
     pub placed: Vec<Placed>,
     /// Base of the restorer's region.
     pub region: u64,
+    /// A place where the tree's root may map a SysV segment for a moment.
+    pub spare: u64,
 }
 
 impl Placement {
@@ -72,6 +75,8 @@ impl Placement {
             .map(|mapping| mapping.end - mapping.start + 2 * HUGE)
             .sum();
         let mut stage = hole(&all, staged_most)?;
+        all.push((stage, stage + staged_most));
+        let spare = hole(&all, sysv::longest(manifest))?;
         let mut placed: BTreeMap<u64, Placed> = BTreeMap::new();
         let forked = (0..ways.len()).filter(|index| ways[*index] == Way::Forked);
         let order = std::iter::once(heir).chain(forked);
@@ -108,6 +113,7 @@ impl Placement {
             ways,
             placed: placed.into_values().collect(),
             region: region_base,
+            spare,
         })
     }
 

@@ -2,10 +2,12 @@
 
 use nix::libc;
 use trenv_pool::{Extent, Source};
+use trenv_restorer::wire::fd;
 
 use super::layout::{Placed, Placement, kernel_owned};
 use super::region::{Program, Region};
-use super::{PlanError, build_fd};
+use super::shared::When;
+use super::{PlanError, build_fd, sysv};
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
 
 const HUGE: u64 = 2 << 20;
@@ -26,20 +28,31 @@ pub struct Piece {
 }
 
 /// A piece, and the descriptor and offset that it is read from.
-struct Sourced {
-    address: u64,
-    length: u64,
-    from: (u64, u64),
+#[derive(Debug, Clone, Copy)]
+pub struct Sourced {
+    pub address: u64,
+    pub length: u64,
+    pub from: (u64, u64),
 }
 
-/// The pieces of each process's pages.
-pub fn pieces(manifest: &Manifest, extents: &[Extent]) -> Result<Vec<Vec<Piece>>, PlanError> {
+/// The pieces of each process's pages, and of each memory object's.
+#[derive(Debug)]
+pub struct Pieces {
+    pub processes: Vec<Vec<Piece>>,
+    pub objects: Vec<Vec<Piece>>,
+}
+
+pub fn pieces(manifest: &Manifest, extents: &[Extent]) -> Result<Pieces, PlanError> {
     let mut pages = Pages { extents, first: 0 };
-    let pieces = manifest
-        .processes
-        .iter()
+    let processes = manifest.processes.iter();
+    let processes = processes
         .map(|process| pages.of(&process.pages))
         .collect::<Result<_, _>>()?;
+    let objects = manifest.memory.iter();
+    let objects = objects
+        .map(|object| pages.of(&object.pages))
+        .collect::<Result<_, _>>()?;
+    let pieces = Pieces { processes, objects };
     let end = extents.last();
     if pages.first != end.map_or(0, |extent| extent.first_page + extent.pages) {
         return Err(PlanError::Pages);
@@ -52,7 +65,7 @@ pub fn pieces(manifest: &Manifest, extents: &[Extent]) -> Result<Vec<Vec<Piece>>
 pub fn build(
     manifest: &Manifest,
     placement: &Placement,
-    pieces: &[Vec<Piece>],
+    pieces: &Pieces,
     control: u64,
     region: &mut Region,
     vdso_words: &mut Vec<u64>,
@@ -63,11 +76,11 @@ pub fn build(
     for place in &placement.placed {
         let process = &manifest.processes[place.process];
         let mapping = &process.mappings[place.mapping];
-        if kernel_owned(mapping) {
+        if kernel_owned(mapping) || When::of(mapping, manifest) != When::Zygote {
             continue;
         }
         let anonymous = mapping.kind == MappingKind::Anonymous;
-        let inside = inside(mapping, &pieces[place.process]);
+        let inside = inside(mapping, &pieces.processes[place.process]);
         let sourced = inside.filter_map(|piece| {
             let from = match piece.offset {
                 Some(offset) => (control + build_fd::PAGES, offset),
@@ -82,9 +95,17 @@ pub fn build(
             })
         });
         let sourced: Vec<Sourced> = sourced.collect();
-        map(place, mapping, process.pid, &sourced, region, &mut program);
+        map(
+            place,
+            mapping,
+            process.pid,
+            control,
+            &sourced,
+            region,
+            &mut program,
+        );
         if anonymous && !mapping.flags.no_huge {
-            let stored = inside_stored(mapping, &pieces[place.process]);
+            let stored = inside_stored(mapping, &pieces.processes[place.process]);
             for at in worth_huge_pages(place, mapping, &stored) {
                 program
                     .call(libc::SYS_madvise, [at, HUGE, MADV_COLLAPSE])
@@ -113,7 +134,7 @@ pub fn load(
     process: &Process,
     pieces: &[Piece],
     at: u64,
-    exe: u64,
+    (control, exe): (u64, u64),
     region: &mut Region,
     program: &mut Program,
     vdso_words: &mut Vec<u64>,
@@ -149,7 +170,15 @@ pub fn load(
             at: mapping.start,
             length: mapping.end - mapping.start,
         };
-        map(&place, mapping, process.pid, &sourced, region, program);
+        map(
+            &place,
+            mapping,
+            process.pid,
+            control,
+            &sourced,
+            region,
+            program,
+        );
         protect(&place, mapping, &sourced, program);
     }
     describe(process, exe, region, program);
@@ -199,7 +228,7 @@ pub fn describe_memory(
     );
 }
 
-fn inside<'a>(mapping: &Mapping, pieces: &'a [Piece]) -> impl Iterator<Item = &'a Piece> {
+pub fn inside<'a>(mapping: &Mapping, pieces: &'a [Piece]) -> impl Iterator<Item = &'a Piece> {
     let (start, end) = (mapping.start, mapping.end);
     pieces
         .iter()
@@ -235,10 +264,11 @@ fn move_vdso(
     }
 }
 
-fn map(
+pub fn map(
     place: &Placed,
     mapping: &Mapping,
     pid: i32,
+    control: u64,
     pieces: &[Sourced],
     region: &mut Region,
     program: &mut Program,
@@ -290,6 +320,43 @@ fn map(
             program.from(4, 0).exactly(place.at);
             program.call(libc::SYS_close, [0]).from(0, 0);
         }
+        MappingKind::AtStart {
+            path,
+            offset,
+            shared,
+            writable,
+        } => {
+            let access = match shared & writable {
+                true => libc::O_RDWR,
+                false => libc::O_RDONLY,
+            };
+            program.about(region.sentence(format!("opening {path}")));
+            open_for(path, access, region, program);
+            program.about(region.sentence(format!("mapping {path}")));
+            let how = sharing(*shared) | fixed;
+            program.call(
+                libc::SYS_mmap,
+                [place.at, place.length, first, how, 0, *offset],
+            );
+            program.from(4, 0).exactly(place.at);
+            program.call(libc::SYS_close, [0]).from(0, 0);
+        }
+        MappingKind::Object {
+            object,
+            offset,
+            shared,
+        } => {
+            let (number, how) = (
+                control + fd::MEMORY + *object as u64,
+                sharing(*shared) | fixed,
+            );
+            program.call(
+                libc::SYS_mmap,
+                [place.at, place.length, first, how, number, *offset],
+            );
+            program.exactly(place.at);
+        }
+        MappingKind::Segment { id } => sysv::attach(*id, place.at, mapping, program),
         MappingKind::Vdso | MappingKind::Vvar => return,
     }
     for (wanted, advice) in [
@@ -319,7 +386,7 @@ fn map(
 }
 
 /// A mapping that was filled gets its own protection.
-fn protect(place: &Placed, mapping: &Mapping, pieces: &[Sourced], program: &mut Program) {
+pub fn protect(place: &Placed, mapping: &Mapping, pieces: &[Sourced], program: &mut Program) {
     let protection = u64::from(mapping.protection);
     if !pieces.is_empty() && protection != READ_WRITE {
         program.call(libc::SYS_mprotect, [place.at, place.length, protection]);
@@ -354,11 +421,22 @@ fn worth_huge_pages(place: &Placed, mapping: &Mapping, pieces: &[&Piece]) -> Vec
 
 /// Opens a file to read; the descriptor is in slot 0.
 pub fn open(path: &str, region: &mut Region, program: &mut Program) {
+    open_for(path, libc::O_RDONLY, region, program);
+}
+
+fn open_for(path: &str, access: i32, region: &mut Region, program: &mut Program) {
     let text = region.put_text(path);
     let here = libc::AT_FDCWD as u64;
     program
-        .call(libc::SYS_openat, [here, text, libc::O_RDONLY as u64, 0])
+        .call(libc::SYS_openat, [here, text, access as u64, 0])
         .into(0);
+}
+
+fn sharing(shared: bool) -> u64 {
+    match shared {
+        true => libc::MAP_SHARED as u64,
+        false => libc::MAP_PRIVATE as u64,
+    }
 }
 
 /// Walks page runs and extents side by side.

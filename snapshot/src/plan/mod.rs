@@ -11,6 +11,8 @@ mod layout;
 mod memory;
 mod process;
 mod region;
+mod shared;
+mod sysv;
 mod thread;
 
 use std::collections::BTreeSet;
@@ -20,10 +22,11 @@ use trenv_restorer::wire::{Capsule, Header, MAGIC, MARKS, MAX_AGENTS, OWN_SENTEN
 
 use crate::manifest::{Manifest, MappingKind, ObjectKind, PAGE};
 use layout::{Placement, Way, kernel_owned};
-use memory::Copy;
+pub use memory::Copy;
 use process::Tree;
 pub use region::LOADER;
 use region::{Program, Region};
+use shared::{Shared, When};
 
 /// Length that the region may have.
 const REGION_LIMIT: u64 = 64 << 20;
@@ -56,6 +59,8 @@ pub struct Plan {
     pub stack: u64,
     /// Number of the control descriptor.
     pub control: u64,
+    /// What each clone copies: a file of pages from the pool.
+    pub content: Vec<Copy>,
     /// The processes that are loaded, in the manifest's order.
     pub capsules: Vec<CapsulePlan>,
     /// Sentences about steps, by number less the restorer's own.
@@ -117,9 +122,11 @@ impl Plan {
         let pieces = memory::pieces(manifest, extents)?;
         let control = files::control_descriptor(manifest);
         let own = process::Own::read()?;
+        let shared = Shared::of(manifest, &placement, &pieces, control);
         let tree = Tree {
             manifest,
             placement: &placement,
+            shared: &shared,
             control,
             own: &own,
         };
@@ -164,7 +171,7 @@ impl Plan {
         let (entry, code, length) = (region.entry(), region.code_length(), region.length());
         let (bytes, mut sentences) = region.finish()?;
         let mut capsules = Vec::new();
-        for (index, (way, pieces)) in placement.ways.iter().zip(&pieces).enumerate() {
+        for (index, (way, pieces)) in placement.ways.iter().zip(&pieces.processes).enumerate() {
             if *way == Way::Loaded {
                 let (capsule, its) = CapsulePlan::of(index, tree, pieces, next)?;
                 next += its.len() as u32;
@@ -181,6 +188,7 @@ impl Plan {
             header,
             stack: stacks + STACK,
             control,
+            content: shared.content(),
             capsules,
             sentences,
             processes: manifest.processes.len(),
@@ -323,6 +331,9 @@ fn stored(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
     for place in &placement.placed {
         let process = &manifest.processes[place.process];
         let mapping = &process.mappings[place.mapping];
+        if When::of(mapping, manifest) != When::Zygote {
+            continue;
+        }
         let runs = process.pages.iter();
         for run in runs.filter(|run| mapping.start <= run.start && run.start < mapping.end) {
             all.push(Stored {
@@ -428,6 +439,7 @@ mod tests {
                 pages: 1,
             }],
             mappings,
+            lock_future: 0,
             descriptors: vec![Descriptor {
                 number: 3,
                 object: 0,
@@ -479,6 +491,9 @@ mod tests {
                     vec![
                         mapping(0x40_0000, 4, MappingKind::Anonymous),
                         mapping(0x50_0000, 4, file),
+                        mapping(0x60_0000, 2, shared::sample::of(0)),
+                        mapping(0x70_0000, 1, shared::sample::of(1)),
+                        mapping(0x80_0000, 2, MappingKind::Segment { id: 7 }),
                     ],
                 ),
             ],
@@ -489,12 +504,15 @@ mod tests {
                     position: 0,
                 },
             }],
+            memory: shared::sample::objects(),
+            locks: Vec::new(),
+            semaphores: Vec::new(),
             tmpfs: Vec::new(),
             filters: vec![vec![6]],
         };
         let extents = vec![Extent {
             first_page: 0,
-            pages: 2,
+            pages: 5,
             source: Source::Data { offset: 0 },
         }];
         (manifest, extents)

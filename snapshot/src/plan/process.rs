@@ -1,12 +1,15 @@
 //! The programs of the tree's processes and threads.
 
+mod lock;
+
 use nix::libc;
 use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
 use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
+use super::shared::{Shared, When};
 use super::{PlanError, credentials, files, memory, thread};
-use crate::manifest::{Manifest, MappingKind, PAGE, Process};
+use crate::manifest::{Manifest, PAGE, Process};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
 pub mod mark {
@@ -38,6 +41,7 @@ pub struct Programs {
 pub struct Tree<'a> {
     pub manifest: &'a Manifest,
     pub placement: &'a Placement,
+    pub shared: &'a Shared,
     /// Number of the control descriptor.
     pub control: u64,
     pub own: &'a Own,
@@ -116,6 +120,8 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
         region,
         &mut prepare,
     );
+    tree.shared.make_ahead(tree, region, &mut prepare);
+    lock::ahead(tree, region, &mut prepare);
     if let Some(table) = tables[tree.placement.heir] {
         prepare.verb(verb::COPY_AHEAD, [table]);
     }
@@ -159,8 +165,12 @@ fn program_of(
     if index == 0 {
         program.verb(verb::MARK, [mark::RUNS]);
         program.verb(verb::MAKE_CLOCK, [tree.manifest.monotonic]);
-        files::make(tree.manifest, tree.control, region, &mut program)?;
+        // Open files may lie there.
         files::fill_tmpfs(tree.manifest, region, &mut program);
+        tree.shared.fill_tmpfs(tree, region, &mut program);
+        tree.shared.make_unlinked(tree, region, &mut program);
+        tree.shared.make_sysv(tree, region, &mut program);
+        files::make(tree.manifest, tree.control, region, &mut program)?;
     }
     if tree.way(index) != Way::Loaded {
         bound(index, tree, region, &mut program);
@@ -239,7 +249,16 @@ pub fn capsule_program(
     bound(index, tree, region, &mut program);
     // Above everything that `files::make` has made.
     let exe = tree.control + fd::OBJECTS + tree.manifest.objects.len() as u64;
-    let (copies, end) = memory::load(process, pieces, PAGE, exe, region, &mut program, vdso_words);
+    let numbers = (tree.control, exe);
+    let (copies, end) = memory::load(
+        process,
+        pieces,
+        PAGE,
+        numbers,
+        region,
+        &mut program,
+        vdso_words,
+    );
     become_process(index, tree, region, &mut program);
     (program, copies, end)
 }
@@ -249,6 +268,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     let (process, manifest, control) = (tree.process(index), tree.manifest, tree.control);
     let pid = process.pid;
     advise_about_forks(process, region, program);
+    lock::at_start(index, tree, region, program);
     program.verb(verb::MARK, [mark::MEMORY]);
     files::install(manifest, process, control, region, program);
     program.verb(verb::MARK, [mark::FILES]);
@@ -365,7 +385,8 @@ fn move_memory(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut 
     }
     for place in placement.of_process(index) {
         let mapping = &process.mappings[place.mapping];
-        if place.at != mapping.start {
+        let there = When::of(mapping, manifest) != When::Start;
+        if there && place.at != mapping.start {
             program.about(region.sentence(format!(
                 "moving mapping {:#x} of process {}",
                 mapping.start, process.pid
@@ -374,6 +395,7 @@ fn move_memory(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut 
             program.call(libc::SYS_mremap, args).exactly(mapping.start);
         }
     }
+    tree.shared.map_at_start(index, tree, region, program);
     if index != placement.heir {
         let heir = &manifest.processes[placement.heir];
         let exe = (heir.exe != process.exe).then_some(tree.control + fd::OBJECTS - 1);
@@ -394,7 +416,7 @@ fn advise_about_forks(process: &Process, region: &mut Region, program: &mut Prog
             (mapping.flags.dont_fork, libc::MADV_DONTFORK),
             (mapping.flags.wipe_on_fork, libc::MADV_WIPEONFORK),
         ] {
-            if wanted && mapping.kind == MappingKind::Anonymous {
+            if wanted && !kernel_owned(mapping) {
                 program.about(region.sentence(format!("advising about {:#x}", mapping.start)));
                 let length = mapping.end - mapping.start;
                 program.call(libc::SYS_madvise, [mapping.start, length, advice as u64]);
@@ -440,7 +462,9 @@ fn settle(
     let cwd = region.put_text(&process.cwd);
     program.call(libc::SYS_chdir, [cwd]);
     for (resource, limit) in process.limits.iter().enumerate() {
-        if own_limits.get(resource) != Some(limit) {
+        // The zygote has raised its limit of open files, to have numbers above the tree's.
+        let raised = resource == libc::RLIMIT_NOFILE as usize;
+        if raised || own_limits.get(resource) != Some(limit) {
             program.about(region.sentence(format!("setting resource limit {resource}")));
             let limit = region.put_words(&[limit.0, limit.1]);
             program.call(libc::SYS_prlimit64, [0, resource as u64, limit, 0]);

@@ -11,12 +11,13 @@ use std::process::{Child, Command};
 use nix::libc;
 
 use super::{ZygoteError, ZygoteRequest, errno, io_error};
-use crate::plan::{CapsulePlan, LOADER, Plan};
+use crate::plan::{CapsulePlan, Copy, LOADER, Plan};
 
 /// Hands the plan to `trenv-zygote`.
 pub struct Loader {
     region: OwnedFd,
     loader: OwnedFd,
+    content: OwnedFd,
     capsules: Vec<OwnedFd>,
     arguments: Vec<String>,
 }
@@ -28,7 +29,8 @@ pub mod fd {
     pub const PAGES: i32 = 5;
     pub const ROOTFS: i32 = 6;
     pub const LOADER: i32 = 7;
-    pub const CAPSULES: i32 = 8;
+    pub const CONTENT: i32 = 8;
+    pub const CAPSULES: i32 = 9;
 }
 
 impl Loader {
@@ -42,6 +44,10 @@ impl Loader {
         let capsules: Vec<OwnedFd> = capsules
             .map(|capsule| fill_capsule(capsule, request))
             .collect::<Result<_, _>>()?;
+        let content = memfd(RESTORER)?;
+        copy_pages(&plan.content, &content, request)
+            .map_err(io_error("copying the pages of shared memory"))?;
+        let content = content.into();
         let numbers = [
             plan.base,
             plan.code,
@@ -62,6 +68,7 @@ impl Loader {
         Ok(Self {
             region: region.into(),
             loader: executable()?,
+            content,
             capsules,
             arguments,
         })
@@ -87,6 +94,7 @@ impl Loader {
             (high(request.template.fd())?, fd::PAGES),
             (high(request.rootfs.as_fd())?, fd::ROOTFS),
             (high(self.loader.as_fd())?, fd::LOADER),
+            (high(self.content.as_fd())?, fd::CONTENT),
         ];
         for (capsule, number) in self.capsules.iter().zip(fd::CAPSULES..) {
             handed.push((high(capsule.as_fd())?, number));
@@ -134,29 +142,28 @@ fn fill_capsule(
     request: &ZygoteRequest<'_>,
 ) -> Result<OwnedFd, ZygoteError> {
     let file = memfd(RESTORER)?;
-    let pool = request
-        .template
-        .fd()
-        .try_clone_to_owned()
-        .map(File::from)
-        .map_err(io_error("opening the pool's pages"))?;
-    let mut part = vec![0; PART];
-    let mut fill = || -> io::Result<()> {
-        file.write_all_at(&capsule.head, 0)?;
-        for copy in &capsule.pages {
-            let mut done = 0;
-            while done < copy.length {
-                let length = (copy.length - done).min(PART as u64);
-                let part = &mut part[..length as usize];
-                pool.read_exact_at(part, copy.from + done)?;
-                file.write_all_at(part, copy.to + done)?;
-                done += length;
-            }
-        }
-        file.write_all_at(&capsule.bytes, capsule.region)
-    };
-    fill().map_err(io_error("filling the capsule of a small process"))?;
+    file.write_all_at(&capsule.head, 0)
+        .and_then(|()| copy_pages(&capsule.pages, &file, request))
+        .and_then(|()| file.write_all_at(&capsule.bytes, capsule.region))
+        .map_err(io_error("filling the capsule of a small process"))?;
     Ok(file.into())
+}
+
+/// Copies pages of the pool to their places in a file.
+fn copy_pages(copies: &[Copy], file: &File, request: &ZygoteRequest<'_>) -> io::Result<()> {
+    let pool = File::from(request.template.fd().try_clone_to_owned()?);
+    let mut part = vec![0; PART];
+    for copy in copies {
+        let mut done = 0;
+        while done < copy.length {
+            let length = (copy.length - done).min(PART as u64);
+            let part = &mut part[..length as usize];
+            pool.read_exact_at(part, copy.from + done)?;
+            file.write_all_at(part, copy.to + done)?;
+            done += length;
+        }
+    }
+    Ok(())
 }
 
 /// The loader, open to be executed: nobody may have it open for writing then (execve(2), ETXTBSY).

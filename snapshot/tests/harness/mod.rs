@@ -375,8 +375,10 @@ fn sandbox() -> Made<(Child, i32)> {
         "--kill-child",
         "--mount-proc",
     ]);
+    // Instances side by side do not see each other's files there.
+    let begin = "mount -t tmpfs tmpfs /dev/shm && exec sleep 600";
     command
-        .args(["sleep", "600"])
+        .args(["sh", "-c", begin])
         .stdin(Stdio::null())
         .stdout(Stdio::null());
     // SAFETY: prctl is async-signal-safe.

@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/inotify.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -26,18 +25,8 @@ static int tcp(void) {
 
 int main(int count, char **arguments) {
     const char *state = count > 1 ? arguments[1] : "";
-    char *page = mmap(0, 4096, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     int failed = 0;
     if (!strcmp(state, "tcp")) failed = tcp() < 0;
-    if (!strcmp(state, "mlock")) failed = mlock(page, 4096);
-    if (!strcmp(state, "shared")) {
-        page = mmap(0, 4096, 3, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-        page[0] = 1;
-    }
-    if (!strcmp(state, "deleted")) {
-        char name[] = "/tmp/trenv-test-XXXXXX";
-        failed = mkostemp(name, 0) < 0 || unlink(name);
-    }
     if (!strcmp(state, "zombie")) {
         siginfo_t ended;
         if (fork() == 0) _exit(0);
