@@ -3,7 +3,10 @@
 //! A manifest is stored beside its pages and read back by another process later, so it is parsed as
 //! untrusted input: [`Manifest::decode`] checks every index and range that later code relies on.
 
+use nix::libc;
 use serde::{Deserialize, Serialize};
+
+use crate::lineage::Lineage;
 
 /// Layout version of the encoded form.
 pub const VERSION: u32 = 1;
@@ -27,8 +30,10 @@ pub struct Manifest {
     pub fingerprint: String,
     /// CLOCK_MONOTONIC at the dump, nanoseconds.
     pub monotonic: u64,
-    /// Parents before their children; the first is the root of the tree.
+    /// Parents before their children; the first is the root of the tree, orphans come last.
     pub processes: Vec<Process>,
+    /// Children that have ended and were not waited for yet.
+    pub zombies: Vec<Zombie>,
     /// Open file descriptions, shared by the processes' descriptors.
     pub objects: Vec<Object>,
     /// Contents of the sandbox's tmpfs mounts.
@@ -41,7 +46,7 @@ pub struct Manifest {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Process {
     pub pid: i32,
-    /// Index of the parent in [`Manifest::processes`]; none for the root.
+    /// Index of the parent in [`Manifest::processes`]; none for the root and for orphans.
     pub parent: Option<usize>,
     pub group: i32,
     pub session: i32,
@@ -65,6 +70,19 @@ pub struct Process {
     pub oom_score_adj: i32,
     /// The thread group's leader first.
     pub threads: Vec<Thread>,
+}
+
+/// A process that has ended, while its parent has not waited for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Zombie {
+    pub pid: i32,
+    /// Index of the parent in [`Manifest::processes`].
+    pub parent: usize,
+    pub group: i32,
+    pub session: i32,
+    pub uid: u32,
+    /// As wait(2) gives it: an exit status times 256, or the signal that killed it.
+    pub status: i32,
 }
 
 /// The fields of `struct prctl_mm_map` that are addresses, in its order.
@@ -379,8 +397,8 @@ impl Manifest {
         for (index, process) in self.processes.iter().enumerate() {
             let pid = process.pid;
             match process.parent {
-                None if index == 0 => {}
-                Some(parent) if index > 0 && parent < index => {}
+                None => {}
+                Some(parent) if parent < index => {}
                 _ => return wrong(format!("the parent of process {pid} is not before it")),
             }
             let (threads, mappings) = (process.threads.len(), process.mappings.len());
@@ -414,8 +432,32 @@ impl Manifest {
                 }
             }
         }
+        check_zombies(self)?;
+        Lineage::of(self).map_err(|what| ManifestError::Invalid { what })?;
         Ok(())
     }
+}
+
+fn check_zombies(manifest: &Manifest) -> Result<(), ManifestError> {
+    if manifest.zombies.len() > MOST_PROCESSES {
+        return Err(ManifestError::Invalid {
+            what: format!("it has {} zombies", manifest.zombies.len()),
+        });
+    }
+    for zombie in &manifest.zombies {
+        let exited = zombie.status & !0xff00 == 0;
+        let killed = (1..=64).contains(&zombie.status);
+        if zombie.pid <= 1
+            || zombie.parent >= manifest.processes.len()
+            || !(exited || killed)
+            || matches!(zombie.status, libc::SIGSTOP)
+        {
+            return Err(ManifestError::Invalid {
+                what: format!("the zombie {}", zombie.pid),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn check_memory(process: &Process) -> Result<(), ManifestError> {

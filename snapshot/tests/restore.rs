@@ -132,11 +132,9 @@ fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult 
         ("mlock", "is locked in memory (mlock)"),
         ("shared", "is shared memory"),
         ("deleted", "which has no path"),
-        ("zombie", "is a zombie"),
         ("timer", "has POSIX timers"),
         ("inotify", "an inotify that watches something"),
         ("namespace", "made a uts namespace of its own"),
-        ("orphan", "is not a descendant of its root process"),
     ] {
         let program = bed.compile("refused")?;
         let mut instance = bed.run(&[&program, state])?;

@@ -116,6 +116,8 @@ pub mod verb {
     pub const END: u16 = 0;
     /// System call `nr` with `args`.
     pub const SYSCALL: u16 = 1;
+    /// As [`SYSCALL`], made again for a while, until its result is as it must be.
+    pub const RETRY: u16 = 15;
     /// Fork a child with pid `args[0]` that runs the program at `args[1]`.
     pub const FORK: u16 = 2;
     /// Make a child with pid `args[0]` that runs the program at `args[1]` on the stack that ends at

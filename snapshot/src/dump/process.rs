@@ -37,7 +37,11 @@ pub fn threads(pid: i32) -> Result<Vec<i32>, DumpError> {
 }
 
 /// Orders the processes so that each parent stands before its children.
-pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<Entry>, DumpError> {
+pub fn parents_first(
+    root: i32,
+    init: i32,
+    all: impl Iterator<Item = i32>,
+) -> Result<Vec<Entry>, DumpError> {
     let mut parents = BTreeMap::new();
     for pid in all {
         parents.insert(pid, Status::read(pid, pid)?.number("PPid")?);
@@ -52,8 +56,22 @@ pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<En
         pid: Status::read(root, root)?.inner_pid()?,
         parent: None,
     }];
+    // What pid 1 has besides the root are orphans of the tree: daemons that have forked twice.
+    let orphans = parents.iter().filter(|(_, parent)| **parent == init);
+    let mut orphans: Vec<i32> = orphans.map(|(pid, _)| *pid).collect();
     let mut at = 0;
-    while at < order.len() {
+    loop {
+        if at == order.len() {
+            let Some(orphan) = orphans.pop() else {
+                break;
+            };
+            parents.remove(&orphan);
+            order.push(Entry {
+                host_pid: orphan,
+                pid: Status::read(orphan, orphan)?.inner_pid()?,
+                parent: None,
+            });
+        }
         let parent = order[at].host_pid;
         let children: Vec<i32> = parents
             .iter()
@@ -71,9 +89,6 @@ pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<En
         }
         at += 1;
     }
-    for entry in &order {
-        check_children(entry, &order)?;
-    }
     if let Some(pid) = parents.keys().next() {
         let name = proc_text(&format!("/proc/{pid}/comm")).unwrap_or_default();
         return Err(DumpError::Refused(format!(
@@ -83,35 +98,6 @@ pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<En
         )));
     }
     Ok(order)
-}
-
-/// Every child must be one of the tree's: a dead one is in no cgroup any more, yet its parent may
-/// still wait for it.
-fn check_children(parent: &Entry, tree: &[Entry]) -> Result<(), DumpError> {
-    for tid in threads(parent.host_pid)? {
-        let list = proc_text(&format!("/proc/{}/task/{tid}/children", parent.host_pid))?;
-        for child in list
-            .split_whitespace()
-            .filter_map(|child| child.parse::<i32>().ok())
-        {
-            if tree.iter().any(|entry| entry.host_pid == child) {
-                continue;
-            }
-            let status = Status::read(child, child)?;
-            let what = if status.text("State")?.starts_with('Z') {
-                "is a zombie"
-            } else {
-                "left the function's cgroup"
-            };
-            return Err(DumpError::Refused(format!(
-                "process {} ({}), a child of process {}, {what}",
-                status.inner_pid()?,
-                status.text("Name")?,
-                parent.pid
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// Host pids of the manifest's processes, in its order.
@@ -382,13 +368,13 @@ impl<'a> Caller<'a> {
 }
 
 /// /proc/PID/task/TID/status.
-struct Status {
+pub struct Status {
     text: String,
     path: String,
 }
 
 impl Status {
-    fn read(pid: i32, tid: i32) -> Result<Self, DumpError> {
+    pub fn read(pid: i32, tid: i32) -> Result<Self, DumpError> {
         let path = format!("/proc/{pid}/task/{tid}/status");
         Ok(Self {
             text: proc_text(&path)?,
@@ -396,7 +382,7 @@ impl Status {
         })
     }
 
-    fn text(&self, key: &str) -> Result<&str, DumpError> {
+    pub fn text(&self, key: &str) -> Result<&str, DumpError> {
         self.text
             .lines()
             .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
@@ -411,22 +397,22 @@ impl Status {
         }
     }
 
-    fn number(&self, key: &str) -> Result<i32, DumpError> {
+    pub fn number(&self, key: &str) -> Result<i32, DumpError> {
         self.text(key)?.parse().map_err(|_| self.wrong(key))
     }
 
     /// The last id of a line such as NSpid: the one inside the sandbox.
-    fn inner(&self, key: &str) -> Result<i32, DumpError> {
+    pub fn inner(&self, key: &str) -> Result<i32, DumpError> {
         let last = self.text(key)?.split_whitespace().last();
         last.and_then(|id| id.parse().ok())
             .ok_or_else(|| self.wrong(key))
     }
 
-    fn inner_pid(&self) -> Result<i32, DumpError> {
+    pub fn inner_pid(&self) -> Result<i32, DumpError> {
         self.inner("NSpid")
     }
 
-    fn ids(&self, key: &str) -> Result<[u32; 4], DumpError> {
+    pub fn ids(&self, key: &str) -> Result<[u32; 4], DumpError> {
         let mut ids = [0; 4];
         let mut found = self.text(key)?.split_whitespace();
         for id in &mut ids {
@@ -466,10 +452,10 @@ fn inner_id(pid: i32, key: &str) -> Result<i32, DumpError> {
 }
 
 /// The fields of /proc/PID/stat behind the command name, from the third on.
-struct Stat(Vec<u64>);
+pub struct Stat(Vec<u64>);
 
 impl Stat {
-    fn read(pid: i32) -> Result<Self, DumpError> {
+    pub fn read(pid: i32) -> Result<Self, DumpError> {
         let text = proc_text(&format!("/proc/{pid}/stat"))?;
         let rest = text.rsplit_once(')').map_or("", |(_, rest)| rest);
         Ok(Self(
@@ -480,7 +466,7 @@ impl Stat {
     }
 
     /// Field by its number in proc_pid_stat(5).
-    fn field(&self, number: usize) -> u64 {
+    pub fn field(&self, number: usize) -> u64 {
         self.0.get(number - 3).copied().unwrap_or(0)
     }
 

@@ -8,6 +8,7 @@ mod credentials;
 mod files;
 mod frame;
 mod layout;
+mod lineage;
 mod memory;
 mod process;
 mod region;
@@ -16,6 +17,7 @@ mod thread;
 use trenv_pool::Extent;
 use trenv_restorer::wire::{Capsule, Header, MAGIC, MARKS, MAX_AGENTS, OWN_SENTENCES, STACK, fd};
 
+use crate::lineage::Lineage;
 use crate::manifest::{Manifest, MappingKind, PAGE};
 use layout::{Placement, Way, kernel_owned};
 use memory::Copy;
@@ -109,7 +111,9 @@ impl Plan {
     /// # Errors
     /// When the manifest cannot be laid out.
     pub fn of(manifest: &Manifest, extents: &[Extent]) -> Result<Self, PlanError> {
-        let placement = Placement::of(manifest, REGION_LIMIT).ok_or(PlanError::NoRoom)?;
+        let mut lineage = Lineage::of(manifest).map_err(PlanError::Unsupported)?;
+        let helper_pid = lineage::number_stand_ins(manifest, &mut lineage)?;
+        let placement = Placement::of(manifest, lineage, REGION_LIMIT).ok_or(PlanError::NoRoom)?;
         let pieces = memory::pieces(manifest, extents)?;
         let control = files::control_descriptor(manifest);
         let own = process::Own::read()?;
@@ -150,7 +154,7 @@ impl Plan {
             vdso_length,
             vdso_offset,
             vdso_words: frame.vdso_words,
-            helper_pid: helper_pid(manifest)?,
+            helper_pid,
             clone_left: programs.clone_left,
             helper_left: programs.helper_left,
             marks: [0; MARKS],
@@ -276,16 +280,6 @@ fn kernel_block(process: &crate::manifest::Process) -> (u64, u64) {
     let length = own().map(|one| one.end - one.start).sum();
     let below = own().take_while(|one| one.kind != MappingKind::Vdso);
     (length, below.map(|one| one.end - one.start).sum())
-}
-
-/// A pid that no thread of the tree has.
-fn helper_pid(manifest: &Manifest) -> Result<u64, PlanError> {
-    let threads = manifest.processes.iter().flat_map(|p| &p.threads);
-    let taken: Vec<u64> = threads.map(|thread| thread.tid as u64).collect();
-    (300..32_000)
-        .rev()
-        .find(|pid| !taken.contains(pid))
-        .ok_or(PlanError::NoRoom)
 }
 
 fn stored(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
@@ -452,6 +446,7 @@ mod tests {
                     ],
                 ),
             ],
+            zombies: Vec::new(),
             objects: vec![Object {
                 flags: 0,
                 kind: ObjectKind::Path {
@@ -487,7 +482,10 @@ mod tests {
                 ..template.clone()
             })
             .collect();
-        Placement::of(&manifest, REGION_LIMIT).unwrap().ways
+        let lineage = Lineage::of(&manifest).unwrap();
+        Placement::of(&manifest, lineage, REGION_LIMIT)
+            .unwrap()
+            .ways
     }
 
     #[test]
@@ -525,7 +523,8 @@ mod tests {
         }
         manifest.processes[1].mappings[1].start += 300 * PAGE;
         manifest.processes[1].mappings[1].end += 300 * PAGE;
-        let placement = Placement::of(&manifest, REGION_LIMIT).unwrap();
+        let lineage = Lineage::of(&manifest).unwrap();
+        let placement = Placement::of(&manifest, lineage, REGION_LIMIT).unwrap();
         assert_eq!(placement.ways, [Way::Heir, Way::Forked]);
         let staged = placement.of_process(1).next().unwrap();
         assert_ne!(staged.at, 0x40_0000);

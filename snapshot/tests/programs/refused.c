@@ -10,7 +10,6 @@
 #include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -38,11 +37,6 @@ int main(int count, char **arguments) {
         char name[] = "/tmp/trenv-test-XXXXXX";
         failed = mkostemp(name, 0) < 0 || unlink(name);
     }
-    if (!strcmp(state, "zombie")) {
-        siginfo_t ended;
-        if (fork() == 0) _exit(0);
-        failed = waitid(P_ALL, 0, &ended, WEXITED | WNOWAIT) < 0;
-    }
     if (!strcmp(state, "timer")) {
         timer_t timer;
         struct sigevent none = {.sigev_notify = SIGEV_NONE};
@@ -50,14 +44,6 @@ int main(int count, char **arguments) {
     }
     if (!strcmp(state, "inotify")) failed = inotify_add_watch(inotify_init(), "/tmp", IN_CREATE) < 0;
     if (!strcmp(state, "namespace")) failed = unshare(CLONE_NEWUTS);
-    if (!strcmp(state, "orphan") && fork() == 0) {
-        if (fork() == 0) {
-            close(0);
-            pause();
-        }
-        _exit(0);
-    }
-    if (!strcmp(state, "orphan")) wait(0);
     char line[64];
     while (read(0, line, sizeof line) > 0) dprintf(1, "%s\n", failed ? "failed" : state);
     return 0;
