@@ -62,6 +62,8 @@ pub struct Process {
     pub actions: Vec<SignalAction>,
     /// ITIMER_REAL, VIRTUAL, PROF: interval and value as seconds and microseconds.
     pub timers: [[u64; 4]; 3],
+    /// By their numbers.
+    pub posix_timers: Vec<PosixTimer>,
     /// Soft and hard limit by resource number.
     pub limits: Vec<(u64, u64)>,
     pub pending: Vec<Vec<u8>>,
@@ -84,6 +86,24 @@ pub struct Zombie {
     /// As wait(2) gives it: an exit status times 256, or the signal that killed it.
     pub status: i32,
 }
+
+/// A timer of timer_create(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PosixTimer {
+    pub id: i32,
+    pub clock: i32,
+    pub signal: i32,
+    /// What comes with the signal.
+    pub value: u64,
+    /// SIGEV_SIGNAL or SIGEV_NONE, or SIGEV_THREAD_ID and then the thread.
+    pub notify: i32,
+    pub target: i32,
+    /// Interval and what remains: seconds and nanoseconds of each.
+    pub times: [u64; 4],
+}
+
+/// The highest number of a timer on a kernel that gives numbers one after another.
+pub const CREATED_ONE_BY_ONE: i32 = 10_000;
 
 /// The fields of `struct prctl_mm_map` that are addresses, in its order.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -423,6 +443,7 @@ impl Manifest {
             {
                 return wrong(format!("a signal number of process {pid}"));
             }
+            check_timers(process)?;
             for thread in &process.threads {
                 if thread.filters > self.filters.len() {
                     return wrong(format!("the filters of thread {}", thread.tid));
@@ -436,6 +457,25 @@ impl Manifest {
         Lineage::of(self).map_err(|what| ManifestError::Invalid { what })?;
         Ok(())
     }
+}
+
+fn check_timers(process: &Process) -> Result<(), ManifestError> {
+    let mut next = 0;
+    for timer in &process.posix_timers {
+        let target = match timer.notify {
+            libc::SIGEV_SIGNAL | libc::SIGEV_NONE => timer.target == 0,
+            libc::SIGEV_THREAD_ID => process.threads.iter().any(|one| one.tid == timer.target),
+            _ => false,
+        };
+        let times = timer.times[1] < 1_000_000_000 && timer.times[3] < 1_000_000_000;
+        if timer.id < next || !target || !times || !(0..=64).contains(&timer.signal) {
+            return Err(ManifestError::Invalid {
+                what: format!("POSIX timer {} of process {}", timer.id, process.pid),
+            });
+        }
+        next = timer.id.saturating_add(1);
+    }
+    Ok(())
 }
 
 fn check_zombies(manifest: &Manifest) -> Result<(), ManifestError> {

@@ -132,7 +132,7 @@ fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult 
         ("mlock", "is locked in memory (mlock)"),
         ("shared", "is shared memory"),
         ("deleted", "which has no path"),
-        ("timer", "has POSIX timers"),
+        ("timer", "which goes by the CPU time of a process"),
         ("inotify", "an inotify that watches something"),
         ("namespace", "made a uts namespace of its own"),
     ] {

@@ -7,11 +7,13 @@
 //! The work runs on a thread of its own: ptrace belongs to a thread, and the thread enters the
 //! sandbox's network namespace for the questions that only it can answer.
 
+mod caller;
 mod files;
 mod mappings;
 mod memory;
 mod process;
 mod sockets;
+pub(crate) mod timers;
 mod tmpfs;
 mod tracee;
 mod zombies;

@@ -13,6 +13,7 @@ mod memory;
 mod process;
 mod region;
 mod thread;
+mod timers;
 
 use trenv_pool::Extent;
 use trenv_restorer::wire::{Capsule, Header, MAGIC, MARKS, MAX_AGENTS, OWN_SENTENCES, STACK, fd};
@@ -399,6 +400,7 @@ mod tests {
             }],
             actions: Vec::new(),
             timers: [[0; 4]; 3],
+            posix_timers: Vec::new(),
             limits: vec![(1, 2)],
             pending: vec![vec![0; 128]],
             dumpable: 1,

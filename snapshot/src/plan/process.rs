@@ -5,7 +5,7 @@ use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
 use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
-use super::{PlanError, credentials, files, lineage, memory, thread};
+use super::{PlanError, credentials, files, lineage, memory, thread, timers};
 use crate::lineage::Role;
 use crate::manifest::{Manifest, MappingKind, PAGE, Process};
 
@@ -49,6 +49,8 @@ pub struct Tree<'a> {
 pub struct Own {
     limits: Vec<(u64, u64)>,
     capabilities: u64,
+    /// Whether the numbers of POSIX timers can be chosen here.
+    chosen_timers: bool,
 }
 
 impl Tree<'_> {
@@ -255,6 +257,8 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
         ];
         program.verb(verb::THREAD, args);
     }
+    // A timer may be a thread's.
+    timers::make(process, tree.own.chosen_timers, region, program);
     let main = &process.threads[0];
     program.about(region.sentence(format!("setting up the main thread of process {pid}")));
     program.call(libc::SYS_arch_prctl, [ARCH_SET_FS, main.registers.fs_base]);
@@ -419,6 +423,7 @@ impl Own {
         Ok(Self {
             limits: own_limits(),
             capabilities,
+            chosen_timers: crate::dump::timers::ids_can_be_chosen(),
         })
     }
 }

@@ -40,7 +40,9 @@ int main(int count, char **arguments) {
     if (!strcmp(state, "timer")) {
         timer_t timer;
         struct sigevent none = {.sigev_notify = SIGEV_NONE};
-        failed = timer_create(CLOCK_MONOTONIC, &none, &timer);
+        clockid_t clock;
+        failed = clock_getcpuclockid(getppid() ? getppid() : getpid(), &clock);
+        failed = failed || timer_create(clock, &none, &timer);
     }
     if (!strcmp(state, "inotify")) failed = inotify_add_watch(inotify_init(), "/tmp", IN_CREATE) < 0;
     if (!strcmp(state, "namespace")) failed = unshare(CLONE_NEWUTS);
