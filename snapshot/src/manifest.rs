@@ -224,7 +224,9 @@ pub enum ObjectKind {
     PidFd {
         pid: i32,
     },
-    Inotify,
+    Inotify {
+        watches: Vec<Watch>,
+    },
     Socket(Socket),
 }
 
@@ -234,6 +236,15 @@ pub struct EpollTarget {
     pub number: i32,
     pub events: u32,
     pub data: u64,
+}
+
+/// A file or directory watched by an inotify.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watch {
+    /// Its number.
+    pub wd: i32,
+    pub mask: u32,
+    pub path: String,
 }
 
 /// A socket without a remote peer, or one end of a pair.
@@ -454,6 +465,13 @@ impl Manifest {
             }
         }
         check_zombies(self)?;
+        for object in &self.objects {
+            if let ObjectKind::Inotify { watches } = &object.kind
+                && watches.iter().any(|watch| watch.wd < 1)
+            {
+                return wrong("the number of an inotify's watch".into());
+            }
+        }
         Lineage::of(self).map_err(|what| ManifestError::Invalid { what })?;
         Ok(())
     }

@@ -133,7 +133,7 @@ fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult 
         ("shared", "is shared memory"),
         ("deleted", "which has no path"),
         ("timer", "which goes by the CPU time of a process"),
-        ("inotify", "an inotify that watches something"),
+        ("inotify", "is an inotify that watches inode"),
         ("namespace", "made a uts namespace of its own"),
     ] {
         let program = bed.compile("refused")?;

@@ -5,7 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use super::process::sandbox_path;
-use super::{DumpError, DumpRequest, descriptor_of, proc_link, proc_text, same_file, sockets};
+use super::{
+    DumpError, DumpRequest, descriptor_of, inotify, proc_link, proc_text, same_file, sockets,
+};
 use crate::manifest::{Descriptor, EpollTarget, Object, ObjectKind, Process};
 
 const O_CLOEXEC: u32 = nix::libc::O_CLOEXEC as u32;
@@ -198,10 +200,12 @@ impl<'a> Files<'a> {
                     mask: info.hex("sigmask")?,
                 });
             }
-            "anon_inode:inotify" if info.text.contains("inotify wd:") => {
-                return refuse("an inotify that watches something");
+            "anon_inode:inotify" => {
+                let what = format!("descriptor {number} of process {pid}");
+                let root = self.request.root_pid;
+                let watches = inotify::watches(copy, &info.text, root, &what)?;
+                return Ok(ObjectKind::Inotify { watches });
             }
-            "anon_inode:inotify" => return Ok(ObjectKind::Inotify),
             _ if link.starts_with("anon_inode:[pidfd") || link.starts_with("pidfd:") => {
                 return self.pid_of(info, number, pid);
             }

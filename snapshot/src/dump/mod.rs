@@ -9,6 +9,7 @@
 
 mod caller;
 mod files;
+mod inotify;
 mod mappings;
 mod memory;
 mod process;
@@ -353,7 +354,7 @@ fn capture(request: &DumpRequest<'_>, tree: &mut StoppedTree) -> Result<Manifest
         processes: Vec::new(),
         zombies: Vec::new(),
         objects: Vec::new(),
-        tmpfs: tmpfs::read(request.root_pid)?,
+        tmpfs: Vec::new(),
         filters: Vec::new(),
     };
     let all = tree.threads.keys().copied();
@@ -374,6 +375,8 @@ fn capture(request: &DumpRequest<'_>, tree: &mut StoppedTree) -> Result<Manifest
         manifest.processes.push(captured);
     }
     manifest.objects = files.finish(&manifest.processes)?;
+    // After the descriptors: an inotify hears of reading too.
+    manifest.tmpfs = tmpfs::read(request.root_pid)?;
     Lineage::of(&manifest).map_err(DumpError::Refused)?;
     Ok(manifest)
 }

@@ -12,6 +12,8 @@ use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
 /// Status flags that F_SETFL can set.
 const SETTABLE: u32 =
     (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME) as u32;
+/// The number of the watch that is made next, by value.
+const INOTIFY_IOC_SETNEXTWD: u64 = 0x4004_4900;
 const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
 
 /// The control descriptor lies above every descriptor of the tree.
@@ -116,7 +118,7 @@ pub fn make(
             }
             // Made by the process that holds it, once its target exists.
             ObjectKind::PidFd { .. } => {}
-            ObjectKind::Inotify => {
+            ObjectKind::Inotify { .. } => {
                 program.about(region.sentence("making an inotify".into()));
                 program.call(libc::SYS_inotify_init1, [nonblocking]).into(0);
                 move_to(at, program);
@@ -351,6 +353,28 @@ fn watch(manifest: &Manifest, process: &Process, region: &mut Region, program: &
             let add = libc::EPOLL_CTL_ADD as u64;
             let args = [descriptor.number as u64, add, target.number as u64, event];
             program.call(libc::SYS_epoll_ctl, args);
+        }
+    }
+}
+
+/// Steps that let each inotify watch again, once every file is there.
+pub fn watch_files(manifest: &Manifest, control: u64, region: &mut Region, program: &mut Program) {
+    for (index, object) in manifest.objects.iter().enumerate() {
+        let ObjectKind::Inotify { watches } = &object.kind else {
+            continue;
+        };
+        let at = place(control, index);
+        for watch in watches {
+            program.about(region.sentence(format!("watching {}", watch.path)));
+            let number = watch.wd as u64;
+            program.call(libc::SYS_ioctl, [at, INOTIFY_IOC_SETNEXTWD, number]);
+            let path = region.put_text(&watch.path);
+            program
+                .call(
+                    libc::SYS_inotify_add_watch,
+                    [at, path, u64::from(watch.mask)],
+                )
+                .exactly(number);
         }
     }
 }

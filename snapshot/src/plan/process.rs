@@ -169,6 +169,7 @@ pub fn program_of(
         program.verb(verb::MAKE_CLOCK, [tree.manifest.monotonic]);
         files::make(tree.manifest, tree.control, region, &mut program)?;
         files::fill_tmpfs(tree.manifest, region, &mut program);
+        files::watch_files(tree.manifest, tree.control, region, &mut program);
     }
     if tree.way(index) != Way::Loaded {
         bound(index, tree, region, &mut program);
