@@ -257,12 +257,16 @@ pub struct Socket {
     pub address: Vec<u8>,
     /// Backlog of a listener.
     pub listen: Option<i32>,
-    /// Remote address of a connected datagram socket.
+    /// Remote address of a connected datagram socket that is no end of a pair.
     pub connected: Vec<u8>,
     /// Level, name and value of the options that differ from a fresh socket's.
     pub options: Vec<(i32, i32, Vec<u8>)>,
     /// Number of the pair and the end's side (0 or 1).
     pub pair: Option<(u64, u32)>,
+    /// Of an end of a pair: what waits to be read, record by record; all of a stream is one.
+    pub queue: Vec<Vec<u8>>,
+    /// 1 when nothing is received any more, 2 when nothing is sent, 3 for both.
+    pub shutdown: u8,
 }
 
 /// Disposition of a signal.

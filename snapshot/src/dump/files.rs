@@ -76,8 +76,8 @@ impl<'a> Files<'a> {
     }
 
     /// All open files, after every process was looked at.
-    pub fn finish(mut self, processes: &[Process]) -> Result<Vec<Object>, DumpError> {
-        self.sockets.pair(&mut self.objects)?;
+    pub fn finish(self, processes: &[Process]) -> Result<Vec<Object>, DumpError> {
+        self.sockets.pair()?;
         sockets::check_ports(&self.objects)?;
         for (index, object) in self.objects.iter().enumerate() {
             let ObjectKind::Epoll { targets } = &object.kind else {

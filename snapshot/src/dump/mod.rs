@@ -17,6 +17,7 @@ mod sockets;
 pub(crate) mod timers;
 mod tmpfs;
 mod tracee;
+mod unix_sockets;
 mod zombies;
 
 use std::collections::BTreeMap;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use nix::libc;
 use trenv_restorer::wire::{fd, verb};
 
-use super::PlanError;
 use super::region::{Program, Region};
+use super::{PlanError, sockets};
 use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
 
 /// Status flags that F_SETFL can set.
@@ -127,8 +127,20 @@ pub fn make(
                 Some((pair, side)) => {
                     pairs.entry(pair).or_default()[side as usize & 1] = Some(index);
                 }
-                None => make_socket(socket, nonblocking, at, region, program),
+                None => {
+                    sockets::enter_place(manifest, index, region, program);
+                    make_socket(socket, nonblocking, at, region, program);
+                }
             },
+        }
+    }
+    for (index, object) in manifest.objects.iter().enumerate() {
+        if let ObjectKind::Socket(socket) = &object.kind
+            && socket.domain == libc::AF_UNIX
+        {
+            // To another of the tree's, which has its address by now.
+            sockets::enter_place(manifest, index, region, program);
+            connect(socket, place(control, index), region, program);
         }
     }
     for ends in pairs.values() {
@@ -194,6 +206,12 @@ fn make_socket(
     if let Some(backlog) = socket.listen {
         program.call(libc::SYS_listen, [at, backlog as u64]);
     }
+    if internet {
+        connect(socket, at, region, program);
+    }
+}
+
+fn connect(socket: &Socket, at: u64, region: &mut Region, program: &mut Program) {
     if !socket.connected.is_empty() {
         program.about(region.sentence(format!("connecting to {}", describe(&socket.connected))));
         let address = region.put(&socket.connected, 8);
@@ -271,6 +289,18 @@ fn make_pair(
             program.call(libc::SYS_socketpair, args);
             program.verb(verb::LOAD, [numbers]).into(0);
             program.verb(verb::LOAD, [numbers + 4]).into(1);
+            for (slot, end) in [0, 1].into_iter().zip(ends) {
+                if let Some(ObjectKind::Socket(socket)) = end.map(|end| &manifest.objects[end].kind)
+                {
+                    sockets::fill(socket, 1 - slot, region, program);
+                }
+            }
+            for (slot, end) in [0, 1].into_iter().zip(ends) {
+                if let Some(ObjectKind::Socket(socket)) = end.map(|end| &manifest.objects[end].kind)
+                {
+                    sockets::shut(socket, slot, region, program);
+                }
+            }
         }
         _ => return Err(PlanError::Unsupported("a pair of an unknown kind".into())),
     }

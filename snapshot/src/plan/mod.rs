@@ -12,6 +12,7 @@ mod lineage;
 mod memory;
 mod process;
 mod region;
+mod sockets;
 mod thread;
 mod timers;
 
