@@ -8,8 +8,8 @@ mod support;
 use std::path::Path;
 use std::time::Duration;
 
-use support::{IMAGE, TRENV, containerd};
 use support::service::{Service, Template, active, limit};
+use support::{IMAGE, TRENV, containerd};
 use trenv_sandbox_proto as proto;
 
 const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.1; done";

@@ -12,6 +12,7 @@
 
 pub mod dump;
 mod fingerprint;
+mod lineage;
 pub mod manifest;
 mod plan;
 mod working_set;

@@ -6,8 +6,10 @@
 mod file_lock;
 mod memory_object;
 
+use nix::libc;
 use serde::{Deserialize, Serialize};
 
+use crate::lineage::Lineage;
 pub use file_lock::{FileLock, LockHolder};
 pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject, SemaphoreSet};
 
@@ -36,8 +38,10 @@ pub struct Manifest {
     pub fingerprint: String,
     /// CLOCK_MONOTONIC at the dump, nanoseconds.
     pub monotonic: u64,
-    /// Parents before their children; the first is the root of the tree.
+    /// Parents before their children; the first is the root of the tree, orphans come last.
     pub processes: Vec<Process>,
+    /// Children that have ended and were not waited for yet.
+    pub zombies: Vec<Zombie>,
     /// Open file descriptions, shared by the processes' descriptors.
     pub objects: Vec<Object>,
     /// Memory that is shared, and files without a name.
@@ -56,7 +60,7 @@ pub struct Manifest {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Process {
     pub pid: i32,
-    /// Index of the parent in [`Manifest::processes`]; none for the root.
+    /// Index of the parent in [`Manifest::processes`]; none for the root and for orphans.
     pub parent: Option<usize>,
     pub group: i32,
     pub session: i32,
@@ -74,6 +78,8 @@ pub struct Process {
     pub actions: Vec<SignalAction>,
     /// ITIMER_REAL, VIRTUAL, PROF: interval and value as seconds and microseconds.
     pub timers: [[u64; 4]; 3],
+    /// By their numbers.
+    pub posix_timers: Vec<PosixTimer>,
     /// Soft and hard limit by resource number.
     pub limits: Vec<(u64, u64)>,
     pub pending: Vec<Vec<u8>>,
@@ -83,6 +89,37 @@ pub struct Process {
     /// The thread group's leader first.
     pub threads: Vec<Thread>,
 }
+
+/// A process that has ended, while its parent has not waited for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Zombie {
+    pub pid: i32,
+    /// Index of the parent in [`Manifest::processes`].
+    pub parent: usize,
+    pub group: i32,
+    pub session: i32,
+    pub uid: u32,
+    /// As wait(2) gives it: an exit status times 256, or the signal that killed it.
+    pub status: i32,
+}
+
+/// A timer of timer_create(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PosixTimer {
+    pub id: i32,
+    pub clock: i32,
+    pub signal: i32,
+    /// What comes with the signal.
+    pub value: u64,
+    /// SIGEV_SIGNAL or SIGEV_NONE, or SIGEV_THREAD_ID and then the thread.
+    pub notify: i32,
+    pub target: i32,
+    /// Interval and what remains: seconds and nanoseconds of each.
+    pub times: [u64; 4],
+}
+
+/// The highest number of a timer on a kernel that gives numbers one after another.
+pub const CREATED_ONE_BY_ONE: i32 = 10_000;
 
 /// The fields of `struct prctl_mm_map` that are addresses, in its order.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -236,7 +273,9 @@ pub enum ObjectKind {
     PidFd {
         pid: i32,
     },
-    Inotify,
+    Inotify {
+        watches: Vec<Watch>,
+    },
     Socket(Socket),
 }
 
@@ -246,6 +285,15 @@ pub struct EpollTarget {
     pub number: i32,
     pub events: u32,
     pub data: u64,
+}
+
+/// A file or directory watched by an inotify.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watch {
+    /// Its number.
+    pub wd: i32,
+    pub mask: u32,
+    pub path: String,
 }
 
 /// A socket without a remote peer, or one end of a pair.
@@ -258,12 +306,16 @@ pub struct Socket {
     pub address: Vec<u8>,
     /// Backlog of a listener.
     pub listen: Option<i32>,
-    /// Remote address of a connected datagram socket.
+    /// Remote address of a connected datagram socket that is no end of a pair.
     pub connected: Vec<u8>,
     /// Level, name and value of the options that differ from a fresh socket's.
     pub options: Vec<(i32, i32, Vec<u8>)>,
     /// Number of the pair and the end's side (0 or 1).
     pub pair: Option<(u64, u32)>,
+    /// Of an end of a pair: what waits to be read, record by record; all of a stream is one.
+    pub queue: Vec<Vec<u8>>,
+    /// 1 when nothing is received any more, 2 when nothing is sent, 3 for both.
+    pub shutdown: u8,
 }
 
 /// Disposition of a signal.
@@ -431,8 +483,8 @@ impl Manifest {
         for (index, process) in self.processes.iter().enumerate() {
             let pid = process.pid;
             match process.parent {
-                None if index == 0 => {}
-                Some(parent) if index > 0 && parent < index => {}
+                None => {}
+                Some(parent) if parent < index => {}
                 _ => return wrong(format!("the parent of process {pid} is not before it")),
             }
             let (threads, mappings) = (process.threads.len(), process.mappings.len());
@@ -460,6 +512,7 @@ impl Manifest {
             {
                 return wrong(format!("a signal number of process {pid}"));
             }
+            check_timers(process)?;
             for thread in &process.threads {
                 if thread.filters > self.filters.len() {
                     return wrong(format!("the filters of thread {}", thread.tid));
@@ -469,9 +522,60 @@ impl Manifest {
                 }
             }
         }
+        check_zombies(self)?;
+        for object in &self.objects {
+            if let ObjectKind::Inotify { watches } = &object.kind
+                && watches.iter().any(|watch| watch.wd < 1)
+            {
+                return wrong("the number of an inotify's watch".into());
+            }
+        }
         memory_object::check(self)?;
-        file_lock::check(self)
+        file_lock::check(self)?;
+        Lineage::of(self).map_err(|what| ManifestError::Invalid { what })?;
+        Ok(())
     }
+}
+
+fn check_timers(process: &Process) -> Result<(), ManifestError> {
+    let mut next = 0;
+    for timer in &process.posix_timers {
+        let target = match timer.notify {
+            libc::SIGEV_SIGNAL | libc::SIGEV_NONE => timer.target == 0,
+            libc::SIGEV_THREAD_ID => process.threads.iter().any(|one| one.tid == timer.target),
+            _ => false,
+        };
+        let times = timer.times[1] < 1_000_000_000 && timer.times[3] < 1_000_000_000;
+        if timer.id < next || !target || !times || !(0..=64).contains(&timer.signal) {
+            return Err(ManifestError::Invalid {
+                what: format!("POSIX timer {} of process {}", timer.id, process.pid),
+            });
+        }
+        next = timer.id.saturating_add(1);
+    }
+    Ok(())
+}
+
+fn check_zombies(manifest: &Manifest) -> Result<(), ManifestError> {
+    if manifest.zombies.len() > MOST_PROCESSES {
+        return Err(ManifestError::Invalid {
+            what: format!("it has {} zombies", manifest.zombies.len()),
+        });
+    }
+    for zombie in &manifest.zombies {
+        let exited = zombie.status & !0xff00 == 0;
+        let killed = (1..=64).contains(&zombie.status);
+        if zombie.pid <= 1
+            || zombie.parent >= manifest.processes.len()
+            || !(exited || killed)
+            || matches!(zombie.status, libc::SIGSTOP)
+        {
+            return Err(ManifestError::Invalid {
+                what: format!("the zombie {}", zombie.pid),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn check_memory(process: &Process) -> Result<(), ManifestError> {

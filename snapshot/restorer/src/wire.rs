@@ -123,6 +123,8 @@ pub mod verb {
     pub const END: u16 = 0;
     /// System call `nr` with `args`.
     pub const SYSCALL: u16 = 1;
+    /// As [`SYSCALL`], made again for a while, until its result is as it must be.
+    pub const RETRY: u16 = 15;
     /// Fork a child with pid `args[0]` that runs the program at `args[1]`.
     pub const FORK: u16 = 2;
     /// Make a child with pid `args[0]` that runs the program at `args[1]` on the stack that ends at
@@ -155,7 +157,7 @@ pub mod verb {
     /// Enter that time namespace; the address space must be this process's alone by now.
     pub const ENTER_CLOCK: u16 = 14;
     /// Wait for a [`super::request::GO`] of this process's own from the control socket.
-    pub const AWAIT_GO: u16 = 15;
+    pub const AWAIT_GO: u16 = 16;
 }
 
 /// How a system call's result is judged.

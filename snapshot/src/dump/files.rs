@@ -7,8 +7,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use super::memory_objects::{MemoryObjects, other_name};
 use super::process::sandbox_path;
 use super::{
-    DumpError, DumpRequest, descriptor_of, fifo, file_locks, proc_link, proc_text, same_file,
-    sockets,
+    DumpError, DumpRequest, descriptor_of, fifo, file_locks, inotify, proc_link, proc_text,
+    same_file, sockets,
 };
 use crate::manifest::{Descriptor, EpollTarget, FileLock, Object, ObjectKind, Process};
 
@@ -122,8 +122,8 @@ impl<'a> Files<'a> {
     }
 
     /// All open files, after every process was looked at.
-    pub fn finish(mut self, processes: &[Process]) -> Result<Vec<Object>, DumpError> {
-        self.sockets.pair(&mut self.objects)?;
+    pub fn finish(self, processes: &[Process]) -> Result<Vec<Object>, DumpError> {
+        self.sockets.pair()?;
         sockets::check_ports(&self.objects)?;
         for (index, object) in self.objects.iter().enumerate() {
             let ObjectKind::Epoll { targets } = &object.kind else {
@@ -259,10 +259,12 @@ impl<'a> Files<'a> {
                     mask: info.hex("sigmask")?,
                 });
             }
-            "anon_inode:inotify" if info.text.contains("inotify wd:") => {
-                return refuse("an inotify that watches something");
+            "anon_inode:inotify" => {
+                let what = format!("descriptor {number} of process {pid}");
+                let root = self.request.root_pid;
+                let watches = inotify::watches(copy, &info.text, root, &what)?;
+                return Ok(ObjectKind::Inotify { watches });
             }
-            "anon_inode:inotify" => return Ok(ObjectKind::Inotify),
             _ if link.starts_with("anon_inode:[pidfd") || link.starts_with("pidfd:") => {
                 return self.pid_of(info, number, pid);
             }

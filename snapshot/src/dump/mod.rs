@@ -7,17 +7,22 @@
 //! The work runs on a thread of its own: ptrace belongs to a thread, and the thread enters the
 //! sandbox's network namespace for the questions that only it can answer.
 
+mod caller;
 mod fifo;
 mod file_locks;
 mod files;
+mod inotify;
 mod mappings;
 mod memory;
 mod memory_objects;
 mod process;
 mod sockets;
 mod sysv;
+pub(crate) mod timers;
 mod tmpfs;
 mod tracee;
+mod unix_sockets;
+mod zombies;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,6 +36,7 @@ use trenv_pool::{TemplateInfo, TemplateWriter};
 
 use crate::TaskGroup;
 use crate::fingerprint::{Fingerprint, FingerprintError};
+use crate::lineage::Lineage;
 use crate::manifest::{Manifest, ManifestError, VERSION};
 use memory_objects::MemoryObjects;
 use tracee::Tracee;
@@ -182,6 +188,25 @@ fn dump_here(
     })
 }
 
+/// An error that is none because the task has ended, perhaps while its cgroup was listed.
+fn gone<T: Default>(tid: i32, err: DumpError) -> Result<T, DumpError> {
+    if runs(tid) {
+        Err(err)
+    } else {
+        Ok(T::default())
+    }
+}
+
+/// Whether a task has not ended: a zombie has.
+fn runs(tid: i32) -> bool {
+    let stat = proc_text(&format!("/proc/{tid}/stat")).unwrap_or_default();
+    let state = stat
+        .rsplit_once(')')
+        .map_or("", |(_, rest)| rest)
+        .trim_start();
+    !(state.is_empty() || state.starts_with(['Z', 'X']))
+}
+
 /// All threads of the tree, stopped. Dropping it lets them go on.
 struct StoppedTree {
     /// Threads by host pid of their process, the leader first.
@@ -208,12 +233,21 @@ impl StoppedTree {
                     .map_err(DumpError::io("listing the function's processes"))?
                 {
                     let known = seized.entry(pid).or_default();
-                    for tid in process::threads(pid)? {
+                    for tid in process::threads(pid).or_else(|err| gone(pid, err))? {
                         if !known.contains(&tid) {
-                            tracee::seize(tid)
-                                .map_err(DumpError::io(format!("stopping thread {tid}")))?;
-                            known.push(tid);
-                            fresh = true;
+                            match tracee::seize(tid) {
+                                Ok(()) => {
+                                    known.push(tid);
+                                    fresh = true;
+                                }
+                                Err(source) => gone(
+                                    tid,
+                                    DumpError::Io {
+                                        doing: format!("stopping thread {tid}"),
+                                        source,
+                                    },
+                                )?,
+                            }
                         }
                     }
                 }
@@ -231,11 +265,20 @@ impl StoppedTree {
         let thawed = group.thaw().map_err(DumpError::io("thawing the function"));
         let until = Instant::now() + STOP_TRY;
         for (pid, tids) in seized {
+            if tids.is_empty() {
+                continue;
+            }
             let threads = tree.threads.entry(pid).or_default();
             for tid in tids {
                 match Tracee::stopped(tid, until) {
                     Ok(Some(tracee)) => threads.push(tracee),
                     Ok(None) => {
+                        return Err(DumpError::Stuck {
+                            stuck: format!("thread {tid}"),
+                        });
+                    }
+                    // It has ended: the dump begins anew without it.
+                    Err(_) if !runs(tid) => {
                         return Err(DumpError::Stuck {
                             stuck: format!("thread {tid}"),
                         });
@@ -322,14 +365,17 @@ fn capture(
         fingerprint: Fingerprint::of_this_machine()?.to_string(),
         monotonic: monotonic(request.root_pid)?,
         processes: Vec::new(),
+        zombies: Vec::new(),
         objects: Vec::new(),
         memory: Vec::new(),
         locks: Vec::new(),
         semaphores: sysv::semaphores()?,
-        tmpfs: tmpfs::read(request.root_pid, &mut memory)?,
+        tmpfs: Vec::new(),
         filters: Vec::new(),
     };
-    let order = process::parents_first(request.root_pid, tree.threads.keys().copied())?;
+    let all = tree.threads.keys().copied();
+    let order = process::parents_first(request.root_pid, request.init_pid, all)?;
+    manifest.zombies = zombies::of_tree(&order)?;
     let ids: BTreeMap<i32, i32> = order
         .iter()
         .map(|entry| (entry.host_pid, entry.pid))
@@ -347,7 +393,10 @@ fn capture(
     }
     manifest.locks = files.locks();
     manifest.objects = files.finish(&manifest.processes)?;
+    // After the descriptors: an inotify hears of reading too.
+    manifest.tmpfs = tmpfs::read(request.root_pid, &mut memory)?;
     manifest.memory = memory.describe()?;
+    Lineage::of(&manifest).map_err(DumpError::Refused)?;
     Ok((manifest, memory))
 }
 

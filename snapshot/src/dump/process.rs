@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use nix::libc;
 
+use super::caller::Caller;
 use super::memory_objects::MemoryObjects;
 use super::tracee::Tracee;
-use super::{DumpError, mappings, proc_link, proc_text};
-use crate::manifest::{Credentials, Layout, Manifest, MappingKind, Process, SignalAction, Thread};
+use super::{DumpError, mappings, proc_link, proc_text, timers};
+use crate::manifest::{Credentials, Layout, Manifest, MappingKind, Process, Thread};
 
 /// Place of a process in the tree.
 #[derive(Debug)]
@@ -38,7 +39,11 @@ pub fn threads(pid: i32) -> Result<Vec<i32>, DumpError> {
 }
 
 /// Orders the processes so that each parent stands before its children.
-pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<Entry>, DumpError> {
+pub fn parents_first(
+    root: i32,
+    init: i32,
+    all: impl Iterator<Item = i32>,
+) -> Result<Vec<Entry>, DumpError> {
     let mut parents = BTreeMap::new();
     for pid in all {
         parents.insert(pid, Status::read(pid, pid)?.number("PPid")?);
@@ -53,8 +58,22 @@ pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<En
         pid: Status::read(root, root)?.inner_pid()?,
         parent: None,
     }];
+    // What pid 1 has besides the root are orphans of the tree: daemons that have forked twice.
+    let orphans = parents.iter().filter(|(_, parent)| **parent == init);
+    let mut orphans: Vec<i32> = orphans.map(|(pid, _)| *pid).collect();
     let mut at = 0;
-    while at < order.len() {
+    loop {
+        if at == order.len() {
+            let Some(orphan) = orphans.pop() else {
+                break;
+            };
+            parents.remove(&orphan);
+            order.push(Entry {
+                host_pid: orphan,
+                pid: Status::read(orphan, orphan)?.inner_pid()?,
+                parent: None,
+            });
+        }
         let parent = order[at].host_pid;
         let children: Vec<i32> = parents
             .iter()
@@ -72,9 +91,6 @@ pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<En
         }
         at += 1;
     }
-    for entry in &order {
-        check_children(entry, &order)?;
-    }
     if let Some(pid) = parents.keys().next() {
         let name = proc_text(&format!("/proc/{pid}/comm")).unwrap_or_default();
         return Err(DumpError::Refused(format!(
@@ -84,35 +100,6 @@ pub fn parents_first(root: i32, all: impl Iterator<Item = i32>) -> Result<Vec<En
         )));
     }
     Ok(order)
-}
-
-/// Every child must be one of the tree's: a dead one is in no cgroup any more, yet its parent may
-/// still wait for it.
-fn check_children(parent: &Entry, tree: &[Entry]) -> Result<(), DumpError> {
-    for tid in threads(parent.host_pid)? {
-        let list = proc_text(&format!("/proc/{}/task/{tid}/children", parent.host_pid))?;
-        for child in list
-            .split_whitespace()
-            .filter_map(|child| child.parse::<i32>().ok())
-        {
-            if tree.iter().any(|entry| entry.host_pid == child) {
-                continue;
-            }
-            let status = Status::read(child, child)?;
-            let what = if status.text("State")?.starts_with('Z') {
-                "is a zombie"
-            } else {
-                "left the function's cgroup"
-            };
-            return Err(DumpError::Refused(format!(
-                "process {} ({}), a child of process {}, {what}",
-                status.inner_pid()?,
-                status.text("Name")?,
-                parent.pid
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// Host pids of the manifest's processes, in its order.
@@ -155,7 +142,6 @@ pub fn capture(
         )));
     }
     check_roots(host, init, pid)?;
-    check_posix_timers(host, pid)?;
 
     let mut caller = Caller::new(leader, gate, host)?;
     let actions = caller.signal_actions()?;
@@ -171,6 +157,7 @@ pub fn capture(
         )?;
         *timer = caller.read()?;
     }
+    let posix_timers = timers::read(&mut caller, host, pid)?;
     let brk = caller.call(libc::SYS_brk, [0; 6])? as u64;
     let dumpable = caller.prctl(libc::PR_GET_DUMPABLE)?;
     // The kernel writes an int.
@@ -214,6 +201,7 @@ pub fn capture(
         descriptors: Vec::new(),
         actions,
         timers,
+        posix_timers,
         limits: limits(host)?,
         pending,
         dumpable,
@@ -292,110 +280,14 @@ fn thread(
     })
 }
 
-/// Makes calls in a stopped thread's name, with a scratch page in its address space.
-struct Caller<'a> {
-    tracee: &'a mut Tracee,
-    gate: u64,
-    memory: std::fs::File,
-    scratch: u64,
-}
-
-const SCRATCH: u64 = 8192;
-
-impl<'a> Caller<'a> {
-    fn new(tracee: &'a mut Tracee, gate: u64, host: i32) -> Result<Self, DumpError> {
-        let path = format!("/proc/{host}/mem");
-        let memory =
-            std::fs::File::open(&path).map_err(DumpError::io(format!("opening {path}")))?;
-        let mut caller = Self {
-            tracee,
-            gate,
-            memory,
-            scratch: 0,
-        };
-        let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-        let access = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-        caller.scratch =
-            caller.call(libc::SYS_mmap, [0, SCRATCH, access, anonymous, u64::MAX, 0])? as u64;
-        Ok(caller)
-    }
-
-    fn call(&mut self, nr: i64, args: [u64; 6]) -> Result<i64, DumpError> {
-        let tid = self.tracee.tid();
-        let doing = || format!("making system call {nr} in thread {tid}");
-        let result = self.tracee.syscall(self.gate, nr, args);
-        let result = result.map_err(|source| DumpError::Io {
-            doing: doing(),
-            source,
-        })?;
-        if (-4095..0).contains(&result) {
-            return Err(DumpError::Io {
-                doing: doing(),
-                source: std::io::Error::from_raw_os_error(-result as i32),
-            });
-        }
-        Ok(result)
-    }
-
-    fn prctl(&mut self, option: i32) -> Result<u64, DumpError> {
-        Ok(self.call(libc::SYS_prctl, [option as u64, 0, 0, 0, 0, 0])? as u64)
-    }
-
-    fn prctl_out(&mut self, option: i32) -> Result<u64, DumpError> {
-        self.call(libc::SYS_prctl, [option as u64, self.scratch, 0, 0, 0, 0])?;
-        let [value] = self.read()?;
-        Ok(value)
-    }
-
-    fn read<const N: usize>(&self) -> Result<[u64; N], DumpError> {
-        let mut bytes = vec![0u8; N * 8];
-        std::os::unix::fs::FileExt::read_exact_at(&self.memory, &mut bytes, self.scratch)
-            .map_err(DumpError::io("reading the scratch page"))?;
-        let mut words = [0; N];
-        for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
-            *word = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
-        }
-        Ok(words)
-    }
-
-    fn signal_actions(&mut self) -> Result<Vec<SignalAction>, DumpError> {
-        let mut actions = Vec::new();
-        for signal in 1..=64 {
-            if signal == libc::SIGKILL || signal == libc::SIGSTOP {
-                continue;
-            }
-            self.call(
-                libc::SYS_rt_sigaction,
-                [signal as u64, 0, self.scratch, 8, 0, 0],
-            )?;
-            let [handler, flags, restorer, mask] = self.read()?;
-            if handler != 0 || flags != 0 {
-                actions.push(SignalAction {
-                    signal,
-                    handler,
-                    flags,
-                    restorer,
-                    mask,
-                });
-            }
-        }
-        Ok(actions)
-    }
-
-    fn finish(mut self) -> Result<(), DumpError> {
-        self.call(libc::SYS_munmap, [self.scratch, SCRATCH, 0, 0, 0, 0])?;
-        Ok(())
-    }
-}
-
 /// /proc/PID/task/TID/status.
-struct Status {
+pub struct Status {
     text: String,
     path: String,
 }
 
 impl Status {
-    fn read(pid: i32, tid: i32) -> Result<Self, DumpError> {
+    pub fn read(pid: i32, tid: i32) -> Result<Self, DumpError> {
         let path = format!("/proc/{pid}/task/{tid}/status");
         Ok(Self {
             text: proc_text(&path)?,
@@ -403,7 +295,7 @@ impl Status {
         })
     }
 
-    fn text(&self, key: &str) -> Result<&str, DumpError> {
+    pub fn text(&self, key: &str) -> Result<&str, DumpError> {
         self.text
             .lines()
             .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
@@ -418,22 +310,22 @@ impl Status {
         }
     }
 
-    fn number(&self, key: &str) -> Result<i32, DumpError> {
+    pub fn number(&self, key: &str) -> Result<i32, DumpError> {
         self.text(key)?.parse().map_err(|_| self.wrong(key))
     }
 
     /// The last id of a line such as NSpid: the one inside the sandbox.
-    fn inner(&self, key: &str) -> Result<i32, DumpError> {
+    pub fn inner(&self, key: &str) -> Result<i32, DumpError> {
         let last = self.text(key)?.split_whitespace().last();
         last.and_then(|id| id.parse().ok())
             .ok_or_else(|| self.wrong(key))
     }
 
-    fn inner_pid(&self) -> Result<i32, DumpError> {
+    pub fn inner_pid(&self) -> Result<i32, DumpError> {
         self.inner("NSpid")
     }
 
-    fn ids(&self, key: &str) -> Result<[u32; 4], DumpError> {
+    pub fn ids(&self, key: &str) -> Result<[u32; 4], DumpError> {
         let mut ids = [0; 4];
         let mut found = self.text(key)?.split_whitespace();
         for id in &mut ids {
@@ -473,10 +365,10 @@ fn inner_id(pid: i32, key: &str) -> Result<i32, DumpError> {
 }
 
 /// The fields of /proc/PID/stat behind the command name, from the third on.
-struct Stat(Vec<u64>);
+pub struct Stat(Vec<u64>);
 
 impl Stat {
-    fn read(pid: i32) -> Result<Self, DumpError> {
+    pub fn read(pid: i32) -> Result<Self, DumpError> {
         let text = proc_text(&format!("/proc/{pid}/stat"))?;
         let rest = text.rsplit_once(')').map_or("", |(_, rest)| rest);
         Ok(Self(
@@ -487,7 +379,7 @@ impl Stat {
     }
 
     /// Field by its number in proc_pid_stat(5).
-    fn field(&self, number: usize) -> u64 {
+    pub fn field(&self, number: usize) -> u64 {
         self.0.get(number - 3).copied().unwrap_or(0)
     }
 
@@ -547,18 +439,6 @@ fn check_roots(host: i32, init: i32, pid: i32) -> Result<(), DumpError> {
         )));
     }
     Ok(())
-}
-
-fn check_posix_timers(host: i32, pid: i32) -> Result<(), DumpError> {
-    if proc_text(&format!("/proc/{host}/timers"))?
-        .trim()
-        .is_empty()
-    {
-        return Ok(());
-    }
-    Err(DumpError::Refused(format!(
-        "process {pid} has POSIX timers (timer_create)"
-    )))
 }
 
 fn limits(pid: i32) -> Result<Vec<(u64, u64)>, DumpError> {

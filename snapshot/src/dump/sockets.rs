@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use nix::libc;
 
 use super::DumpError;
+use super::unix_sockets::{self, Known};
 use crate::manifest::{Object, ObjectKind, Socket};
 
 /// Options read and set again; a fresh socket has zero for each.
@@ -24,8 +25,8 @@ const OPTIONS: [(i32, i32); 8] = [
 /// Unix sockets of the tree, by inode, to find the two ends of each pair.
 #[derive(Default)]
 pub struct Peers {
-    /// Peer's inode by inode, as sock_diag(7) tells.
-    peers: Option<BTreeMap<u64, u64>>,
+    /// By inode, as sock_diag(7) tells.
+    known: Option<BTreeMap<u64, Known>>,
     objects: BTreeMap<u64, usize>,
 }
 
@@ -58,6 +59,8 @@ impl Peers {
             connected: Vec::new(),
             options: Vec::new(),
             pair: None,
+            queue: Vec::new(),
+            shutdown: 0,
         };
         let internet = matches!(domain, libc::AF_INET | libc::AF_INET6);
         if !internet && domain != libc::AF_UNIX {
@@ -65,16 +68,33 @@ impl Peers {
         }
         let remote = name(fd, libc::getpeername).ok();
         match (domain, kind, remote) {
-            (libc::AF_UNIX, _, Some(_)) => {
-                socket.address.clear();
-                let peer = self.peer_of(inode)?;
-                socket.pair = Some((inode.min(peer), u32::from(inode > peer)));
+            (libc::AF_UNIX, _, Some(remote)) => {
+                let own = self.known(inode)?;
+                let peer = match own.peer {
+                    0 => Known::default(),
+                    peer => self.known(peer)?,
+                };
+                if own.peer == 0 && kind != libc::SOCK_DGRAM && own.shutdown != 3 {
+                    return refuse("a unix socket whose connection is not accepted yet".into());
+                }
+                socket.queue = unix_sockets::peek(fd, kind, what)?;
+                socket.shutdown = own.shutdown;
                 self.objects.insert(inode, object);
-                let mut queued: i32 = 0;
-                // SAFETY: FIONREAD writes one int.
-                unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut queued) };
-                if queued > 0 {
-                    return refuse(format!("a unix socket with {queued} bytes not read yet"));
+                if own.peer != 0 && peer.peer != inode {
+                    // A datagram socket whose peer hears others too.
+                    if !socket.queue.is_empty() {
+                        return refuse("a unix socket with datagrams not read yet".into());
+                    }
+                    socket.connected = remote;
+                    if socket.address.len() <= 2 {
+                        socket.address.clear();
+                    }
+                } else {
+                    socket.address.clear();
+                    socket.pair = Some(match own.peer {
+                        0 => (inode, 0),
+                        peer => (inode.min(peer), u32::from(inode > peer)),
+                    });
                 }
             }
             (_, libc::SOCK_STREAM, Some(remote)) => {
@@ -84,7 +104,15 @@ impl Peers {
                 ));
             }
             (_, libc::SOCK_DGRAM, Some(remote)) => socket.connected = remote,
-            (libc::AF_UNIX, _, None) if socket.address.len() <= 2 => socket.address.clear(),
+            (libc::AF_UNIX, _, None) => {
+                self.objects.insert(inode, object);
+                if kind == libc::SOCK_DGRAM && !unix_sockets::peek(fd, kind, what)?.is_empty() {
+                    return refuse("a unix socket with datagrams not read yet".into());
+                }
+                if socket.address.len() <= 2 {
+                    socket.address.clear();
+                }
+            }
             (_, libc::SOCK_STREAM | libc::SOCK_DGRAM | libc::SOCK_SEQPACKET, None) => {}
             _ => return refuse(format!("a socket of type {kind}")),
         }
@@ -92,7 +120,18 @@ impl Peers {
             socket.address.clear();
         }
         if listening {
-            socket.listen = Some(if internet { backlog(fd, what)? } else { 128 });
+            socket.listen = Some(if internet {
+                backlog(fd, what)?
+            } else {
+                let own = self.known(inode)?;
+                if own.waiting > 0 {
+                    return refuse(format!(
+                        "a listener with {} connections not accepted yet",
+                        own.waiting
+                    ));
+                }
+                i32::try_from(own.backlog).unwrap_or(i32::MAX)
+            });
         }
         for (level, name) in OPTIONS {
             let fits = match level {
@@ -110,17 +149,12 @@ impl Peers {
         Ok(socket)
     }
 
-    /// Checks that both ends of every pair are in the tree.
-    pub fn pair(&self, objects: &mut [Object]) -> Result<(), DumpError> {
-        let Some(peers) = &self.peers else {
-            return Ok(());
-        };
-        for (inode, object) in &self.objects {
-            let other = peers.get(inode).and_then(|peer| self.objects.get(peer));
-            let kind = objects.get_mut(*object).map(|object| &mut object.kind);
-            if other.is_none()
-                && let Some(ObjectKind::Socket(_)) = kind
-            {
+    /// Checks that both ends of every connection are in the tree.
+    pub fn pair(&self) -> Result<(), DumpError> {
+        for inode in self.objects.keys() {
+            let known = self.known.as_ref().and_then(|known| known.get(inode));
+            let peer = known.map_or(0, |known| known.peer);
+            if peer != 0 && !self.objects.contains_key(&peer) {
                 return Err(DumpError::Refused(format!(
                     "the unix socket {inode} is connected to a peer outside of the function"
                 )));
@@ -129,19 +163,15 @@ impl Peers {
         Ok(())
     }
 
-    fn peer_of(&mut self, inode: u64) -> Result<u64, DumpError> {
-        if self.peers.is_none() {
-            self.peers = Some(
-                unix_peers().map_err(DumpError::errno("asking for the peers of unix sockets"))?,
-            );
-        }
-        let peer = self
-            .peers
-            .as_ref()
-            .and_then(|peers| peers.get(&inode))
-            .copied();
-        peer.filter(|peer| *peer != 0).ok_or_else(|| {
-            DumpError::Refused(format!("the peer of the unix socket {inode} is gone"))
+    fn known(&mut self, inode: u64) -> Result<Known, DumpError> {
+        let known = match self.known.take() {
+            Some(known) => known,
+            None => unix_sockets::all()
+                .map_err(DumpError::errno("asking for the peers of unix sockets"))?,
+        };
+        let found = self.known.insert(known).get(&inode).copied();
+        found.ok_or_else(|| {
+            DumpError::Refused(format!("the unix socket {inode} is of another network"))
         })
     }
 }
@@ -244,71 +274,6 @@ fn backlog(fd: &OwnedFd, what: &str) -> Result<i32, DumpError> {
         )));
     }
     Ok(word(SACKED).max(1))
-}
-
-/// Peers of all connected unix sockets in this network namespace (sock_diag(7), UDIAG_SHOW_PEER).
-fn unix_peers() -> nix::Result<BTreeMap<u64, u64>> {
-    const SOCK_DIAG_BY_FAMILY: u16 = 20;
-    const DUMP_REQUEST: u16 = 0x301;
-    const SHOW_PEER: u32 = 4;
-    const PEER: u16 = 2;
-    let socket = rustix::net::socket(
-        rustix::net::AddressFamily::NETLINK,
-        rustix::net::SocketType::RAW,
-        Some(rustix::net::netlink::SOCK_DIAG),
-    )
-    .map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
-    // nlmsghdr, then unix_diag_req: family, protocol, pad, states, inode, show, cookie.
-    let mut request = Vec::new();
-    request.extend(40u32.to_ne_bytes());
-    request.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    request.extend(DUMP_REQUEST.to_ne_bytes());
-    request.extend([0; 8]);
-    request.extend([libc::AF_UNIX as u8, 0, 0, 0]);
-    request.extend(u32::MAX.to_ne_bytes());
-    request.extend(0u32.to_ne_bytes());
-    request.extend(SHOW_PEER.to_ne_bytes());
-    request.extend([0; 8]);
-    nix::unistd::write(&socket, &request)?;
-    let mut peers = BTreeMap::new();
-    let mut buffer = vec![0u8; 64 << 10];
-    loop {
-        let got = nix::unistd::read(&socket, &mut buffer)?;
-        let mut messages = &buffer[..got];
-        while let Some(head) = messages.first_chunk::<16>() {
-            let length = u32::from_ne_bytes([head[0], head[1], head[2], head[3]]) as usize;
-            let kind = u16::from_ne_bytes([head[4], head[5]]);
-            if kind == libc::NLMSG_DONE as u16 || length < 16 || length > messages.len() {
-                return Ok(peers);
-            }
-            if kind == libc::NLMSG_ERROR as u16 {
-                return Err(Errno::EOPNOTSUPP);
-            }
-            // unix_diag_msg: family, type, state, pad, inode, cookie; then attributes.
-            let message = &messages[16..length];
-            if let Some(inode) = word(message, 4) {
-                let mut attributes = message.get(16..).unwrap_or_default();
-                while let Some([a, b, c, d, ..]) = attributes.first_chunk::<4>() {
-                    let size = usize::from(u16::from_ne_bytes([*a, *b]));
-                    if u16::from_ne_bytes([*c, *d]) == PEER
-                        && let Some(peer) = word(attributes, 4)
-                    {
-                        peers.insert(u64::from(inode), u64::from(peer));
-                    }
-                    attributes = attributes
-                        .get(size.max(4).next_multiple_of(4)..)
-                        .unwrap_or_default();
-                }
-            }
-            messages = messages
-                .get(length.next_multiple_of(4)..)
-                .unwrap_or_default();
-        }
-    }
-}
-
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
 #[cfg(test)]

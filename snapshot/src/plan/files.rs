@@ -9,12 +9,14 @@ use nix::libc;
 use trenv_restorer::wire::{fd, verb};
 
 use super::region::{Program, Region};
-use super::{PlanError, shared};
+use super::{PlanError, shared, sockets};
 use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
 
 /// Status flags that F_SETFL can set.
 const SETTABLE: u32 =
     (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME) as u32;
+/// The number of the watch that is made next, by value.
+const INOTIFY_IOC_SETNEXTWD: u64 = 0x4004_4900;
 const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
 
 /// The control descriptor lies above every descriptor of the tree.
@@ -127,7 +129,7 @@ pub fn make(
             ObjectKind::Fifo { .. } => {}
             // Made by the process that holds it, once its target exists.
             ObjectKind::PidFd { .. } => {}
-            ObjectKind::Inotify => {
+            ObjectKind::Inotify { .. } => {
                 program.about(region.sentence("making an inotify".into()));
                 program.call(libc::SYS_inotify_init1, [nonblocking]).into(0);
                 move_to(at, program);
@@ -136,8 +138,20 @@ pub fn make(
                 Some((pair, side)) => {
                     pairs.entry(pair).or_default()[side as usize & 1] = Some(index);
                 }
-                None => make_socket(socket, nonblocking, at, region, program),
+                None => {
+                    sockets::enter_place(manifest, index, region, program);
+                    make_socket(socket, nonblocking, at, region, program);
+                }
             },
+        }
+    }
+    for (index, object) in manifest.objects.iter().enumerate() {
+        if let ObjectKind::Socket(socket) = &object.kind
+            && socket.domain == libc::AF_UNIX
+        {
+            // To another of the tree's, which has its address by now.
+            sockets::enter_place(manifest, index, region, program);
+            connect(socket, place(control, index), region, program);
         }
     }
     for ends in pairs.values() {
@@ -205,6 +219,12 @@ fn make_socket(
     if let Some(backlog) = socket.listen {
         program.call(libc::SYS_listen, [at, backlog as u64]);
     }
+    if internet {
+        connect(socket, at, region, program);
+    }
+}
+
+fn connect(socket: &Socket, at: u64, region: &mut Region, program: &mut Program) {
     if !socket.connected.is_empty() {
         program.about(region.sentence(format!("connecting to {}", describe(&socket.connected))));
         let address = region.put(&socket.connected, 8);
@@ -282,6 +302,18 @@ fn make_pair(
             program.call(libc::SYS_socketpair, args);
             program.verb(verb::LOAD, [numbers]).into(0);
             program.verb(verb::LOAD, [numbers + 4]).into(1);
+            for (slot, end) in [0, 1].into_iter().zip(ends) {
+                if let Some(ObjectKind::Socket(socket)) = end.map(|end| &manifest.objects[end].kind)
+                {
+                    sockets::fill(socket, 1 - slot, region, program);
+                }
+            }
+            for (slot, end) in [0, 1].into_iter().zip(ends) {
+                if let Some(ObjectKind::Socket(socket)) = end.map(|end| &manifest.objects[end].kind)
+                {
+                    sockets::shut(socket, slot, region, program);
+                }
+            }
         }
         _ => return Err(PlanError::Unsupported("a pair of an unknown kind".into())),
     }
@@ -365,6 +397,28 @@ fn watch(manifest: &Manifest, process: &Process, region: &mut Region, program: &
             let add = libc::EPOLL_CTL_ADD as u64;
             let args = [descriptor.number as u64, add, target.number as u64, event];
             program.call(libc::SYS_epoll_ctl, args);
+        }
+    }
+}
+
+/// Steps that let each inotify watch again, once every file is there.
+pub fn watch_files(manifest: &Manifest, control: u64, region: &mut Region, program: &mut Program) {
+    for (index, object) in manifest.objects.iter().enumerate() {
+        let ObjectKind::Inotify { watches } = &object.kind else {
+            continue;
+        };
+        let at = place(control, index);
+        for watch in watches {
+            program.about(region.sentence(format!("watching {}", watch.path)));
+            let number = watch.wd as u64;
+            program.call(libc::SYS_ioctl, [at, INOTIFY_IOC_SETNEXTWD, number]);
+            let path = region.put_text(&watch.path);
+            program
+                .call(
+                    libc::SYS_inotify_add_watch,
+                    [at, path, u64::from(watch.mask)],
+                )
+                .exactly(number);
         }
     }
 }

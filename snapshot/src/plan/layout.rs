@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use trenv_restorer::wire::MAX_LOADED;
 
 use super::sysv;
+use crate::lineage::Lineage;
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE};
 
 /// Distance kept from every mapping, so that heaps and stacks may grow.
@@ -52,12 +53,14 @@ pub struct Placement {
     pub region: u64,
     /// A place where the tree's root may map a SysV segment for a moment.
     pub spare: u64,
+    /// Who makes whom.
+    pub lineage: Lineage,
 }
 
 impl Placement {
     /// Places everything; `region` is the length that the restorer's region may have.
-    pub fn of(manifest: &Manifest, region: u64) -> Option<Self> {
-        let ways = ways(manifest);
+    pub fn of(manifest: &Manifest, lineage: Lineage, region: u64) -> Option<Self> {
+        let ways = ways(manifest, &lineage);
         let heir = ways.iter().position(|way| *way == Way::Heir)?;
         let mut all: Vec<(u64, u64)> = manifest
             .processes
@@ -114,6 +117,7 @@ impl Placement {
             placed: placed.into_values().collect(),
             region: region_base,
             spare,
+            lineage,
         })
     }
 
@@ -140,14 +144,14 @@ impl Placement {
         ranges
     }
 
-    /// The process in whose address space process `index` is made; none for the clone itself.
-    pub fn host(&self, index: usize, manifest: &Manifest) -> Option<usize> {
-        let mut at = manifest.processes[index].parent;
+    /// The process in whose address space one of the kin is made; none for the clone itself.
+    pub fn host(&self, kin: usize) -> Option<usize> {
+        let mut at = self.lineage.maker_process(kin);
         while let Some(parent) = at {
             match self.ways[parent] {
                 Way::Heir => return None,
                 Way::Forked => return Some(parent),
-                Way::Loaded => at = manifest.processes[parent].parent,
+                Way::Loaded => at = self.lineage.maker_process(parent),
             }
         }
         None
@@ -161,7 +165,7 @@ impl Placement {
     }
 }
 
-fn ways(manifest: &Manifest) -> Vec<Way> {
+fn ways(manifest: &Manifest, lineage: &Lineage) -> Vec<Way> {
     let count = manifest.processes.len();
     let size = |index: usize| -> u64 {
         let runs = &manifest.processes[index].pages;
@@ -177,9 +181,9 @@ fn ways(manifest: &Manifest) -> Vec<Way> {
         small[index] = false;
     }
     let below_small_ones = |index: usize| {
-        let mut at = manifest.processes[index].parent;
+        let mut at = lineage.maker_process(index);
         while let Some(parent) = at.filter(|parent| small[*parent]) {
-            at = manifest.processes[parent].parent;
+            at = lineage.maker_process(parent);
         }
         at.is_none()
     };

@@ -8,18 +8,22 @@ mod credentials;
 mod files;
 mod frame;
 mod layout;
+mod lineage;
 mod memory;
 mod process;
 mod region;
 mod shared;
+mod sockets;
 mod sysv;
 mod thread;
+mod timers;
 
 use std::collections::BTreeSet;
 
 use trenv_pool::Extent;
 use trenv_restorer::wire::{Capsule, Header, MAGIC, MARKS, MAX_AGENTS, OWN_SENTENCES, STACK, fd};
 
+use crate::lineage::Lineage;
 use crate::manifest::{Manifest, MappingKind, ObjectKind, PAGE};
 use layout::{Placement, Way, kernel_owned};
 pub use memory::Copy;
@@ -118,7 +122,9 @@ impl Plan {
     /// # Errors
     /// When the manifest cannot be laid out.
     pub fn of(manifest: &Manifest, extents: &[Extent]) -> Result<Self, PlanError> {
-        let placement = Placement::of(manifest, REGION_LIMIT).ok_or(PlanError::NoRoom)?;
+        let mut lineage = Lineage::of(manifest).map_err(PlanError::Unsupported)?;
+        let helper_pid = lineage::number_stand_ins(manifest, &mut lineage)?;
+        let placement = Placement::of(manifest, lineage, REGION_LIMIT).ok_or(PlanError::NoRoom)?;
         let pieces = memory::pieces(manifest, extents)?;
         let control = files::control_descriptor(manifest);
         let own = process::Own::read()?;
@@ -161,7 +167,7 @@ impl Plan {
             vdso_length,
             vdso_offset,
             vdso_words: frame.vdso_words,
-            helper_pid: helper_pid(manifest)?,
+            helper_pid,
             clone_left: programs.clone_left,
             helper_left: programs.helper_left,
             marks: [0; MARKS],
@@ -316,16 +322,6 @@ fn kernel_block(process: &crate::manifest::Process) -> (u64, u64) {
     (length, below.map(|one| one.end - one.start).sum())
 }
 
-/// A pid that no thread of the tree has.
-fn helper_pid(manifest: &Manifest) -> Result<u64, PlanError> {
-    let threads = manifest.processes.iter().flat_map(|p| &p.threads);
-    let taken: Vec<u64> = threads.map(|thread| thread.tid as u64).collect();
-    (300..32_000)
-        .rev()
-        .find(|pid| !taken.contains(pid))
-        .ok_or(PlanError::NoRoom)
-}
-
 fn stored(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
     let mut all = Vec::new();
     for place in &placement.placed {
@@ -447,6 +443,7 @@ mod tests {
             }],
             actions: Vec::new(),
             timers: [[0; 4]; 3],
+            posix_timers: Vec::new(),
             limits: vec![(1, 2)],
             pending: vec![vec![0; 128]],
             dumpable: 1,
@@ -497,6 +494,7 @@ mod tests {
                     ],
                 ),
             ],
+            zombies: Vec::new(),
             objects: vec![Object {
                 flags: 0,
                 kind: ObjectKind::Path {
@@ -535,7 +533,10 @@ mod tests {
                 ..template.clone()
             })
             .collect();
-        Placement::of(&manifest, REGION_LIMIT).unwrap().ways
+        let lineage = Lineage::of(&manifest).unwrap();
+        Placement::of(&manifest, lineage, REGION_LIMIT)
+            .unwrap()
+            .ways
     }
 
     #[test]
@@ -573,7 +574,8 @@ mod tests {
         }
         manifest.processes[1].mappings[1].start += 300 * PAGE;
         manifest.processes[1].mappings[1].end += 300 * PAGE;
-        let placement = Placement::of(&manifest, REGION_LIMIT).unwrap();
+        let lineage = Lineage::of(&manifest).unwrap();
+        let placement = Placement::of(&manifest, lineage, REGION_LIMIT).unwrap();
         assert_eq!(placement.ways, [Way::Heir, Way::Forked]);
         let staged = placement.of_process(1).next().unwrap();
         assert_ne!(staged.at, 0x40_0000);

@@ -8,7 +8,8 @@ use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::{Shared, When};
-use super::{PlanError, credentials, files, memory, thread};
+use super::{PlanError, credentials, files, lineage, memory, thread, timers};
+use crate::lineage::Role;
 use crate::manifest::{Manifest, PAGE, Process};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
@@ -55,10 +56,12 @@ pub struct Own {
     /// The kernel takes a process into the time namespace of its children when it executes a program
     /// (fs/exec.c, exec_task_namespaces; from 6.2).
     exec_enters_clock: bool,
+    /// Whether the numbers of POSIX timers can be chosen here.
+    chosen_timers: bool,
 }
 
 impl Tree<'_> {
-    fn way(&self, index: usize) -> Way {
+    pub fn way(&self, index: usize) -> Way {
         self.placement.ways[index]
     }
 
@@ -66,11 +69,16 @@ impl Tree<'_> {
         &self.manifest.processes[index]
     }
 
-    /// Processes that are made in the address space of `host` and leave it by exec.
-    fn loaded_in(&self, host: Option<usize>) -> Vec<usize> {
-        (0..self.manifest.processes.len())
-            .filter(|index| self.way(*index) == Way::Loaded)
-            .filter(|index| self.placement.host(*index, self.manifest) == host)
+    /// Those that are made in the address space of `host` and leave it, by exec or at their end.
+    fn passing_through(&self, host: Option<usize>) -> Vec<usize> {
+        let kin = &self.placement.lineage.kin;
+        (0..kin.len())
+            .filter(|index| match kin[*index].role {
+                Role::Process(process) => self.way(process) == Way::Loaded,
+                Role::Zombie(zombie) => !lineage::dies_alone(&self.manifest.zombies[zombie]),
+                Role::StandIn => true,
+            })
+            .filter(|index| self.placement.host(*index) == host)
             .collect()
     }
 
@@ -83,13 +91,14 @@ impl Tree<'_> {
 
     /// The capabilities that a process's bounding set still has where it is made.
     fn inherited_bounding(&self, index: usize) -> u64 {
-        let mut at = self.process(index).parent;
+        let lineage = &self.placement.lineage;
+        let mut at = lineage.maker_process(index);
         while let Some(parent) = at {
             if self.way(parent) != Way::Loaded {
                 return self.process(parent).threads[0].credentials.bounding;
             }
             // Its bounding set is cut after its exec, which would cut its capabilities too.
-            at = self.process(parent).parent;
+            at = lineage.maker_process(parent);
         }
         self.common_bounding()
     }
@@ -110,6 +119,8 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
     let mut left = Vec::new();
     for way in &tree.placement.ways {
         tables.push((*way != Way::Loaded).then(|| region.put(&table, 8)));
+    }
+    for _ in &tree.placement.lineage.kin {
         left.push(region.put_words(&[1]));
     }
     let (clone_left, helper_left) = (region.put_words(&[1]), region.put_words(&[1]));
@@ -145,16 +156,16 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
 }
 
 /// Addresses of words in the region.
-struct Words<'a> {
-    /// For each process: cleared when it has left the address space in which it was made.
-    left: &'a [u64],
+pub struct Words<'a> {
+    /// For each of the kin: cleared when it has left the address space in which it was made.
+    pub left: &'a [u64],
     /// The same for the clone and its helper.
     clones: [u64; 2],
     tables: &'a [Option<u64>],
 }
 
 /// The program of a process in the address space in which it is made; its address.
-fn program_of(
+pub fn program_of(
     index: usize,
     tree: Tree<'_>,
     words: &Words<'_>,
@@ -171,32 +182,12 @@ fn program_of(
         tree.shared.make_unlinked(tree, region, &mut program);
         tree.shared.make_sysv(tree, region, &mut program);
         files::make(tree.manifest, tree.control, region, &mut program)?;
+        files::watch_files(tree.manifest, tree.control, region, &mut program);
     }
     if tree.way(index) != Way::Loaded {
         bound(index, tree, region, &mut program);
     }
-    session(index, tree.manifest, region, &mut program)?;
-    for (child, other) in tree.manifest.processes.iter().enumerate() {
-        if other.parent != Some(index) {
-            continue;
-        }
-        let its = program_of(child, tree, words, region)?;
-        program.about(region.sentence(format!("making process {}", other.pid)));
-        let pid = other.pid as u64;
-        match tree.way(child) {
-            Way::Forked => program.verb(verb::FORK, [pid, its]),
-            Way::Heir => program.verb(verb::SHARE, [pid, its, region.put_stack(), 0]),
-            Way::Loaded => {
-                let stack = region.put_stack();
-                program.verb(verb::SHARE, [pid, its, stack, words.left[child]])
-            }
-        };
-        if tree.way(index) == Way::Loaded {
-            // The child comes as far as to wait for this process's exec, which then wakes it up on a
-            // processor that idles. A new task stays where it was made, behind its parent.
-            program.call(libc::SYS_sched_yield, []);
-        }
-    }
+    lineage::take_place(index, tree, words, region, &mut program)?;
     match tree.way(index) {
         Way::Loaded => {
             program.about(region.sentence(format!("loading process {}", process.pid)));
@@ -210,7 +201,7 @@ fn program_of(
             );
         }
         Way::Heir => {
-            let others = tree.loaded_in(None).into_iter();
+            let others = tree.passing_through(None).into_iter();
             let others = others.map(|other| words.left[other]);
             for word in words.clones.into_iter().chain(others) {
                 program.verb(verb::WAIT_LEFT, [word]);
@@ -220,7 +211,7 @@ fn program_of(
             become_process(index, tree, region, &mut program);
         }
         Way::Forked => {
-            for other in tree.loaded_in(Some(index)) {
+            for other in tree.passing_through(Some(index)) {
                 program.verb(verb::WAIT_LEFT, [words.left[other]]);
             }
             move_memory(index, tree, region, &mut program);
@@ -267,6 +258,7 @@ pub fn capsule_program(
 fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
     let (process, manifest, control) = (tree.process(index), tree.manifest, tree.control);
     let pid = process.pid;
+    lineage::settle(&tree.placement.lineage.kin[index], region, program);
     advise_about_forks(process, region, program);
     lock::at_start(index, tree, region, program);
     program.verb(verb::MARK, [mark::MEMORY]);
@@ -291,6 +283,8 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
         ];
         program.verb(verb::THREAD, args);
     }
+    // A timer may be a thread's.
+    timers::make(process, tree.own.chosen_timers, region, program);
     let main = &process.threads[0];
     program.about(region.sentence(format!("setting up the main thread of process {pid}")));
     program.call(libc::SYS_arch_prctl, [ARCH_SET_FS, main.registers.fs_base]);
@@ -322,39 +316,6 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
 fn bound(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
     let credentials = &tree.process(index).threads[0].credentials;
     credentials::bound(credentials, tree.inherited_bounding(index), region, program);
-}
-
-/// The process's place among sessions and process groups.
-fn session(
-    index: usize,
-    manifest: &Manifest,
-    region: &mut Region,
-    program: &mut Program,
-) -> Result<(), PlanError> {
-    let process = &manifest.processes[index];
-    let parent = process.parent.map(|parent| &manifest.processes[parent]);
-    program.about(region.sentence(format!(
-        "setting session and group of process {}",
-        process.pid
-    )));
-    if process.session == process.pid {
-        program.call(libc::SYS_setsid, []);
-        return Ok(());
-    }
-    if let Some(parent) = parent
-        && parent.session != process.session
-    {
-        return Err(PlanError::Unsupported(format!(
-            "process {} belongs to session {}, which is not its parent's",
-            process.pid, process.session
-        )));
-    }
-    if process.group == process.pid {
-        program.call(libc::SYS_setpgid, [0, 0]);
-    } else if parent.is_some_and(|parent| parent.group != process.group) {
-        program.call(libc::SYS_setpgid, [0, process.group as u64]);
-    }
-    Ok(())
 }
 
 /// Unmaps what belongs to others and moves what was staged.
@@ -494,6 +455,7 @@ impl Own {
             limits: own_limits(),
             capabilities,
             exec_enters_clock: kernel_is_from(6, 2),
+            chosen_timers: crate::dump::timers::ids_can_be_chosen(),
         })
     }
 }

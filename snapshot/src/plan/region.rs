@@ -202,6 +202,14 @@ impl Program {
         self
     }
 
+    /// The last call is made again until its result is as it must be.
+    pub fn until_done(&mut self) -> &mut Self {
+        if let Some(op) = self.ops.last_mut() {
+            op.verb = verb::RETRY;
+        }
+        self
+    }
+
     /// The last call's result goes to a slot.
     pub fn into(&mut self, slot: u8) -> &mut Self {
         if let Some(op) = self.ops.last_mut() {

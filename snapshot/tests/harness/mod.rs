@@ -165,11 +165,12 @@ impl Bed {
 
     /// Dumps an instance; where it is refused, the instance goes on.
     pub fn try_dump(&self, instance: &Instance) -> Made<Dumped> {
-        for pid in children(instance.root) {
-            instance.group.add(pid)?;
-        }
-        for pid in children(instance.init) {
-            instance.group.add(pid)?;
+        let mut tree = children(instance.root);
+        tree.extend(children(instance.init));
+        while let Some(pid) = tree.pop() {
+            // A child that has ended in the meantime is in no cgroup.
+            let _ = instance.group.add(pid);
+            tree.extend(children(pid));
         }
         let request = DumpRequest {
             group: &instance.group,
