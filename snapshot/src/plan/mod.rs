@@ -510,7 +510,7 @@ mod tests {
         };
         let extents = vec![Extent {
             first_page: 0,
-            pages: 5,
+            pages: 6,
             source: Source::Data { offset: 0 },
         }];
         (manifest, extents)

@@ -317,6 +317,9 @@ pub mod sample {
             key: 0,
             locked: true,
         };
-        vec![object(memory), object(unlinked), object(segment)]
+        let tmpfs = MemoryKind::Tmpfs {
+            path: "/dev/shm/large".into(),
+        };
+        [memory, unlinked, segment, tmpfs].map(object).to_vec()
     }
 }
