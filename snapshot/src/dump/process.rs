@@ -157,6 +157,7 @@ pub fn capture(
     // The kernel writes an int.
     let subreaper = caller.prctl_out(libc::PR_GET_CHILD_SUBREAPER)? & 0xffff_ffff;
     let habits = habits(&mut caller, pid)?;
+    let limits = limits(&mut caller)?;
     caller.finish()?;
 
     let pending = threads[0]
@@ -164,14 +165,7 @@ pub fn capture(
         .map_err(DumpError::io("reading pending signals"))?;
     let mut captured = Vec::new();
     for index in 0..threads.len() {
-        captured.push(thread(
-            threads,
-            index,
-            gate,
-            host,
-            init,
-            filters,
-        )?);
+        captured.push(thread(threads, index, gate, host, init, filters)?);
     }
     Ok(Process {
         pid,
@@ -194,7 +188,7 @@ pub fn capture(
         actions,
         timers,
         posix_timers,
-        limits: limits(host)?,
+        limits,
         pending,
         dumpable,
         habits,
@@ -433,18 +427,14 @@ fn check_roots(host: i32, init: i32, pid: i32) -> Result<(), DumpError> {
     Ok(())
 }
 
-fn limits(pid: i32) -> Result<Vec<(u64, u64)>, DumpError> {
+/// Asked in the process's own name: of another user's it takes CAP_SYS_RESOURCE.
+fn limits(caller: &mut Caller<'_>) -> Result<Vec<(u64, u64)>, DumpError> {
     let mut all = Vec::new();
     for resource in 0..16 {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: reads limits of another process into `limit`.
-        let result = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &raw mut limit) };
-        nix::errno::Errno::result(result)
-            .map_err(DumpError::errno(format!("reading limits of process {pid}")))?;
-        all.push((limit.rlim_cur, limit.rlim_max));
+        let args = [0, resource, 0, caller.scratch, 0, 0];
+        caller.call(libc::SYS_prlimit64, args)?;
+        let [soft, hard] = caller.read()?;
+        all.push((soft, hard));
     }
     Ok(all)
 }
