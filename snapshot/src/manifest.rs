@@ -52,7 +52,7 @@ pub struct Manifest {
     pub semaphores: Vec<SemaphoreSet>,
     /// Contents of the sandbox's tmpfs mounts.
     pub tmpfs: Vec<TmpfsEntry>,
-    /// Seccomp filters, oldest first, as BPF instructions of 8 bytes.
+    /// Different seccomp filters, as BPF instructions of 8 bytes.
     pub filters: Vec<Vec<u64>>,
 }
 
@@ -84,10 +84,22 @@ pub struct Process {
     pub limits: Vec<(u64, u64)>,
     pub pending: Vec<Vec<u8>>,
     pub dumpable: u64,
+    pub habits: Habits,
     pub subreaper: u64,
     pub oom_score_adj: i32,
     /// The thread group's leader first.
     pub threads: Vec<Thread>,
+}
+
+/// What prctl(2) sets for a whole process, beyond what has a field of its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Habits {
+    /// PR_SET_MDWE.
+    pub no_write_execute: u64,
+    /// PR_SET_THP_DISABLE.
+    pub no_huge_pages: u64,
+    /// PR_MCE_KILL.
+    pub memory_failure: u64,
 }
 
 /// A process that has ended, while its parent has not waited for it.
@@ -350,10 +362,14 @@ pub struct Thread {
     /// CPUs it is bound to, where they differ from the sandbox's.
     pub affinity: Option<Vec<u8>>,
     pub parent_death_signal: u64,
+    /// Nanoseconds; 0 for real-time threads, which have none.
+    pub timer_slack: u64,
+    /// Class and level (ioprio_set(2)); 0 where it follows the nice value.
+    pub io_priority: u32,
     pub credentials: Credentials,
     pub no_new_privileges: bool,
-    /// Filters of [`Manifest::filters`] in force.
-    pub filters: usize,
+    /// Indices in [`Manifest::filters`] of those in force, oldest first.
+    pub filters: Vec<usize>,
 }
 
 /// General registers, in the order of `struct sigcontext` where it has them.
@@ -514,7 +530,7 @@ impl Manifest {
             }
             check_timers(process)?;
             for thread in &process.threads {
-                if thread.filters > self.filters.len() {
+                if thread.filters.iter().any(|one| *one >= self.filters.len()) {
                     return wrong(format!("the filters of thread {}", thread.tid));
                 }
                 if thread.xstate.len() < 576 || thread.xstate.len() > 65_536 {

@@ -346,9 +346,14 @@ impl Parked {
     }
 }
 
-/// Says to each process of a tree, as soon as it is restored, that it may go on.
+/// Says to each process of a restored tree that it may go on.
 fn let_go(control: BorrowedFd<'_>, processes: usize) -> Result<(), ZygoteError> {
-    (0..processes).try_for_each(|_| send(control, wire::request::GO, 0, &[]))
+    (0..processes)
+        .try_for_each(|_| send(control, wire::request::GO, 0, &[]))
+        .map_err(|err| match err {
+            ZygoteError::Gone => ZygoteError::TreeGone,
+            err => err,
+        })
 }
 
 /// An agent's hold on its stacks.
@@ -457,7 +462,9 @@ impl PreparedClone {
     /// # Errors
     /// When a step failed: what was made of the tree must then be killed with its cgroup.
     pub fn start(self, request: &StartRequest<'_>) -> Result<Started, ZygoteError> {
-        self.restore(request, true)
+        let started = self.restore(request)?;
+        let_go(self.control.as_fd(), self.tree.processes)?;
+        Ok(started)
     }
 
     /// Like [`PreparedClone::start`], but every process of the tree stops before its first
@@ -466,21 +473,20 @@ impl PreparedClone {
     /// # Errors
     /// As there.
     pub fn park(self, request: &StartRequest<'_>) -> Result<(Started, Parked), ZygoteError> {
-        let started = self.restore(request, false)?;
+        let started = self.restore(request)?;
         let (control, processes) = (self.control, self.tree.processes);
         Ok((started, Parked { control, processes }))
     }
 
-    fn restore(&self, request: &StartRequest<'_>, go: bool) -> Result<Started, ZygoteError> {
+    /// Restores the tree. None of its processes goes on before all are there: one that did could take
+    /// the pid of another, or talk to one that is not what it will be.
+    fn restore(&self, request: &StartRequest<'_>) -> Result<Started, ZygoteError> {
         let begun = now();
         let deadline = Instant::now() + request.deadline;
         let control = self.control.as_fd();
         let [input, output, error] = request.stdio;
         let descriptors = [input, output, error, request.init];
         send(control, wire::request::START, 0, &descriptors)?;
-        if go {
-            let_go(control, self.tree.processes)?;
-        }
         let processes = self.tree.processes;
         let mut pids = vec![0; processes];
         let mut marks = [0; MARKS];

@@ -8,7 +8,7 @@ use super::caller::Caller;
 use super::memory_objects::MemoryObjects;
 use super::tracee::Tracee;
 use super::{DumpError, mappings, proc_link, proc_text, timers};
-use crate::manifest::{Credentials, Layout, Manifest, MappingKind, Process, Thread};
+use crate::manifest::{Credentials, Habits, Layout, Manifest, MappingKind, Process, Thread};
 
 /// Place of a process in the tree.
 #[derive(Debug)]
@@ -162,7 +162,8 @@ pub fn capture(
     let dumpable = caller.prctl(libc::PR_GET_DUMPABLE)?;
     // The kernel writes an int.
     let subreaper = caller.prctl_out(libc::PR_GET_CHILD_SUBREAPER)? & 0xffff_ffff;
-    let secure_bits = caller.prctl(libc::PR_GET_SECUREBITS)?;
+    let habits = habits(&mut caller, pid)?;
+    let limits = limits(&mut caller)?;
     caller.finish()?;
 
     let pending = threads[0]
@@ -170,15 +171,8 @@ pub fn capture(
         .map_err(DumpError::io("reading pending signals"))?;
     let mut captured = Vec::new();
     for index in 0..threads.len() {
-        captured.push(thread(
-            threads,
-            index,
-            gate,
-            host,
-            init,
-            secure_bits,
-            &mut manifest.filters,
-        )?);
+        let filters = &mut manifest.filters;
+        captured.push(thread(threads, index, gate, host, init, filters)?);
     }
     Ok(Process {
         pid,
@@ -202,9 +196,10 @@ pub fn capture(
         actions,
         timers,
         posix_timers,
-        limits: limits(host)?,
+        limits,
         pending,
         dumpable,
+        habits,
         subreaper,
         oom_score_adj: proc_text(&format!("/proc/{host}/oom_score_adj"))?
             .trim()
@@ -220,7 +215,6 @@ fn thread(
     gate: u64,
     host: i32,
     init: i32,
-    secure_bits: u64,
     filters: &mut Vec<Vec<u64>>,
 ) -> Result<Thread, DumpError> {
     let tracee = &mut threads[index];
@@ -231,17 +225,13 @@ fn thread(
     let xstate = tracee.xstate().map_err(doing("the vector registers"))?;
     let rseq = tracee.rseq().map_err(doing("the rseq area"))?;
     let own = tracee.filters().map_err(doing("the seccomp filters"))?;
-    if own.len() > filters.len() {
-        if !own.starts_with(filters) {
-            return Err(DumpError::Refused(
-                "its threads have different seccomp filters".into(),
-            ));
+    let mut in_force = Vec::new();
+    for filter in own {
+        let known = filters.iter().position(|other| *other == filter);
+        in_force.push(known.unwrap_or(filters.len()));
+        if known.is_none() {
+            filters.push(filter);
         }
-        filters.clone_from(&own);
-    } else if !filters.starts_with(&own) {
-        return Err(DumpError::Refused(
-            "its threads have different seccomp filters".into(),
-        ));
     }
     let pending = tracee
         .pending(false)
@@ -254,6 +244,8 @@ fn thread(
     let [pointer, flags, size] = caller.read()?;
     let clear_tid = caller.prctl_out(libc::PR_GET_TID_ADDRESS)?;
     let parent_death_signal = caller.prctl_out(libc::PR_GET_PDEATHSIG)? & 0xffff_ffff;
+    let secure_bits = caller.prctl(libc::PR_GET_SECUREBITS)?;
+    let timer_slack = caller.prctl(libc::PR_GET_TIMERSLACK)?;
     caller.finish()?;
 
     let scheduling = scheduling(tid)?;
@@ -274,9 +266,11 @@ fn thread(
         scheduling,
         affinity: affinity(tid, init)?,
         parent_death_signal,
+        timer_slack,
+        io_priority: io_priority(tid)?,
         credentials: status.credentials(secure_bits)?,
         no_new_privileges: status.number("NoNewPrivs")? != 0,
-        filters: own.len(),
+        filters: in_force,
     })
 }
 
@@ -441,20 +435,59 @@ fn check_roots(host: i32, init: i32, pid: i32) -> Result<(), DumpError> {
     Ok(())
 }
 
-fn limits(pid: i32) -> Result<Vec<(u64, u64)>, DumpError> {
+/// Asked in the process's own name: of another user's it takes CAP_SYS_RESOURCE.
+fn limits(caller: &mut Caller<'_>) -> Result<Vec<(u64, u64)>, DumpError> {
     let mut all = Vec::new();
     for resource in 0..16 {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: reads limits of another process into `limit`.
-        let result = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &raw mut limit) };
-        nix::errno::Errno::result(result)
-            .map_err(DumpError::errno(format!("reading limits of process {pid}")))?;
-        all.push((limit.rlim_cur, limit.rlim_max));
+        let args = [0, resource, 0, caller.scratch, 0, 0];
+        caller.call(libc::SYS_prlimit64, args)?;
+        let [soft, hard] = caller.read()?;
+        all.push((soft, hard));
     }
     Ok(all)
+}
+
+/// None where this kernel does not know what was asked for: it is at its default then.
+fn if_known<T>(asked: Result<T, DumpError>) -> Result<Option<T>, DumpError> {
+    match asked {
+        Err(DumpError::Io { source, .. })
+            if matches!(source.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) =>
+        {
+            Ok(None)
+        }
+        asked => asked.map(Some),
+    }
+}
+
+fn habits(caller: &mut Caller<'_>, pid: i32) -> Result<Habits, DumpError> {
+    let mode = [caller.scratch, 0, 0, 0, 0, 0];
+    if if_known(caller.call(libc::SYS_get_mempolicy, mode))?.is_some() {
+        let [mode] = caller.read()?;
+        if mode & 0xffff_ffff != 0 {
+            return Err(DumpError::Refused(format!(
+                "process {pid} has a NUMA memory policy (set_mempolicy)"
+            )));
+        }
+    }
+    let mut ask = |option: i32, default: u64| {
+        if_known(caller.prctl(option)).map(|asked| asked.unwrap_or(default))
+    };
+    Ok(Habits {
+        no_write_execute: ask(libc::PR_GET_MDWE, 0)?,
+        no_huge_pages: ask(libc::PR_GET_THP_DISABLE, 0)?,
+        memory_failure: ask(libc::PR_MCE_KILL_GET, libc::PR_MCE_KILL_DEFAULT as u64)?,
+    })
+}
+
+fn io_priority(tid: i32) -> Result<u32, DumpError> {
+    const PROCESS: i32 = 1;
+    const CLASS: u32 = 13;
+    // SAFETY: takes numbers only.
+    let found = unsafe { libc::syscall(libc::SYS_ioprio_get, PROCESS, tid) };
+    let found = nix::errno::Errno::result(found).map_err(DumpError::errno(format!(
+        "reading the input and output priority of thread {tid}"
+    )))? as u32;
+    Ok(if found >> CLASS == 0 { 0 } else { found })
 }
 
 fn robust_list(tid: i32) -> Result<(u64, u64), DumpError> {

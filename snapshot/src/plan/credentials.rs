@@ -6,6 +6,7 @@ use super::region::{Program, Region};
 use crate::manifest::{Credentials, Manifest, Thread};
 
 const CAPABILITIES: u64 = 41;
+const CAP_SETPCAP: u64 = 1 << 8;
 const SECCOMP_SET_MODE_FILTER: u64 = 1;
 const FILTER_FLAG_TSYNC: u64 = 1;
 /// Version word of capset(2) for 64 capabilities.
@@ -90,6 +91,13 @@ pub fn take(thread: &Thread, manifest: &Manifest, region: &mut Region, program: 
         program.call(libc::SYS_setfsuid, [fs]).or_not();
     }
     if own.secure_bits != 0 {
+        // Another user has no effective capabilities any more, and this takes CAP_SETPCAP.
+        let able = Credentials {
+            effective: CAP_SETPCAP,
+            permitted: own.permitted | CAP_SETPCAP,
+            ..own.clone()
+        };
+        set_capabilities(&able, region, program);
         program.about(region.sentence("setting secure bits".into()));
         program.call(
             libc::SYS_prctl,
@@ -153,7 +161,10 @@ fn filter(
     region: &mut Region,
     program: &mut Program,
 ) {
-    for instructions in manifest.filters.iter().take(thread.filters) {
+    for index in &thread.filters {
+        let Some(instructions) = manifest.filters.get(*index) else {
+            continue;
+        };
         program.about(region.sentence("installing a seccomp filter".into()));
         let code = region.put_words(instructions);
         // struct sock_fprog: length, then the pointer.

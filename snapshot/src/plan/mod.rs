@@ -447,6 +447,7 @@ mod tests {
             limits: vec![(1, 2)],
             pending: vec![vec![0; 128]],
             dumpable: 1,
+            habits: crate::manifest::Habits::default(),
             subreaper: 0,
             oom_score_adj: 0,
             threads: vec![Thread {
@@ -464,9 +465,11 @@ mod tests {
                 scheduling: (0, 0),
                 affinity: None,
                 parent_death_signal: 0,
+                timer_slack: 50_000,
+                io_priority: 0,
                 credentials: Credentials::default(),
                 no_new_privileges: true,
-                filters: 1,
+                filters: vec![0],
             }],
         }
     }

@@ -291,6 +291,8 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     thread::state(main, process, region, program);
     thread::send_pending(&process.pending, None, pid, region, program);
     credentials::take(main, manifest, region, program);
+    thread::state_after_credentials(main, program);
+    take_habits(process, region, program);
     if shared {
         // A filter may forbid what the others still have to do.
         for word in ready {
@@ -436,6 +438,26 @@ fn settle(
             libc::SYS_prctl,
             [libc::PR_SET_CHILD_SUBREAPER as u64, 1, 0, 0, 0],
         );
+    }
+}
+
+/// What prctl(2) sets for the whole process. It must not forbid what a start still has to do.
+fn take_habits(process: &Process, region: &mut Region, program: &mut Program) {
+    let habits = process.habits;
+    program.about(region.sentence(format!("setting habits of process {}", process.pid)));
+    let mut set = |option: i32, args: [u64; 2]| {
+        let [first, second] = args;
+        program.call(libc::SYS_prctl, [option as u64, first, second, 0, 0]);
+    };
+    if habits.memory_failure != libc::PR_MCE_KILL_DEFAULT as u64 {
+        let one = libc::PR_MCE_KILL_SET as u64;
+        set(libc::PR_MCE_KILL, [one, habits.memory_failure]);
+    }
+    if habits.no_huge_pages != 0 {
+        set(libc::PR_SET_THP_DISABLE, [1, habits.no_huge_pages & !1]);
+    }
+    if habits.no_write_execute != 0 {
+        set(libc::PR_SET_MDWE, [habits.no_write_execute, 0]);
     }
 }
 

@@ -8,6 +8,8 @@ use super::{credentials, frame};
 use crate::manifest::{Manifest, Process, Thread};
 
 const ARCH_SET_GS: u64 = 0x1001;
+/// Timer slack that every thread begins with, in nanoseconds.
+const DEFAULT_SLACK: u64 = 50_000;
 
 /// The program of a thread but the main one; its address.
 pub fn program(
@@ -21,6 +23,7 @@ pub fn program(
     program.about(region.sentence(format!("setting up thread {}", thread.tid)));
     state(thread, process, region, &mut program);
     credentials::take(thread, manifest, region, &mut program);
+    state_after_credentials(thread, &mut program);
     match ready {
         // The main thread's filters become this one's.
         Some(ready) => {
@@ -74,9 +77,13 @@ pub fn state(thread: &Thread, process: &Process, region: &mut Region, program: &
         let mask = region.put(mask, 8);
         program.call(libc::SYS_sched_setaffinity, [0, length, mask]);
     }
-    if thread.parent_death_signal != 0 {
-        let signal = thread.parent_death_signal;
-        program.call(libc::SYS_prctl, [libc::PR_SET_PDEATHSIG as u64, signal]);
+    if thread.timer_slack != DEFAULT_SLACK {
+        let slack = [libc::PR_SET_TIMERSLACK as u64, thread.timer_slack];
+        program.call(libc::SYS_prctl, slack);
+    }
+    if thread.io_priority != 0 {
+        let this_thread = [1, 0, u64::from(thread.io_priority)];
+        program.call(libc::SYS_ioprio_set, this_thread);
     }
     send_pending(
         &thread.pending,
@@ -85,6 +92,14 @@ pub fn state(thread: &Thread, process: &Process, region: &mut Region, program: &
         region,
         program,
     );
+}
+
+/// What a change of user takes away.
+pub fn state_after_credentials(thread: &Thread, program: &mut Program) {
+    if thread.parent_death_signal != 0 {
+        let signal = thread.parent_death_signal;
+        program.call(libc::SYS_prctl, [libc::PR_SET_PDEATHSIG as u64, signal]);
+    }
 }
 
 /// Signals that were pending are sent again; all are blocked until the frame is taken.

@@ -1,0 +1,26 @@
+//! Restores what prctl(2) and its like set. Needs root.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use harness::{Bed, TestResult};
+
+/// User, SIGUSR1, no ambient capabilities, no huge pages, early kill, best effort 6, no write and
+/// execute, slack; ERANGE and EDOM of the threads' filters, each with its thread's slack.
+const HABITS: &str = "65534 10 64 1 1 16390 1 33333 3422222 3311111";
+
+#[test]
+fn processes_and_threads_keep_their_settings_and_filters() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("habits")?;
+    let mut first = bed.run(&[&program])?;
+    assert_eq!(first.ask("check"), HABITS);
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let mut agent = zygote.agent()?;
+    let mut instances = [bed.start(&mut agent)?, bed.start(&mut agent)?];
+    for instance in &mut instances {
+        assert_eq!(instance.ask("check"), HABITS);
+    }
+    Ok(())
+}
