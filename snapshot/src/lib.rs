@@ -13,6 +13,7 @@
 pub mod dump;
 mod fingerprint;
 pub mod manifest;
+pub mod methods;
 mod plan;
 mod working_set;
 pub mod zygote;

@@ -5,6 +5,7 @@ use trenv_pool::{Extent, Source};
 
 use super::layout::{Placed, Placement, kernel_owned};
 use super::region::{Program, Region};
+use super::skeleton::Fill;
 use super::{PlanError, build_fd};
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
 
@@ -53,7 +54,7 @@ pub fn build(
     manifest: &Manifest,
     placement: &Placement,
     pieces: &[Vec<Piece>],
-    control: u64,
+    (control, fill): (u64, Fill),
     region: &mut Region,
     vdso_words: &mut Vec<u64>,
 ) -> Program {
@@ -67,7 +68,11 @@ pub fn build(
             continue;
         }
         let anonymous = mapping.kind == MappingKind::Anonymous;
-        let inside = inside(mapping, &pieces[place.process]);
+        let stored: &[Piece] = match fill {
+            Fill::Pages => &pieces[place.process],
+            Fill::Skeleton { .. } => &[],
+        };
+        let inside = inside(mapping, stored);
         let sourced = inside.filter_map(|piece| {
             let from = match piece.offset {
                 Some(offset) => (control + build_fd::PAGES, offset),
@@ -84,7 +89,7 @@ pub fn build(
         let sourced: Vec<Sourced> = sourced.collect();
         map(place, mapping, process.pid, &sourced, region, &mut program);
         if anonymous && !mapping.flags.no_huge {
-            let stored = inside_stored(mapping, &pieces[place.process]);
+            let stored = inside_stored(mapping, stored);
             for at in worth_huge_pages(place, mapping, &stored) {
                 program
                     .call(libc::SYS_madvise, [at, HUGE, MADV_COLLAPSE])
@@ -199,7 +204,7 @@ pub fn describe_memory(
     );
 }
 
-fn inside<'a>(mapping: &Mapping, pieces: &'a [Piece]) -> impl Iterator<Item = &'a Piece> {
+pub fn inside<'a>(mapping: &Mapping, pieces: &'a [Piece]) -> impl Iterator<Item = &'a Piece> {
     let (start, end) = (mapping.start, mapping.end);
     pieces
         .iter()

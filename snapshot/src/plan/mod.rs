@@ -11,6 +11,7 @@ mod layout;
 mod memory;
 mod process;
 mod region;
+pub mod skeleton;
 mod thread;
 
 use trenv_pool::Extent;
@@ -22,6 +23,7 @@ use memory::Copy;
 use process::Tree;
 pub use region::LOADER;
 use region::{Program, Region};
+use skeleton::{Area, Fill};
 
 /// Length that the region may have.
 const REGION_LIMIT: u64 = 64 << 20;
@@ -69,6 +71,10 @@ pub struct Plan {
     pub file_pages: Vec<Stored>,
     /// Per process, the table of ranges that a clone copies ahead of its writes.
     pub tables: Vec<Option<u64>>,
+    /// Where stored pages belong in the address space, by address.
+    pub areas: Vec<Area>,
+    /// Where a skeleton takes programs.
+    pub rework: u64,
 }
 
 /// The file from which a process is loaded: its head, its pages, its region.
@@ -108,7 +114,7 @@ impl Plan {
     ///
     /// # Errors
     /// When the manifest cannot be laid out.
-    pub fn of(manifest: &Manifest, extents: &[Extent]) -> Result<Self, PlanError> {
+    pub fn of(manifest: &Manifest, extents: &[Extent], fill: Fill) -> Result<Self, PlanError> {
         let placement = Placement::of(manifest, REGION_LIMIT).ok_or(PlanError::NoRoom)?;
         let pieces = memory::pieces(manifest, extents)?;
         let control = files::control_descriptor(manifest);
@@ -126,13 +132,18 @@ impl Plan {
             manifest,
             &placement,
             &pieces,
-            control,
+            (control, fill),
             &mut region,
             &mut words,
         );
-        let programs = process::programs(tree, &mut region)?;
+        let programs = process::programs(tree, fill, &mut region)?;
         let frame = Frame::of(&build, &words, &mut region);
-        let stacks = region.reserve(2 * MAX_AGENTS * STACK);
+        let rework = match fill {
+            Fill::Pages => 0,
+            Fill::Skeleton { .. } => skeleton::REWORK,
+        };
+        let stacks = region.reserve(2 * MAX_AGENTS * STACK + rework);
+        let rework = stacks + 2 * MAX_AGENTS * STACK;
         let heir = &manifest.processes[placement.heir];
         let (vdso_length, vdso_offset) = kernel_block(heir);
         let content = Header {
@@ -153,6 +164,7 @@ impl Plan {
             helper_pid: helper_pid(manifest)?,
             clone_left: programs.clone_left,
             helper_left: programs.helper_left,
+            rework,
             marks: [0; MARKS],
         };
         region.set(header, &header_bytes(&content));
@@ -185,6 +197,8 @@ impl Plan {
             stored: stored(manifest, &placement),
             file_pages: file_pages(manifest, &placement),
             tables: programs.tables,
+            areas: skeleton::areas(manifest, &placement, &pieces),
+            rework,
         })
     }
 }
@@ -341,6 +355,7 @@ fn header_bytes(header: &Header) -> Vec<u8> {
         helper_pid,
         clone_left,
         helper_left,
+        rework,
         marks,
     } = *header;
     let mut words = vec![magic, base, length, build, prepare, root, root_pid];
@@ -353,7 +368,7 @@ fn header_bytes(header: &Header) -> Vec<u8> {
         vdso_offset,
         vdso_words,
     ]);
-    words.extend([helper_pid, clone_left, helper_left]);
+    words.extend([helper_pid, clone_left, helper_left, rework]);
     words.extend(marks);
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
@@ -536,15 +551,15 @@ mod tests {
     #[test]
     fn pages_that_do_not_match_the_manifest_are_an_error() {
         let (manifest, mut extents) = sample();
-        assert!(Plan::of(&manifest, &extents).is_ok());
+        assert!(Plan::of(&manifest, &extents, Fill::Pages).is_ok());
         extents[0].pages = 1;
         assert!(matches!(
-            Plan::of(&manifest, &extents),
+            Plan::of(&manifest, &extents, Fill::Pages),
             Err(PlanError::Pages)
         ));
         extents[0].pages = 3;
         assert!(matches!(
-            Plan::of(&manifest, &extents),
+            Plan::of(&manifest, &extents, Fill::Pages),
             Err(PlanError::Pages)
         ));
     }
@@ -572,7 +587,7 @@ mod tests {
                 bytes.truncate(random() % bytes.len());
             }
             if let Ok(manifest) = Manifest::decode(&bytes)
-                && Plan::of(&manifest, &extents).is_ok()
+                && Plan::of(&manifest, &extents, Fill::Pages).is_ok()
             {
                 planned += 1;
             }

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use trenv_pool::{Backend, Pool, TemplateId};
 use trenv_snapshot::TaskGroup;
 use trenv_snapshot::dump::{DumpRequest, Dumped, dump};
-use trenv_snapshot::zygote::{Agent, StartRequest, Started, Zygote, ZygoteRequest, start_copy};
+use trenv_snapshot::methods::{Method, StartMethod, Work};
+use trenv_snapshot::zygote::{Agent, StartRequest, Started, Zygote, ZygoteRequest};
 
 pub type TestResult = Result<(), Box<dyn std::error::Error>>;
 type Made<T> = Result<T, Box<dyn std::error::Error>>;
@@ -34,6 +35,8 @@ pub struct Instance {
     pub root: i32,
     /// Host pids of a restored tree.
     pub pids: Vec<i32>,
+    /// What its start method does for it.
+    pub work: std::sync::Arc<Work>,
     pub group: Freezer,
     input: File,
     output: BufReader<File>,
@@ -126,6 +129,7 @@ impl Bed {
             init,
             root,
             pids: Vec::new(),
+            work: std::sync::Arc::default(),
             group,
             input: input.into(),
             output: BufReader::new(output.into()),
@@ -213,14 +217,21 @@ impl Bed {
         self.start_in(agent, sandbox, init)
     }
 
-    /// Copies the tree's memory for this one instance.
-    pub fn start_copy(&self, template: &TemplateId) -> Made<Instance> {
+    /// Prepares a template for starts by a method.
+    pub fn prepare(&self, method: Method, template: &TemplateId) -> Made<Box<dyn StartMethod>> {
+        let directory = self.directory.path();
+        self.with_request(template, |request| Ok(method.prepare(request, directory)?))
+    }
+
+    /// Starts an instance by a method.
+    pub fn start_with(&self, method: &dyn StartMethod) -> Made<Instance> {
         let (sandbox, init) = sandbox()?;
         self.start_by(sandbox, init, |group, request| {
-            self.with_request(template, |mut zygote| {
-                zygote.cgroups.push(group.path.join("cgroup.procs"));
-                Ok(start_copy(zygote, request)?)
-            })
+            let mut agent = method.zygote().agent()?;
+            group.add(agent.pid())?;
+            let clone = agent.make_clone(None)?;
+            method.ready(&clone)?;
+            Ok(method.start(clone, request)?)
         })
     }
 
@@ -268,6 +279,7 @@ impl Bed {
             init,
             root: started.pids[0],
             pids: started.pids,
+            work: started.work,
             group,
             input: input.into(),
             output: BufReader::new(output.into()),
