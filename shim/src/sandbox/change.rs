@@ -12,6 +12,7 @@ use trenv_sandbox::Rootfs;
 use trenv_sandbox::cgroup::Limits;
 use trenv_sandbox::rootfs::{Mount, sync_upper};
 use trenv_sandbox_proto as proto;
+use trenv_snapshot::methods::Method;
 use trenv_snapshot::zygote::{StartRequest, Started};
 
 use super::container::SandboxContainer;
@@ -21,7 +22,6 @@ use crate::error::{Result, ShimError};
 use crate::reap::Exit;
 use crate::runc::blocking;
 use crate::stdio::{self, Overflow, ProcessEnds};
-use crate::template::{METHODS, start_error};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 const DEADLINE_MAX: Duration = Duration::from_secs(300);
@@ -65,7 +65,6 @@ impl Steps {
 struct Plan {
     tenancy: String,
     template: TemplateRef,
-    copy: bool,
     rootfs: Vec<Mount>,
     root: RootSpec,
     limits: Limits,
@@ -311,7 +310,7 @@ impl SandboxContainer {
         steps.parts("rootfs", parts);
         let (root, started) = steps
             .time("restore", || {
-                let started = self.start_tree(plan, &seat, ends, until)?;
+                let started = self.start_tree(&seat, ends, until)?;
                 Ok((Root::of_started(&started)?, started))
             })
             .map_err(Failed::Within)?;
@@ -330,13 +329,6 @@ impl SandboxContainer {
 
     fn seat_for(&self, plan: &Plan) -> Result<Arc<Seat>> {
         let templates = &self.all.templates;
-        if plan.copy {
-            // A copy reads the pool only when the root is in place; what is not there must be known
-            // while the sandbox is still as it was.
-            templates.reader(plan.template)?;
-            let cgroup = templates.tenancy_cgroup(&plan.limits)?;
-            return Ok(Arc::new(Seat::plain(cgroup)));
-        }
         let template = templates.resolve(plan.template)?;
         let (seat, prepared) = templates.seat(template, &plan.rootfs, &plan.limits)?;
         if !prepared {
@@ -366,7 +358,6 @@ impl SandboxContainer {
 
     fn start_tree(
         &self,
-        plan: &Plan,
         seat: &Seat,
         ends: &ProcessEnds,
         until: Instant,
@@ -377,11 +368,7 @@ impl SandboxContainer {
             stdio: [input.as_fd(), output.as_fd(), error.as_fd()],
             deadline: until.saturating_duration_since(Instant::now()),
         };
-        if plan.copy {
-            let templates = &self.all.templates;
-            return templates.start_copy(plan.template, &plan.rootfs, &seat.cgroup, &request);
-        }
-        seat.take_clone()?.start(&request).map_err(start_error)
+        seat.start(&request)
     }
 
     /// What need not be done before the answer.
@@ -422,15 +409,6 @@ fn after_the_call(work: impl FnOnce() + Send + 'static) {
 
 impl Plan {
     fn of(request: proto::RepurposeRequest) -> Result<Self> {
-        let copy = match request.method.as_str() {
-            "" | "template" => false,
-            "copy" => true,
-            other => {
-                return Err(ShimError::InvalidArgument(format!(
-                    "The start method {other:?} is not known; use one of {METHODS:?}"
-                )));
-            }
-        };
         let spec: NeededSpec = if request.spec_json.is_empty() {
             NeededSpec::default()
         } else {
@@ -450,9 +428,8 @@ impl Plan {
             request.hostname
         };
         Ok(Self {
-            template: template_ref(&request.template_id, request.generation)?,
+            template: template_ref(&request.template_id, request.generation, &request.method)?,
             tenancy: request.tenancy,
-            copy,
             rootfs: mounts_of(&request.rootfs),
             root: RootSpec {
                 read_only: request.read_only_rootfs,
@@ -473,11 +450,17 @@ impl Plan {
 }
 
 /// A template as a request names it.
-pub fn template_ref(id: &str, generation: u64) -> Result<TemplateRef> {
+pub fn template_ref(id: &str, generation: u64, method: &str) -> Result<TemplateRef> {
+    let method =
+        Method::parse(method).map_err(|err| ShimError::InvalidArgument(err.to_string()))?;
     let id = id.parse().map_err(|err: trenv_pool::InvalidTemplateId| {
         ShimError::InvalidArgument(err.to_string())
     })?;
-    Ok(TemplateRef { id, generation })
+    Ok(TemplateRef {
+        id,
+        generation,
+        method,
+    })
 }
 
 /// Mounts as a request names them.
