@@ -4,6 +4,9 @@
 
 mod harness;
 
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use harness::{Bed, Instance, TestResult};
@@ -196,6 +199,55 @@ fn an_instance_dies_with_those_who_hold_its_missing_pages() -> TestResult {
     Ok(())
 }
 
+/// The part of the next test that is killed: it serves an instance, tells of it and waits.
+#[test]
+#[ignore = "started by the next test"]
+fn serves_until_it_is_killed() -> TestResult {
+    let method = Method::parse(&std::env::var("TRENV_TEST_METHOD")?)?;
+    let bed = Bed::new()?;
+    let template = template_of(&bed, "spread")?;
+    let prepared = bed.prepare(method, &template)?;
+    let mut instance = bed.start_with(prepared.as_ref())?;
+    assert_eq!(instance.ask("some"), "ok");
+    let holder = instance.keep_input_open()?;
+    println!("\nserving {} {} {}", instance.root, holder.id(), instance.sandbox.id());
+    std::thread::sleep(Duration::from_secs(60));
+    Ok(())
+}
+
+#[test]
+fn an_instance_dies_when_the_process_that_serves_it_is_killed() -> TestResult {
+    for method in WATCHING {
+        let mut server = Command::new(std::env::current_exe()?)
+            .args(["--exact", "serves_until_it_is_killed", "--ignored", "--nocapture"])
+            .env("TRENV_TEST_METHOD", method.name())
+            .env(harness::OUTLIVES, "1")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let output = BufReader::new(server.stdout.take().ok_or("no output")?);
+        let mut serving = None;
+        for line in output.lines() {
+            if let Some(told) = line?.strip_prefix("serving ") {
+                let pids: Result<Vec<i32>, _> = told.split(' ').map(str::parse).collect();
+                serving = Some(pids?);
+                break;
+            }
+        }
+        let pids = serving.ok_or("nothing is served")?;
+        assert!(!is_gone(pids[0]));
+        server.kill()?;
+        server.wait()?;
+        let ended = ends(pids[0]);
+        for pid in &pids[1..] {
+            let pid = nix::unistd::Pid::from_raw(*pid);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        assert!(ended, "{method}");
+    }
+    Ok(())
+}
+
 #[test]
 fn an_instance_is_served_after_its_method_was_dropped() -> TestResult {
     let bed = Bed::new()?;
@@ -229,13 +281,46 @@ fn what_served_an_instance_ends_with_it() -> TestResult {
 
 fn ends(pid: i32) -> bool {
     let begun = Instant::now();
-    while begun.elapsed() < Duration::from_secs(5) {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let state = stat.rsplit_once(") ").map(|(_, rest)| rest.chars().next());
-        if matches!(state, None | Some(Some('Z' | 'X'))) {
-            return true;
-        }
+    while !is_gone(pid) && begun.elapsed() < Duration::from_secs(5) {
         std::thread::sleep(Duration::from_millis(10));
     }
-    false
+    is_gone(pid)
+}
+
+fn is_gone(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map(|(_, rest)| rest.chars().next());
+    matches!(state, None | Some(Some('Z' | 'X')))
+}
+
+/// The servers that functions run, each with its own ways of using memory.
+#[test]
+fn python_behind_a_watchdog_answers_with_every_method() -> TestResult {
+    let bed = Bed::new()?;
+    let watchdog = Path::new(env!("CARGO_BIN_EXE_trenv-zygote")).with_file_name("fwatchdog");
+    let first = bed.serve(
+        &[&watchdog.display().to_string()],
+        &[
+            ("fprocess", "python3 -m http.server 8082 --directory /etc"),
+            ("mode", "http"),
+            ("http_upstream_url", "http://127.0.0.1:8082"),
+        ],
+    )?;
+    let template = bed.dump(first)?;
+    for method in Method::ALL {
+        let prepared = bed.prepare(method, &template)?;
+        for turn in 0..8 {
+            let begun = Instant::now();
+            let instance = bed.start_with(prepared.as_ref())?;
+            let started = begun.elapsed();
+            for _ in 0..3 {
+                let answer = instance.get("/hostname")?;
+                assert!(answer.starts_with("HTTP/1.1 200"), "{method} {turn}: {answer}");
+            }
+            let took = begun.elapsed() - started;
+            eprintln!("{method} {turn}: 3 calls in {took:?}, {:?}", instance.work.figures());
+            prepared.learn(&instance.pids)?;
+        }
+    }
+    Ok(())
 }

@@ -227,6 +227,13 @@ impl StartMethod for FaaSnap {
         work.read(pages * PAGE);
         let mut stage = lock(&self.stage);
         let mut recorder = None;
+        if let Stage::Recording { root, .. } = &*stage
+            && *root != 0
+            && !Path::new(&format!("/proc/{root}")).exists()
+        {
+            // It ended by itself; the next one is recorded.
+            *stage = Stage::Fresh;
+        }
         match &*stage {
             Stage::Fresh => {
                 image.forget_cached();

@@ -1,6 +1,6 @@
 //! `reap`: the first instance's faults are recorded; later ones get the recorded pages, from one
 //! file read front to back, before they run, and every other page when it is touched (REAP,
-//! ASPLOS '21).
+//! ASPLOS '21). Where many pages are missed nevertheless, these are recorded as well.
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -11,12 +11,40 @@ use super::working_set_file::WorkingSetFile;
 use super::{Method, StartMethod};
 use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
 
+/// A tenancy that misses more than one page for so many of the set adds what it missed, as often as
+/// this: the first may have seen no call.
+const MISSES: usize = 2;
+const RECORDINGS: usize = 5;
+
 #[derive(Debug)]
 pub struct Reap {
     watched: Watched,
     directory: PathBuf,
+    set: Mutex<WorkingSet>,
+}
+
+#[derive(Debug, Default)]
+struct WorkingSet {
+    /// By address.
+    pages: Vec<u64>,
     /// None until the first tenancy has ended.
-    set: Mutex<Option<WorkingSetFile>>,
+    file: Option<WorkingSetFile>,
+    recordings: usize,
+}
+
+impl WorkingSet {
+    /// Adds the pages that a tenancy missed, if they are many.
+    fn add(&mut self, missed: &[u64]) -> bool {
+        if self.recordings >= RECORDINGS || missed.len() * MISSES <= self.pages.len() {
+            return false;
+        }
+        self.pages.extend(missed);
+        // Neighbours are installed by one call.
+        self.pages.sort_unstable();
+        self.pages.dedup();
+        self.recordings += 1;
+        true
+    }
 }
 
 impl Reap {
@@ -49,9 +77,11 @@ impl StartMethod for Reap {
         clone: PreparedClone,
         request: &StartRequest<'_>,
     ) -> Result<Started, ZygoteError> {
-        let set = lock(&self.set).clone();
-        let traced = set.is_none();
-        let prefetch = set.map_or_else(Prefetch::default, |set| {
+        let (file, traced) = {
+            let set = lock(&self.set);
+            (set.file.clone(), set.recordings < RECORDINGS)
+        };
+        let prefetch = file.map_or_else(Prefetch::default, |set| {
             // One sequential read where the file is not in the page cache.
             set.mapped.read_all();
             Prefetch {
@@ -64,16 +94,16 @@ impl StartMethod for Reap {
     }
 
     fn learn(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
-        let mut set = lock(&self.set);
-        if let Some(mut pages) = self.watched.trace(pids).filter(|_| set.is_none()) {
-            // Neighbours are installed by one call.
-            pages.sort_unstable();
-            pages.dedup();
-            let store = Store::Directory(&self.directory);
-            let written = WorkingSetFile::write(&self.watched.skeleton.image, &pages, store);
-            *set = Some(written.map_err(failed("writing the working set's file"))?);
+        if let Some(missed) = self.watched.trace(pids) {
+            let mut set = lock(&self.set);
+            if set.add(&missed) {
+                let store = Store::Directory(&self.directory);
+                let image = &self.watched.skeleton.image;
+                let file = WorkingSetFile::write(image, &set.pages, store)
+                    .map_err(failed("writing the working set's file"))?;
+                set.file = Some(file);
+            }
         }
-        drop(set);
         self.zygote().learn_files(pids)
     }
 
@@ -82,9 +112,25 @@ impl StartMethod for Reap {
     }
 
     fn resident_bytes(&self) -> Result<u64, ZygoteError> {
-        let set = lock(&self.set)
-            .as_ref()
-            .map_or(0, |set| set.mapped.length());
-        Ok(self.watched.skeleton.resident_bytes()? + set)
+        let set = lock(&self.set);
+        let file = set.file.as_ref().map_or(0, |file| file.mapped.length());
+        Ok(self.watched.skeleton.resident_bytes()? + file)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_that_misses_much_is_recorded_again() {
+        let mut set = WorkingSet::default();
+        assert!(!set.add(&[]), "nothing was touched");
+        assert!(set.add(&[7, 3]));
+        assert!(!set.add(&[5]), "one page of two is not much");
+        assert!(set.add(&[1, 2, 3, 4]));
+        assert_eq!(set.pages, [1, 2, 3, 4, 7]);
+        set.recordings = RECORDINGS;
+        assert!(!set.add(&[8; 100]));
     }
 }

@@ -142,7 +142,10 @@ impl Watched {
 
     /// What was noted of an instance, once; none if it was not traced.
     pub fn trace(&self, pids: &[i32]) -> Option<Vec<u64>> {
-        let trace = lock(&self.traces).remove(pids.first()?)?;
+        let mut traces = lock(&self.traces);
+        let trace = traces.remove(pids.first()?)?;
+        // Of instances that ended by themselves nobody asks; they are not served any more.
+        traces.retain(|_, other| Arc::strong_count(other) > 1);
         Some(trace.pages())
     }
 }

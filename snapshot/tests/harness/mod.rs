@@ -20,6 +20,9 @@ use trenv_snapshot::zygote::{Agent, StartRequest, Started, Zygote, ZygoteRequest
 pub type TestResult = Result<(), Box<dyn std::error::Error>>;
 type Made<T> = Result<T, Box<dyn std::error::Error>>;
 
+/// Set where sandboxes shall outlive the process that made them.
+pub const OUTLIVES: &str = "TRENV_TEST_SANDBOX_OUTLIVES";
+
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// A pool and a place for programs.
@@ -301,6 +304,15 @@ impl Instance {
 }
 
 impl Instance {
+    /// A process that keeps the instance's input open when this one has ended.
+    pub fn keep_input_open(&self) -> Made<Child> {
+        let mut sleep = Command::new("sleep");
+        sleep.arg("60").stdin(Stdio::null()).stderr(Stdio::null());
+        Ok(sleep.stdout(self.input.try_clone()?).spawn()?)
+    }
+}
+
+impl Instance {
     /// Asks over HTTP, from inside the sandbox's network namespace.
     pub fn get(&self, path: &str) -> Made<String> {
         let (init, path) = (self.init, path.to_owned());
@@ -358,9 +370,13 @@ fn sandbox() -> Made<(Child, i32)> {
         .args(["sleep", "600"])
         .stdin(Stdio::null())
         .stdout(Stdio::null());
+    let outlives = std::env::var_os(OUTLIVES).is_some();
     // SAFETY: prctl is async-signal-safe.
     unsafe {
-        command.pre_exec(|| {
+        command.pre_exec(move || {
+            if outlives {
+                return Ok(());
+            }
             nix::libc::prctl(nix::libc::PR_SET_PDEATHSIG, nix::libc::SIGKILL);
             Ok(())
         })
