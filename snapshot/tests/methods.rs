@@ -5,7 +5,6 @@
 mod harness;
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -291,36 +290,4 @@ fn is_gone(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit_once(") ").map(|(_, rest)| rest.chars().next());
     matches!(state, None | Some(Some('Z' | 'X')))
-}
-
-/// The servers that functions run, each with its own ways of using memory.
-#[test]
-fn python_behind_a_watchdog_answers_with_every_method() -> TestResult {
-    let bed = Bed::new()?;
-    let watchdog = Path::new(env!("CARGO_BIN_EXE_trenv-zygote")).with_file_name("fwatchdog");
-    let first = bed.serve(
-        &[&watchdog.display().to_string()],
-        &[
-            ("fprocess", "python3 -m http.server 8082 --directory /etc"),
-            ("mode", "http"),
-            ("http_upstream_url", "http://127.0.0.1:8082"),
-        ],
-    )?;
-    let template = bed.dump(first)?;
-    for method in Method::ALL {
-        let prepared = bed.prepare(method, &template)?;
-        for turn in 0..8 {
-            let begun = Instant::now();
-            let instance = bed.start_with(prepared.as_ref())?;
-            let started = begun.elapsed();
-            for _ in 0..3 {
-                let answer = instance.get("/hostname")?;
-                assert!(answer.starts_with("HTTP/1.1 200"), "{method} {turn}: {answer}");
-            }
-            let took = begun.elapsed() - started;
-            eprintln!("{method} {turn}: 3 calls in {took:?}, {:?}", instance.work.figures());
-            prepared.learn(&instance.pids)?;
-        }
-    }
-    Ok(())
 }

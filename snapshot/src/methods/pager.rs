@@ -176,6 +176,10 @@ fn run(instance: &mut Instance, mut supply: Supply, unwatched: u64) -> io::Resul
                 answer(space, at, write, &supply)?;
             }
         }
+        if instance.spaces.iter().any(|space| !space.waiting.is_empty()) {
+            // Whoever changes the address space has to go on first.
+            std::thread::yield_now();
+        }
         bring_ahead(instance, &mut supply)?;
         if Instant::now() >= look || instance.spaces.iter().any(|space| space.dead) {
             look = Instant::now() + LOOK;
@@ -235,8 +239,9 @@ fn answer(space: &mut Space, at: u64, write: bool, supply: &Supply) -> io::Resul
         .and_then(|origin| supply.image.offset(origin));
     let filled = match stored {
         Some(offset) => {
-            supply.work.read(PAGE);
-            uffd::copy(watch, at, supply.image.from(offset), PAGE)?.1
+            let (read, filled) = uffd::copy(watch, at, supply.image.from(offset), PAGE)?;
+            supply.work.read(read);
+            filled
         }
         // A page of its own at once, where it would be copied next.
         None if write => uffd::copy(watch, at, ZEROES.0.as_ptr(), PAGE)?.1,

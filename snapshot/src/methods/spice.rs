@@ -13,7 +13,7 @@ use crate::manifest::PAGE;
 use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
 
 /// Pages in place before the tree runs.
-const FIRST_BATCH: u64 = 512;
+const FIRST_BATCH: u64 = 256;
 /// Within so many pages the order is by address, so that neighbours are installed by one call.
 const GROUP: usize = 256;
 /// Tenancies that are traced at most.
@@ -170,7 +170,7 @@ mod tests {
             length: pages * PAGE,
             offset: 0,
         };
-        let parts = [part(0, 500), part(1 << 30, 100), part(1 << 31, 1)];
+        let parts = [part(0, 200), part(1 << 30, 100), part(1 << 31, 1)];
         let (first, rest) = batches(&parts);
         assert_eq!((first.len(), rest.len()), (2, 1));
     }

@@ -40,6 +40,8 @@ pub struct Instance {
     pub pids: Vec<i32>,
     /// What its start method does for it.
     pub work: std::sync::Arc<Work>,
+    /// How long the start took, from its request on.
+    pub took: Duration,
     pub group: Freezer,
     input: File,
     output: BufReader<File>,
@@ -133,6 +135,7 @@ impl Bed {
             root,
             pids: Vec::new(),
             work: std::sync::Arc::default(),
+            took: Duration::ZERO,
             group,
             input: input.into(),
             output: BufReader::new(output.into()),
@@ -282,6 +285,7 @@ impl Bed {
             init,
             root: started.pids[0],
             pids: started.pids,
+            took: started.steps.iter().map(|(_, took)| *took).sum(),
             work: started.work,
             group,
             input: input.into(),
