@@ -330,7 +330,10 @@ impl Templates {
         match template.method.prepare(request, &self.config.state_dir) {
             Ok(method) => {
                 let name = template.method;
-                tracing::info!("Built the zygote of {short}, {name}, in {:?}", begun.elapsed());
+                tracing::info!(
+                    "Built the zygote of {short}, {name}, in {:?}",
+                    begun.elapsed()
+                );
                 let helper = method.helper().map(u32::cast_signed);
                 let children = std::iter::once(method.zygote().pid()).chain(helper);
                 Ok(Standing {
@@ -431,9 +434,7 @@ impl Templates {
         let all = lock(&self.standing);
         let found: Vec<Arc<Standing>> = all
             .iter()
-            .filter(|(known, _)| {
-                (known.id, known.generation) == (template.id, template.generation)
-            })
+            .filter(|(known, _)| (known.id, known.generation) == (template.id, template.generation))
             .map(|(_, standing)| Arc::clone(standing))
             .collect();
         found.into_iter()

@@ -34,7 +34,12 @@ fn count(instance: &mut Instance, line: &str) -> (String, String) {
 fn tenancy(bed: &Bed, method: &dyn StartMethod, questions: &[&str]) -> TestResult {
     let mut instance = bed.start_with(method)?;
     for question in questions {
-        assert_eq!(instance.ask(question), "ok", "{} {question}", method.method());
+        assert_eq!(
+            instance.ask(question),
+            "ok",
+            "{} {question}",
+            method.method()
+        );
     }
     method.learn(&instance.pids)?;
     Ok(())
@@ -168,7 +173,10 @@ fn each_method_counts_what_it_does() -> TestResult {
             // 200 pages were recorded, and 800 are missed.
             Method::Reap | Method::Spice => {
                 assert!((800..1000).contains(&figures.faults_served), "{figures:?}");
-                assert!((200..400).contains(&figures.pages_prefetched), "{figures:?}");
+                assert!(
+                    (200..400).contains(&figures.pages_prefetched),
+                    "{figures:?}"
+                );
             }
             Method::FaaSnap => {
                 assert_eq!(figures.faults_served, 0);
@@ -194,6 +202,8 @@ fn an_instance_dies_with_those_who_hold_its_missing_pages() -> TestResult {
             nix::sys::signal::Signal::SIGKILL,
         )?;
         assert!(ends(instance.root), "{method}");
+        // The next one has another keeper.
+        tenancy(&bed, prepared.as_ref(), &["some", "whole"])?;
     }
     Ok(())
 }
@@ -209,7 +219,12 @@ fn serves_until_it_is_killed() -> TestResult {
     let mut instance = bed.start_with(prepared.as_ref())?;
     assert_eq!(instance.ask("some"), "ok");
     let holder = instance.keep_input_open()?;
-    println!("\nserving {} {} {}", instance.root, holder.id(), instance.sandbox.id());
+    println!(
+        "\nserving {} {} {}",
+        instance.root,
+        holder.id(),
+        instance.sandbox.id()
+    );
     std::thread::sleep(Duration::from_secs(60));
     Ok(())
 }
@@ -218,7 +233,12 @@ fn serves_until_it_is_killed() -> TestResult {
 fn an_instance_dies_when_the_process_that_serves_it_is_killed() -> TestResult {
     for method in WATCHING {
         let mut server = Command::new(std::env::current_exe()?)
-            .args(["--exact", "serves_until_it_is_killed", "--ignored", "--nocapture"])
+            .args([
+                "--exact",
+                "serves_until_it_is_killed",
+                "--ignored",
+                "--nocapture",
+            ])
             .env("TRENV_TEST_METHOD", method.name())
             .env(harness::OUTLIVES, "1")
             .stdout(Stdio::piped())
@@ -256,6 +276,36 @@ fn an_instance_is_served_after_its_method_was_dropped() -> TestResult {
         let mut instance = bed.start_with(prepared.as_ref())?;
         drop(prepared);
         assert_eq!(instance.ask("whole"), "ok", "{method}");
+    }
+    Ok(())
+}
+
+/// Its memory is not whole without what serves it.
+#[test]
+fn an_instance_whose_pages_are_elsewhere_is_not_dumped() -> TestResult {
+    let bed = Bed::new()?;
+    let template = template_of(&bed, "spread")?;
+    for method in Method::ALL {
+        let prepared = bed.prepare(method, &template)?;
+        let mut instance = bed.start_with(prepared.as_ref())?;
+        assert_eq!(instance.ask("some"), "ok", "{method}");
+        let dumped = bed.try_dump(&instance).map_err(|err| err.to_string());
+        match method {
+            Method::Template | Method::Copy => assert!(dumped.is_ok(), "{method}: {dumped:?}"),
+            Method::FaaSnap => assert!(
+                dumped.as_ref().is_err_and(|err| err.contains("deleted")),
+                "{dumped:?}"
+            ),
+            Method::Lazy | Method::Reap | Method::Spice => assert!(
+                dumped
+                    .as_ref()
+                    .is_err_and(|err| err.contains("userfaultfd")),
+                "{dumped:?}"
+            ),
+        }
+        if dumped.is_err() {
+            assert_eq!(instance.ask("whole"), "ok", "{method} goes on");
+        }
     }
     Ok(())
 }

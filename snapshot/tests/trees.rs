@@ -72,10 +72,16 @@ fn comes_back(command: &[&str], environment: &[(&str, &str)]) -> TestResult {
             let begun = std::time::Instant::now();
             let answer = instance.get("/")?;
             let took = begun.elapsed();
-            assert!(answer.starts_with("HTTP/1.1 200"), "{method} {turn}: {answer}");
+            assert!(
+                answer.starts_with("HTTP/1.1 200"),
+                "{method} {turn}: {answer}"
+            );
             for _ in 0..3 {
                 let answer = instance.get("/")?;
-                assert!(answer.starts_with("HTTP/1.1 200"), "{method} {turn}: {answer}");
+                assert!(
+                    answer.starts_with("HTTP/1.1 200"),
+                    "{method} {turn}: {answer}"
+                );
             }
             let figures = instance.work.figures();
             eprintln!(

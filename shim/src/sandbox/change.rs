@@ -356,12 +356,7 @@ impl SandboxContainer {
         Ok(parts)
     }
 
-    fn start_tree(
-        &self,
-        seat: &Seat,
-        ends: &ProcessEnds,
-        until: Instant,
-    ) -> Result<Started> {
+    fn start_tree(&self, seat: &Seat, ends: &ProcessEnds, until: Instant) -> Result<Started> {
         let [input, output, error] = &ends.0;
         let request = StartRequest {
             init: self.sandbox.init_pidfd(),

@@ -115,7 +115,8 @@ impl proto::Sandbox for SandboxService {
         self.all
             .requests
             .once("Prepare", &request.request_id.clone(), async move {
-                let template = template_ref(&request.template_id, request.generation, &request.method)?;
+                let template =
+                    template_ref(&request.template_id, request.generation, &request.method)?;
                 let rootfs = mounts_of(&request.rootfs);
                 let limits = limits_of(request.limits.as_ref());
                 let seats = request.spares as usize;

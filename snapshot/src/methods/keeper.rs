@@ -94,6 +94,11 @@ impl Keeper {
         self.pidfd.as_fd()
     }
 
+    pub fn has_ended(&self) -> bool {
+        let mut poll = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        nix::poll::poll(&mut poll, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Host pid of the keeper.
     pub fn pid(&self) -> u32 {
         let child = self.child.lock();
@@ -174,12 +179,7 @@ pub fn keep() -> io::Result<()> {
         let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [io::IoSliceMut::new(&mut bytes)];
-        let got = match recvmsg(
-            &socket,
-            &mut parts,
-            &mut ancillary,
-            RecvFlags::CMSG_CLOEXEC,
-        ) {
+        let got = match recvmsg(&socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
             Ok(message) => message.bytes,
             Err(rustix::io::Errno::INTR) => continue,
             Err(_) => 0,

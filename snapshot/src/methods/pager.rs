@@ -137,7 +137,10 @@ fn run(instance: &mut Instance, mut supply: Supply, unwatched: u64) -> io::Resul
     let mut look = Instant::now() + LOOK;
     loop {
         let busy = !supply.ahead.is_empty()
-            || instance.spaces.iter().any(|space| !space.waiting.is_empty());
+            || instance
+                .spaces
+                .iter()
+                .any(|space| !space.waiting.is_empty());
         let timeout = if busy {
             PollTimeout::ZERO
         } else {
@@ -176,7 +179,11 @@ fn run(instance: &mut Instance, mut supply: Supply, unwatched: u64) -> io::Resul
                 answer(space, at, write, &supply)?;
             }
         }
-        if instance.spaces.iter().any(|space| !space.waiting.is_empty()) {
+        if instance
+            .spaces
+            .iter()
+            .any(|space| !space.waiting.is_empty())
+        {
             // Whoever changes the address space has to go on first.
             std::thread::yield_now();
         }

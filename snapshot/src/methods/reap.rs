@@ -108,7 +108,7 @@ impl StartMethod for Reap {
     }
 
     fn helper(&self) -> Option<u32> {
-        Some(self.watched.keeper.pid())
+        Some(self.watched.keeper_pid())
     }
 
     fn resident_bytes(&self) -> Result<u64, ZygoteError> {

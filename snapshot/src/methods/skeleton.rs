@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -42,13 +42,9 @@ impl Skeleton {
         let Some(watch) = clone.watch() else {
             return Err(ZygoteError::Gone);
         };
-        let areas = self.image.areas.iter().filter(|area| area.anonymous);
+        let mut areas = self.image.areas.iter().filter(|area| area.anonymous);
         uffd::open(watch)
-            .and_then(|()| {
-                areas
-                    .map(|area| uffd::register(watch, area.at, area.length))
-                    .collect()
-            })
+            .and_then(|()| areas.try_for_each(|area| uffd::register(watch, area.at, area.length)))
             .map_err(failed(
                 "watching a clone's memory; the kernel must know userfaultfd's events (CONFIG_USERFAULTFD), and this process needs CAP_SYS_PTRACE",
             ))
@@ -74,7 +70,9 @@ impl Skeleton {
 #[derive(Debug)]
 pub struct Watched {
     pub skeleton: Skeleton,
-    pub keeper: Arc<Keeper>,
+    keeper: Mutex<Arc<Keeper>>,
+    /// The program that becomes a keeper.
+    binary: PathBuf,
     traces: Mutex<HashMap<i32, Arc<Trace>>>,
 }
 
@@ -90,14 +88,29 @@ pub struct Prefetch {
 
 impl Watched {
     pub fn build(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
-        let binary: &Path = request.binary;
-        let keeper = Arc::new(Keeper::start(binary)?);
+        let binary = request.binary.to_owned();
+        let keeper = Mutex::new(Arc::new(Keeper::start(&binary)?));
         let skeleton = Skeleton::build(request, Store::Memory, true)?;
         Ok(Self {
             skeleton,
             keeper,
+            binary,
             traces: Mutex::default(),
         })
+    }
+
+    /// The keeper; a new one where that which was there has ended.
+    fn keeper(&self) -> Result<Arc<Keeper>, ZygoteError> {
+        let mut keeper = lock(&self.keeper);
+        if keeper.has_ended() {
+            *keeper = Arc::new(Keeper::start(&self.binary)?);
+        }
+        Ok(Arc::clone(&keeper))
+    }
+
+    /// Host pid of the keeper.
+    pub fn keeper_pid(&self) -> u32 {
+        lock(&self.keeper).pid()
     }
 
     /// Starts a clone whose missing pages are served; with `traced`, first uses are noted.
@@ -126,7 +139,7 @@ impl Watched {
             ahead_from: prefetch.from,
             trace: trace.clone(),
             work: Arc::clone(&work),
-            keeper: Arc::clone(&self.keeper),
+            keeper: self.keeper()?,
         };
         pager::serve(watch, clone.unwatched(), request.init, supply)
             .map_err(failed("serving a clone's pages"))?;

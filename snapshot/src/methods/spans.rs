@@ -50,7 +50,11 @@ impl Spans {
     fn take(&mut self, start: u64, end: u64) -> Vec<(u64, u64, u64)> {
         let first = self.spans.range(..start).next_back();
         let first = first.map_or(start, |(first, _)| *first);
-        let touched: Vec<u64> = self.spans.range(first..end.max(first)).map(|one| *one.0).collect();
+        let touched: Vec<u64> = self
+            .spans
+            .range(first..end.max(first))
+            .map(|one| *one.0)
+            .collect();
         let mut taken = Vec::new();
         for at in touched {
             let Some((its_end, origin)) = self.spans.remove(&at) else {
@@ -93,9 +97,15 @@ mod tests {
         // Over a part of another range, with a hole of its own.
         spans.remap(140, 540, 40);
         assert_eq!((spans.origin(139), spans.origin(140)), (Some(139), None));
-        assert_eq!((spans.origin(540), spans.origin(549)), (Some(140), Some(149)));
+        assert_eq!(
+            (spans.origin(540), spans.origin(549)),
+            (Some(140), Some(149))
+        );
         assert_eq!((spans.origin(550), spans.origin(560)), (None, Some(160)));
-        assert_eq!((spans.origin(539), spans.origin(580)), (Some(539), Some(580)));
+        assert_eq!(
+            (spans.origin(539), spans.origin(580)),
+            (Some(539), Some(580))
+        );
         spans.remap(540, 1540, 10);
         assert_eq!(spans.origin(1541), Some(141));
     }
@@ -107,10 +117,14 @@ mod tests {
         let mut table = vec![None; 512];
         spans.insert(64, 128);
         spans.insert(300, 60);
-        (64..192).chain(300..360).for_each(|at| table[at] = Some(at as u64));
+        (64..192)
+            .chain(300..360)
+            .for_each(|at| table[at] = Some(at as u64));
         let mut state = 7u64;
         let mut random = |below: u64| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             (state >> 33) % below
         };
         for _ in 0..5000 {

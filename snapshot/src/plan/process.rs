@@ -98,11 +98,7 @@ impl Tree<'_> {
 }
 
 /// Puts the programs that run in the zygote's clones into the region.
-pub fn programs(
-    tree: Tree<'_>,
-    fill: Fill,
-    region: &mut Region,
-) -> Result<Programs, PlanError> {
+pub fn programs(tree: Tree<'_>, fill: Fill, region: &mut Region) -> Result<Programs, PlanError> {
     let table = vec![0; 8 * (1 + 2 * MOST_RANGES)];
     let mut tables = Vec::new();
     let mut left = Vec::new();
