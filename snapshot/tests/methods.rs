@@ -144,7 +144,8 @@ fn what_was_recorded_is_not_waited_for_again() -> TestResult {
         assert!(faults[0].faults_served >= 1000, "{method}: {faults:?}");
         assert_eq!(faults[0].pages_prefetched, 0, "{method}");
         assert!(faults[2].faults_served < 100, "{method}: {faults:?}");
-        assert!(faults[2].pages_prefetched >= 1000, "{method}: {faults:?}");
+        // Between two batches the program may be faster.
+        assert!(faults[2].pages_prefetched >= 900, "{method}: {faults:?}");
     }
     Ok(())
 }
@@ -263,6 +264,30 @@ fn an_instance_dies_when_the_process_that_serves_it_is_killed() -> TestResult {
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
         assert!(ended, "{method}");
+    }
+    Ok(())
+}
+
+#[test]
+fn many_instances_are_started_and_served_at_once() -> TestResult {
+    let bed = Bed::new()?;
+    let template = template_of(&bed, "spread")?;
+    for method in Method::ALL {
+        let prepared = bed.prepare(method, &template)?;
+        let one_after_another = |index: usize| {
+            for _ in 0..3 {
+                let mut instance = bed.start_with(prepared.as_ref()).unwrap();
+                for question in ["fork", "some", "move", "fork", "read", "whole"] {
+                    assert_eq!(instance.ask(question), "ok", "{method} {index} {question}");
+                }
+                prepared.learn(&instance.pids).unwrap();
+            }
+        };
+        std::thread::scope(|scope| {
+            for index in 0..6 {
+                scope.spawn(move || one_after_another(index));
+            }
+        });
     }
     Ok(())
 }

@@ -247,7 +247,7 @@ pub fn own_sentence(what: u32) -> &'static str {
         7 => "cloning the zygote's memory (is the machine or the cgroup out of memory?)",
         8 => "entering the tree's time namespace",
         9 => "mapping the capsule of a process",
-        10 => "mapping a snapshot file (are there too many mappings, vm.max_map_count?)",
+        10 => "mapping a snapshot file (is its file system mounted noexec, or are there more mappings than vm.max_map_count?)",
         _ => "a step without a name",
     }
 }

@@ -299,8 +299,15 @@ fn bring_ahead(instance: &mut Instance, supply: &mut Supply) -> io::Result<()> {
         match filled {
             Filled::Done => {}
             Filled::There | Filled::Gone => done += PAGE,
-            // Its faults will do.
-            Filled::Busy => return Ok(()),
+            Filled::Busy => {
+                // After the event, by what is true then.
+                supply.ahead.push_front(Part {
+                    at: part.at + done,
+                    length: length - done,
+                    offset: part.offset + done,
+                });
+                return Ok(());
+            }
             Filled::Dead => {
                 space.dead = true;
                 return Ok(());
