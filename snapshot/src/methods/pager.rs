@@ -300,7 +300,8 @@ fn bring_ahead(instance: &mut Instance, supply: &mut Supply) -> io::Result<()> {
             Filled::Done => {}
             Filled::There | Filled::Gone => done += PAGE,
             Filled::Busy => {
-                // After the event, by what is true then.
+                // After the event, by what is true then; whoever causes it has to go on first.
+                std::thread::yield_now();
                 supply.ahead.push_front(Part {
                     at: part.at + done,
                     length: length - done,
