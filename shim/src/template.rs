@@ -21,7 +21,7 @@ use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::{Mount, look_up, overlay_from_mounts};
 use trenv_snapshot::Fingerprint;
 use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
-use trenv_snapshot::zygote::{self, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
+use trenv_snapshot::zygote::{ZygoteError, ZygoteRequest};
 
 use crate::error::{Result, ShimError, pool_error};
 use crate::reap::Unswept;
@@ -33,9 +33,6 @@ const SEATS_MAX: usize = 32;
 
 /// Roots kept mounted for tenancies to come, for each template.
 const STAGED_MAX: usize = 8;
-
-/// How templates are started.
-pub const METHODS: [&str; 2] = ["template", "copy"];
 
 /// The templates that this shim uses. All methods may block.
 pub struct Templates {
@@ -99,7 +96,7 @@ impl Templates {
         let standing = self.fill_or_rebuild(template, standing)?;
         self.forget_older(template);
         standing
-            .zygote
+            .method
             .resident_bytes()
             .map_err(ShimError::engine("look at the zygote"))
     }
@@ -181,14 +178,14 @@ impl Templates {
 
     /// Mounts a tenancy's root ahead of its start.
     pub fn stage(&self, template: TemplateRef, rootfs: Vec<Mount>) -> Result<()> {
-        let standing = lock(&self.standing).get(&template).cloned();
+        let standing = self.standing_by_any(template).next();
         let standing = standing.ok_or_else(|| ShimError::NotFound {
             kind: "prepared template",
             id: template.id.to_string(),
         })?;
         let root = overlay_from_mounts(&rootfs)
             .map_err(ShimError::engine("mount the root of a tenancy to come"))?;
-        let opened = standing.zygote.opened().iter().map(String::as_str);
+        let opened = standing.method.zygote().opened().iter().map(String::as_str);
         look_up(root.as_fd(), opened);
         let mut staged = lock(&standing.staged);
         staged.push_back((rootfs, root));
@@ -200,8 +197,7 @@ impl Templates {
 
     /// The root of a tenancy: the one mounted ahead, or mounted now.
     pub fn root(&self, template: TemplateRef, rootfs: &[Mount]) -> Result<OwnedFd> {
-        let standing = lock(&self.standing).get(&template).cloned();
-        if let Some(standing) = standing {
+        for standing in self.standing_by_any(template) {
             let mut staged = lock(&standing.staged);
             if let Some(at) = staged.iter().position(|(mounts, _)| mounts == rootfs)
                 && let Some((_, root)) = staged.remove(at)
@@ -219,7 +215,7 @@ impl Templates {
             .template
             .and_then(|template| lock(&self.standing).get(&template).cloned());
         let Some(standing) = standing else { return };
-        match standing.zygote.learn(&tenancy.restored) {
+        match standing.method.learn(&tenancy.restored) {
             Ok(false) => {}
             // Clones made before know less.
             Ok(true) => lock(&standing.seats)
@@ -244,30 +240,6 @@ impl Templates {
     /// Ends all zygotes and seats.
     pub fn free(&self) {
         self.forget_where(|_| true);
-    }
-
-    /// Starts a template by copying its memory for this one start, without a zygote that stays.
-    pub fn start_copy(
-        &self,
-        template: TemplateRef,
-        active: &[Mount],
-        cgroup: &TenancyCgroup,
-        request: &StartRequest<'_>,
-    ) -> Result<Started> {
-        let reader = self.reader(template)?;
-        let root = overlay_from_mounts(&layers_only(active))
-            .map_err(ShimError::engine("mount the template's layers"))?;
-        let zygote = ZygoteRequest {
-            template: &reader,
-            rootfs: root,
-            binary: &self.zygote_binary(),
-            cgroups: cgroup
-                .dirs()
-                .iter()
-                .map(|dir| dir.join("cgroup.procs"))
-                .collect(),
-        };
-        zygote::start_copy(zygote, request).map_err(start_error)
     }
 
     pub fn reader(&self, template: TemplateRef) -> Result<TemplateReader> {
@@ -357,12 +329,18 @@ impl Templates {
                 .collect(),
         };
         let begun = Instant::now();
-        match Zygote::build(request) {
-            Ok(zygote) => {
-                tracing::info!("Built the zygote of {short} in {:?}", begun.elapsed());
+        match template.method.prepare(request, &self.config.state_dir) {
+            Ok(method) => {
+                let name = template.method;
+                tracing::info!(
+                    "Built the zygote of {short}, {name}, in {:?}",
+                    begun.elapsed()
+                );
+                let helper = method.helper().map(u32::cast_signed);
+                let children = std::iter::once(method.zygote().pid()).chain(helper);
                 Ok(Standing {
-                    _unswept: Unswept::new(zygote.pid()),
-                    zygote,
+                    _unswept: children.map(Unswept::new).collect(),
+                    method: method.into(),
                     zygote_cgroup: cgroup,
                     limits: Mutex::new(limits.clone()),
                     seats: Mutex::default(),
@@ -435,7 +413,8 @@ impl Templates {
         limits: &Limits,
     ) -> Result<Arc<Seat>> {
         let agent = standing
-            .zygote
+            .method
+            .zygote()
             .agent()
             .map_err(zygote_error("make an agent of the zygote"))?;
         let cgroup = self.tenancy_cgroup(limits)?;
@@ -447,9 +426,21 @@ impl Templates {
             let _ = cgroup.kill_all().and_then(|()| cgroup.remove());
             return Err(ShimError::engine("move an agent into its cgroup")(err));
         }
-        let seat = Seat::with_agent(cgroup, template, limits.clone(), agent);
+        let method = Arc::clone(&standing.method);
+        let seat = Seat::with_agent(cgroup, template, method, limits.clone(), agent);
         seat.groups()?;
         Ok(Arc::new(seat))
+    }
+
+    /// The template, prepared for whatever start method: a root serves all.
+    fn standing_by_any(&self, template: TemplateRef) -> impl Iterator<Item = Arc<Standing>> {
+        let all = lock(&self.standing);
+        let found: Vec<Arc<Standing>> = all
+            .iter()
+            .filter(|(known, _)| (known.id, known.generation) == (template.id, template.generation))
+            .map(|(_, standing)| Arc::clone(standing))
+            .collect();
+        found.into_iter()
     }
 
     fn is_standing(&self, template: TemplateRef, standing: &Arc<Standing>) -> bool {

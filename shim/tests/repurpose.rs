@@ -131,6 +131,12 @@ fn a_function_is_snapshotted_and_started_again_in_other_sandboxes() {
         .unwrap_or_else(|err| panic!("{err}\n{}", containerd.logs()));
     assert!(prepared.resident_bytes > 0);
 
+    let version = runtime
+        .block_on(sandboxes.version(limit(), &proto::VersionRequest::default()))
+        .unwrap();
+    let mut methods = version.start_methods;
+    assert_eq!(methods[0], "template");
+    methods.insert(0, String::new());
     for round in 0..10 {
         for id in ["cold", "idle1", "idle2"] {
             let name = format!("{id}-{round}");
@@ -143,11 +149,8 @@ fn a_function_is_snapshotted_and_started_again_in_other_sandboxes() {
                 template_id: snapshot.template_id.clone(),
                 generation: snapshot.generation,
                 rootfs: active(&containerd, &name),
-                method: if round == 1 {
-                    "copy".into()
-                } else {
-                    String::new()
-                },
+                // The usual method, every method in turn, and the usual one again.
+                method: methods.get(round).cloned().unwrap_or_default(),
                 ..proto::RepurposeRequest::default()
             };
             let begun = Instant::now();

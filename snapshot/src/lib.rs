@@ -14,6 +14,7 @@ pub mod dump;
 mod fingerprint;
 mod lineage;
 pub mod manifest;
+pub mod methods;
 mod plan;
 mod working_set;
 pub mod zygote;

@@ -82,6 +82,20 @@ impl WorkingSet {
         Ok(true)
     }
 
+    /// The same for pages of files alone, for a skeleton: it has no stored pages to compare with.
+    pub fn learn_files(&mut self, zygote: i32, pids: &[i32]) -> io::Result<bool> {
+        if self.rounds >= ROUNDS || pids.len() != self.tables.len() {
+            return Ok(false);
+        }
+        let original = page_map(zygote)?;
+        for file in &self.files {
+            let instance = page_map(pids[file.process])?;
+            keep_file_pages(zygote, &original, &instance, file)?;
+        }
+        self.rounds += 1;
+        Ok(true)
+    }
+
     /// Writes the tables into the zygote; clones made from now on go by them.
     fn tell(&self, zygote: i32) -> io::Result<()> {
         let memory = File::options()

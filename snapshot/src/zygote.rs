@@ -8,6 +8,7 @@
 
 mod channel;
 mod loader;
+mod skeleton;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -24,6 +25,8 @@ use trenv_restorer::wire::{self, MARKS, Report};
 
 use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::manifest::{Manifest, ManifestError};
+use crate::methods::Work;
+use crate::plan::skeleton::{Area, Fill};
 use crate::plan::{Plan, PlanError};
 use crate::working_set::WorkingSet;
 use channel::{receive, receive_from, send, socket_pair};
@@ -113,6 +116,13 @@ struct Tree {
     root_pid: i32,
     oom_score_adj: i32,
     opened: Vec<String>,
+    /// Address of the restorer's region, and of the place for programs in it.
+    base: u64,
+    rework: u64,
+    /// Number of the control descriptor.
+    control: u64,
+    /// Clones have a userfaultfd.
+    watched: bool,
 }
 
 /// Which agents' stacks are in use.
@@ -144,6 +154,15 @@ impl Zygote {
     /// # Errors
     /// When the template does not fit this machine or cannot be read, or the machine fails.
     pub fn build(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
+        let zygote = Self::fill(request, Fill::Pages)?.0;
+        Ok(zygote)
+    }
+
+    /// [`Zygote::build`], or the same without the stored pages; where these belong is told.
+    pub(crate) fn fill(
+        request: ZygoteRequest<'_>,
+        fill: Fill,
+    ) -> Result<(Self, Vec<Area>), ZygoteError> {
         let manifest = Manifest::decode(request.template.manifest())?;
         let machine = Fingerprint::of_this_machine()?.to_string();
         if manifest.fingerprint != machine {
@@ -153,7 +172,7 @@ impl Zygote {
             });
         }
         request.template.verify()?;
-        let plan = Plan::of(&manifest, request.template.extents())?;
+        let plan = Plan::of(&manifest, request.template.extents(), fill)?;
         let (ours, theirs) = socket_pair()?;
         let mut loader = Loader::of(&plan, &request)?;
         let child = loader.start(request.binary, &theirs, &request)?;
@@ -170,6 +189,10 @@ impl Zygote {
                 root_pid: plan.root_pid,
                 oom_score_adj: plan.oom_score_adj,
                 opened: plan.opened,
+                base: plan.base,
+                control: plan.control,
+                rework: plan.rework,
+                watched: matches!(fill, Fill::Skeleton { watched: true }),
             }),
             working_set: Mutex::new(WorkingSet::new(plan.stored, plan.file_pages, plan.tables)),
             stacks: Arc::new(Mutex::new(Stacks {
@@ -195,7 +218,7 @@ impl Zygote {
                 libc::POSIX_FADV_DONTNEED,
             )
         };
-        Ok(zygote)
+        Ok((zygote, plan.areas))
     }
 
     /// Host pid of the zygote.
@@ -275,31 +298,6 @@ impl Zygote {
     }
 }
 
-/// Start method `copy`: the tree's memory is copied from the pool for this one start, by a zygote
-/// that ends with it. The reference that `template` is compared with.
-///
-/// Name the tenancy's cgroups in the zygote's request: its memory is the instance's.
-///
-/// # Errors
-/// As [`Zygote::build`] and [`PreparedClone::start`].
-pub fn start_copy(
-    zygote: ZygoteRequest<'_>,
-    request: &StartRequest<'_>,
-) -> Result<Started, ZygoteError> {
-    let begun = Instant::now();
-    let zygote = Zygote::build(zygote)?;
-    let copied = begun.elapsed();
-    let control = lock(&zygote.control).try_clone();
-    let clone = PreparedClone::of(
-        control.map_err(io_error("keeping the control socket"))?,
-        zygote.pid,
-        Arc::clone(&zygote.tree),
-    )?;
-    let mut started = clone.start(request)?;
-    started.steps.insert(0, ("copy", copied));
-    Ok(started)
-}
-
 impl Drop for Zygote {
     fn drop(&mut self) {
         let mut child = lock(&self.child);
@@ -327,6 +325,8 @@ pub struct PreparedClone {
     pid: i32,
     pidfd: OwnedFd,
     tree: Arc<Tree>,
+    /// Its userfaultfd, if it has one.
+    watch: Option<OwnedFd>,
 }
 
 /// A restored tree that waits before its first instruction. Dropping it ends the tree's processes.
@@ -389,6 +389,8 @@ pub struct Started {
     /// The root's pid in the sandbox.
     pub root_pid: i32,
     pub steps: Vec<(&'static str, Duration)>,
+    /// What has been done to bring memory in; it goes on while the tree lives.
+    pub work: Arc<Work>,
 }
 
 impl Agent {
@@ -426,7 +428,9 @@ impl Agent {
         zygote_error(&first, &self.tree)?;
         let (message, pid) = receive_soon(&ours)?;
         zygote_error(&message, &self.tree)?;
-        PreparedClone::of(ours, pid, Arc::clone(&self.tree))
+        let mut clone = PreparedClone::of(ours, pid, Arc::clone(&self.tree))?;
+        clone.find_watch()?;
+        Ok(clone)
     }
 }
 
@@ -439,6 +443,7 @@ impl PreparedClone {
         Ok(Self {
             control,
             pid,
+            watch: None,
             pidfd: open_pidfd(pid)?,
             tree,
         })
@@ -514,6 +519,7 @@ impl PreparedClone {
             pids,
             root_pid: self.tree.root_pid,
             steps: steps(begun, &marks),
+            work: Arc::default(),
         })
     }
 }

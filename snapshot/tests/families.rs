@@ -5,6 +5,8 @@
 
 mod harness;
 
+use trenv_snapshot::methods::Method;
+
 use harness::{Bed, TestResult};
 
 fn family_comes_back(arguments: &[&str]) -> TestResult {
@@ -31,8 +33,14 @@ fn family_comes_back(arguments: &[&str]) -> TestResult {
     // What was learnt is copied ahead, for those that are forked too.
     let mut taught = bed.start(&mut agent)?;
     assert_eq!(taught.ask("check"), "5 of 5");
-    let mut copy = bed.start_copy(&template)?;
-    assert_eq!(copy.ask("check"), "5 of 5");
+    for method in Method::ALL {
+        let prepared = bed.prepare(method, &template)?;
+        for turn in 0..2 {
+            let mut instance = bed.start_with(prepared.as_ref())?;
+            assert_eq!(instance.ask("check"), "5 of 5", "{method}, {turn}");
+            prepared.learn(&instance.pids)?;
+        }
+    }
     Ok(())
 }
 

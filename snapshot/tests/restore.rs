@@ -125,22 +125,6 @@ fn memory_is_right(wrapper: &[&str]) -> TestResult {
 }
 
 #[test]
-fn a_copy_is_the_same_program() -> TestResult {
-    let bed = Bed::new()?;
-    let program = bed.compile("counter")?;
-    let mut first = bed.run(&[&program])?;
-    let before = ask(&mut first, "count");
-    let template = bed.dump(first)?;
-    for _ in 0..2 {
-        let mut instance = bed.start_copy(&template)?;
-        let after = ask(&mut instance, "count");
-        assert_eq!((after[0].as_str(), &after[1]), ("1", &before[1]));
-        ask(&mut instance, "write");
-    }
-    Ok(())
-}
-
-#[test]
 fn a_restored_program_is_snapshotted_again() -> TestResult {
     let bed = Bed::new()?;
     let zygote = counted_once(&bed)?;

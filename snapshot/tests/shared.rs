@@ -5,6 +5,7 @@
 mod harness;
 
 use harness::{Bed, TestResult};
+use trenv_snapshot::methods::Method;
 
 /// Two instances side by side, a third after them, and one by copying; then a second snapshot.
 /// Each question counts `step` further.
@@ -32,7 +33,8 @@ fn comes_back(bed: &Bed, command: &[&str], step: u32) -> TestResult {
     zygote.learn(&one.pids)?;
     let mut third = bed.start(&mut agent)?;
     assert_eq!(third.ask("add"), expect(2), "the template is as it was");
-    let mut copy = bed.start_copy(&template)?;
+    let method = bed.prepare(Method::Copy, &template)?;
+    let mut copy = bed.start_with(method.as_ref())?;
     assert_eq!(copy.ask("add"), expect(2));
     let zygote = bed.zygote(&bed.dump(one)?)?;
     assert_eq!(bed.start(&mut zygote.agent()?)?.ask("add"), expect(6));

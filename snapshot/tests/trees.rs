@@ -4,6 +4,8 @@
 
 mod harness;
 
+use trenv_snapshot::methods::Method;
+
 use harness::{Bed, TestResult};
 
 fn functions() -> String {
@@ -60,6 +62,34 @@ fn comes_back(command: &[&str], environment: &[(&str, &str)]) -> TestResult {
             );
         }
         zygote.learn(&instance.pids)?;
+    }
+    drop(agent);
+    drop(zygote);
+    for method in Method::ALL {
+        let prepared = bed.prepare(method, &template)?;
+        for turn in 0..8 {
+            let instance = bed.start_with(prepared.as_ref())?;
+            let begun = std::time::Instant::now();
+            let answer = instance.get("/")?;
+            let took = begun.elapsed();
+            assert!(
+                answer.starts_with("HTTP/1.1 200"),
+                "{method} {turn}: {answer}"
+            );
+            for _ in 0..3 {
+                let answer = instance.get("/")?;
+                assert!(
+                    answer.starts_with("HTTP/1.1 200"),
+                    "{method} {turn}: {answer}"
+                );
+            }
+            let figures = instance.work.figures();
+            eprintln!(
+                "{method} {turn}: started in {:?}, first answer {took:?}, {figures:?}",
+                instance.took
+            );
+            prepared.learn(&instance.pids)?;
+        }
     }
     Ok(())
 }

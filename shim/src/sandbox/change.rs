@@ -12,6 +12,7 @@ use trenv_sandbox::Rootfs;
 use trenv_sandbox::cgroup::Limits;
 use trenv_sandbox::rootfs::{Mount, sync_upper};
 use trenv_sandbox_proto as proto;
+use trenv_snapshot::methods::Method;
 use trenv_snapshot::zygote::{Parked, StartRequest, Started};
 
 use super::container::SandboxContainer;
@@ -21,7 +22,7 @@ use crate::error::{Result, ShimError};
 use crate::reap::Exit;
 use crate::runc::blocking;
 use crate::stdio::{self, Overflow, ProcessEnds};
-use crate::template::{METHODS, start_error};
+use crate::template::start_error;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 const DEADLINE_MAX: Duration = Duration::from_secs(300);
@@ -67,7 +68,6 @@ impl Steps {
 struct Plan {
     tenancy: String,
     template: TemplateRef,
-    copy: bool,
     rootfs: Vec<Mount>,
     root: RootSpec,
     limits: Limits,
@@ -360,13 +360,6 @@ impl SandboxContainer {
 
     fn seat_for(&self, plan: &Plan) -> Result<Arc<Seat>> {
         let templates = &self.all.templates;
-        if plan.copy {
-            // A copy reads the pool only when the root is in place; what is not there must be known
-            // while the sandbox is still as it was.
-            templates.reader(plan.template)?;
-            let cgroup = templates.tenancy_cgroup(&plan.limits)?;
-            return Ok(Arc::new(Seat::plain(cgroup)));
-        }
         let template = templates.resolve(plan.template)?;
         let (seat, prepared) = templates.seat(template, &plan.rootfs, &plan.limits)?;
         if !prepared {
@@ -407,19 +400,11 @@ impl SandboxContainer {
             stdio: [input.as_fd(), output.as_fd(), error.as_fd()],
             deadline: until.saturating_duration_since(Instant::now()),
         };
-        if plan.copy {
-            let templates = &self.all.templates;
-            return templates
-                .start_copy(plan.template, &plan.rootfs, &seat.cgroup, &request)
-                .map(|started| (started, None));
+        if !plan.park {
+            return seat.start(&request).map(|started| (started, None));
         }
-        let clone = seat.take_clone()?;
-        if plan.park {
-            let parked = clone.park(&request).map_err(start_error)?;
-            return Ok((parked.0, Some(parked.1)));
-        }
-        let started = clone.start(&request).map_err(start_error)?;
-        Ok((started, None))
+        let parked = seat.take_clone()?.park(&request).map_err(start_error)?;
+        Ok((parked.0, Some(parked.1)))
     }
 
     /// Lets a parked tenancy go on: Parked, Ready.
@@ -513,19 +498,13 @@ fn after_the_call(work: impl FnOnce() + Send + 'static) {
 
 impl Plan {
     fn of(request: proto::RepurposeRequest) -> Result<Self> {
-        let copy = match request.method.as_str() {
-            "" | "template" => false,
-            "copy" => true,
-            other => {
-                return Err(ShimError::InvalidArgument(format!(
-                    "The start method {other:?} is not known; use one of {METHODS:?}"
-                )));
-            }
-        };
-        if copy && request.park {
-            return Err(ShimError::InvalidArgument(
-                "Only the start method \"template\" can park a function".into(),
-            ));
+        let template = template_ref(&request.template_id, request.generation, &request.method)?;
+        if request.park && template.method != Method::Template {
+            return Err(ShimError::InvalidArgument(format!(
+                "The start method {} cannot park a function; only {} can",
+                template.method,
+                Method::Template
+            )));
         }
         let spec: NeededSpec = if request.spec_json.is_empty() {
             NeededSpec::default()
@@ -546,9 +525,8 @@ impl Plan {
             request.hostname
         };
         Ok(Self {
-            template: template_ref(&request.template_id, request.generation)?,
+            template,
             tenancy: request.tenancy,
-            copy,
             rootfs: mounts_of(&request.rootfs),
             root: RootSpec {
                 read_only: request.read_only_rootfs,
@@ -570,11 +548,17 @@ impl Plan {
 }
 
 /// A template as a request names it.
-pub fn template_ref(id: &str, generation: u64) -> Result<TemplateRef> {
+pub fn template_ref(id: &str, generation: u64, method: &str) -> Result<TemplateRef> {
+    let method =
+        Method::parse(method).map_err(|err| ShimError::InvalidArgument(err.to_string()))?;
     let id = id.parse().map_err(|err: trenv_pool::InvalidTemplateId| {
         ShimError::InvalidArgument(err.to_string())
     })?;
-    Ok(TemplateRef { id, generation })
+    Ok(TemplateRef {
+        id,
+        generation,
+        method,
+    })
 }
 
 /// Mounts as a request names them.

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use trenv_sandbox_proto as proto;
+use trenv_snapshot::methods::Method;
 use ttrpc::r#async::TtrpcContext;
 
 use super::Sandboxes;
 use super::change::{limits_of, mounts_of, template_ref};
 use crate::runc::blocking;
-use crate::template::{METHODS, Templates};
+use crate::template::Templates;
 
 type Reply<T> = ttrpc::Result<T>;
 
@@ -33,7 +34,7 @@ impl proto::Sandbox for SandboxService {
             version: env!("CARGO_PKG_VERSION").into(),
             protocol: PROTOCOL,
             fingerprint: blocking(Templates::fingerprint).await?,
-            start_methods: METHODS.map(String::from).to_vec(),
+            start_methods: Method::names().map(String::from).to_vec(),
             ..proto::VersionResponse::default()
         })
     }
@@ -137,7 +138,8 @@ impl proto::Sandbox for SandboxService {
         self.all
             .requests
             .once("Prepare", &request.request_id.clone(), async move {
-                let template = template_ref(&request.template_id, request.generation)?;
+                let template =
+                    template_ref(&request.template_id, request.generation, &request.method)?;
                 let rootfs = mounts_of(&request.rootfs);
                 let limits = limits_of(request.limits.as_ref());
                 let seats = request.spares as usize;
@@ -170,7 +172,7 @@ impl proto::Sandbox for SandboxService {
         self.all
             .requests
             .once("Stage", &request.request_id.clone(), async move {
-                let template = template_ref(&request.template_id, request.generation)?;
+                let template = template_ref(&request.template_id, request.generation, "")?;
                 let rootfs = mounts_of(&request.rootfs);
                 blocking(move || all.templates.stage(template, rootfs)).await?;
                 Ok(proto::StageResponse::default())
@@ -187,7 +189,7 @@ impl proto::Sandbox for SandboxService {
         self.all
             .requests
             .once("DeleteTemplate", &request.request_id.clone(), async move {
-                let template = template_ref(&request.template_id, 0)?;
+                let template = template_ref(&request.template_id, 0, "")?;
                 blocking(move || all.templates.delete(template.id)).await?;
                 Ok(proto::DeleteTemplateResponse::default())
             })

@@ -13,7 +13,8 @@ use serde_json::value::RawValue;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::Mount;
 use trenv_snapshot::TaskGroup;
-use trenv_snapshot::zygote::{Agent, PreparedClone, Started};
+use trenv_snapshot::methods::{Method, StartMethod};
+use trenv_snapshot::zygote::{Agent, PreparedClone, StartRequest, Started};
 
 use crate::error::{Result, ShimError};
 use crate::runc::signal_process;
@@ -33,6 +34,8 @@ pub struct Seat {
     agent_pid: Option<i32>,
     agent: Mutex<Option<Agent>>,
     clone: Mutex<Option<PreparedClone>>,
+    /// By which its clones are started.
+    method: Option<Arc<dyn StartMethod>>,
     limits: Mutex<Option<Limits>>,
     /// The kernel never sets this counter back.
     oom_kills: AtomicU64,
@@ -44,6 +47,8 @@ pub struct Seat {
 pub struct TemplateRef {
     pub id: trenv_pool::TemplateId,
     pub generation: u64,
+    /// The start method that it is prepared for.
+    pub method: Method,
 }
 
 impl Seat {
@@ -55,6 +60,7 @@ impl Seat {
             agent_pid: None,
             agent: Mutex::new(None),
             clone: Mutex::new(None),
+            method: None,
             limits: Mutex::new(None),
             oom_kills: AtomicU64::new(0),
             groups: OnceLock::new(),
@@ -65,6 +71,7 @@ impl Seat {
     pub fn with_agent(
         cgroup: TenancyCgroup,
         template: TemplateRef,
+        method: Arc<dyn StartMethod>,
         limits: Limits,
         agent: Agent,
     ) -> Self {
@@ -75,6 +82,7 @@ impl Seat {
             agent_pid: inside,
             agent: Mutex::new(Some(agent)),
             clone: Mutex::new(None),
+            method: Some(method),
             limits: Mutex::new(Some(limits)),
             oom_kills: AtomicU64::new(0),
             groups: OnceLock::new(),
@@ -137,16 +145,31 @@ impl Seat {
         }
     }
 
+    /// Gives the clone's memory to the tree in a sandbox.
+    pub fn start(&self, request: &StartRequest<'_>) -> Result<Started> {
+        let clone = self.take_clone()?;
+        self.method()?.start(clone, request).map_err(start_error)
+    }
+
+    fn method(&self) -> Result<&Arc<dyn StartMethod>> {
+        let method = self.method.as_ref();
+        method.ok_or_else(|| ShimError::Fault("the tenancy's cgroup has no agent".into()))
+    }
+
     /// After a failure the agent is no more used: what it still says about this clone would be taken
     /// for the answer to the next request.
     fn make_clone(&self) -> Result<PreparedClone> {
         let cgroup = self.cgroup.dir_fd();
         let mut agent = lock(&self.agent);
         match agent.as_mut() {
-            Some(living) => living
-                .make_clone(cgroup)
-                .map_err(start_error)
-                .inspect_err(|_| drop(agent.take())),
+            Some(living) => {
+                let method = self.method()?;
+                living
+                    .make_clone(cgroup)
+                    .and_then(|clone| method.ready(&clone).map(|()| clone))
+                    .map_err(start_error)
+                    .inspect_err(|_| drop(agent.take()))
+            }
             None => Err(ShimError::Fault("the tenancy's cgroup has no agent".into())),
         }
     }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use trenv_pool::TemplateReader;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::Mount;
-use trenv_snapshot::zygote::Zygote;
+use trenv_snapshot::methods::StartMethod;
 
 use super::lock;
 use crate::reap::Unswept;
@@ -16,7 +16,8 @@ use crate::sandbox::Seat;
 
 /// A template whose zygote stands.
 pub struct Standing {
-    pub zygote: Zygote,
+    /// What its start method needs once: its zygote above all.
+    pub method: Arc<dyn StartMethod>,
     pub zygote_cgroup: TenancyCgroup,
     pub limits: Mutex<Limits>,
     pub seats: Mutex<Vec<Arc<Seat>>>,
@@ -30,7 +31,7 @@ pub struct Standing {
     pub rootfs: Vec<Mount>,
     // Keeps the pages in the pool for as long as the zygote may be built again from them.
     pub _reader: TemplateReader,
-    pub _unswept: Unswept,
+    pub _unswept: Vec<Unswept>,
 }
 
 impl Standing {

@@ -124,6 +124,8 @@ unsafe fn serve(header: *mut Header, index: u64) -> ! {
             request::AGENT => unsafe { another(header, u64::from(wanted.agent)) },
             // SAFETY: as above.
             request::CLONE => unsafe { clone(header) },
+            // SAFETY: the owner has written a program there before it asks.
+            request::REWORK => unsafe { run(header, (*header).rework as *const Op) },
             _ => {}
         }
         // SAFETY: closes what came with the request; the agent keeps its socket and its home.

@@ -44,6 +44,10 @@ pub mod fd {
     pub const STDIO: u64 = MEMORY + super::MAX_MEMORY_OBJECTS as u64;
     /// pidfd of the sandbox's pid 1.
     pub const INIT: u64 = STDIO + 3;
+    /// The userfaultfd of a waiting clone, until its owner has taken it; a start puts a stream there.
+    pub const WATCH: u64 = STDIO;
+    /// The files that a program of [`super::request::REWORK`] maps.
+    pub const FILES: u64 = STDIO;
     /// First of the open files that the tree's root makes for everyone.
     pub const OBJECTS: u64 = INIT + 2;
 }
@@ -89,6 +93,8 @@ pub struct Header {
     /// Words that the kernel clears when the clone and its helper have left the address space.
     pub clone_left: u64,
     pub helper_left: u64,
+    /// Where the owner of a skeleton writes a program for it.
+    pub rework: u64,
     pub marks: [u64; MARKS],
 }
 
@@ -200,8 +206,11 @@ pub mod request {
     /// Make a clone of the address space that waits for its start. Descriptors: its socket, and the
     /// cgroup's directory on cgroup v2.
     pub const CLONE: u32 = 3;
+    /// Run the program that the owner has written at the header's `rework`. Descriptors: the files
+    /// that it maps.
+    pub const REWORK: u32 = 4;
     /// Let one process of a restored tree go on; it is sent once for each.
-    pub const GO: u32 = 4;
+    pub const GO: u32 = 5;
 }
 
 /// A request.
@@ -251,6 +260,9 @@ pub fn own_sentence(what: u32) -> &'static str {
         7 => "cloning the zygote's memory (is the machine or the cgroup out of memory?)",
         8 => "entering the tree's time namespace",
         9 => "mapping the capsule of a process",
+        10 => {
+            "mapping a snapshot file (is its file system mounted noexec, or are there more mappings than vm.max_map_count?)"
+        }
         _ => "a step without a name",
     }
 }

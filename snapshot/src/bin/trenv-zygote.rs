@@ -3,7 +3,7 @@
 //!
 //! Arguments, in hexadecimal: base, length of the code, length, entry, stack and header of the
 //! region; in decimal the control descriptor's number and the count of capsules; then the cgroups to
-//! enter.
+//! enter. With the one argument [`methods::KEEPER`] it is the keeper of userfaultfds instead.
 
 use std::arch::asm;
 use std::fs::File;
@@ -13,10 +13,17 @@ use anyhow::{Context, Result, bail};
 use nix::libc;
 use nix::sched::CloneFlags;
 use trenv_restorer::wire::fd;
+use trenv_snapshot::methods;
 use trenv_snapshot::zygote::{build_fd, loader_fd};
 
 fn main() {
-    if let Err(err) = become_zygote() {
+    let keeper = std::env::args().nth(1).as_deref() == Some(methods::KEEPER);
+    let done = if keeper {
+        methods::keep().context("Failed to keep userfaultfds")
+    } else {
+        become_zygote()
+    };
+    if let Err(err) = done {
         eprintln!("trenv-zygote: {err:#}");
         std::process::exit(1);
     }

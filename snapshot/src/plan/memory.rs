@@ -7,6 +7,7 @@ use trenv_restorer::wire::fd;
 use super::layout::{Placed, Placement, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::When;
+use super::skeleton::Fill;
 use super::{PlanError, build_fd, sysv};
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
 
@@ -66,7 +67,7 @@ pub fn build(
     manifest: &Manifest,
     placement: &Placement,
     pieces: &Pieces,
-    control: u64,
+    (control, fill): (u64, Fill),
     region: &mut Region,
     vdso_words: &mut Vec<u64>,
 ) -> Program {
@@ -80,7 +81,11 @@ pub fn build(
             continue;
         }
         let anonymous = mapping.kind == MappingKind::Anonymous;
-        let inside = inside(mapping, &pieces.processes[place.process]);
+        let stored: &[Piece] = match fill {
+            Fill::Pages => &pieces.processes[place.process],
+            Fill::Skeleton { .. } => &[],
+        };
+        let inside = inside(mapping, stored);
         let sourced = inside.filter_map(|piece| {
             let from = match piece.offset {
                 Some(offset) => (control + build_fd::PAGES, offset),
@@ -105,7 +110,7 @@ pub fn build(
             &mut program,
         );
         if anonymous && !mapping.flags.no_huge {
-            let stored = inside_stored(mapping, &pieces.processes[place.process]);
+            let stored = inside_stored(mapping, stored);
             for at in worth_huge_pages(place, mapping, &stored) {
                 program
                     .call(libc::SYS_madvise, [at, HUGE, MADV_COLLAPSE])

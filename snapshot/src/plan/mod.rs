@@ -13,6 +13,7 @@ mod memory;
 mod process;
 mod region;
 mod shared;
+pub mod skeleton;
 mod sockets;
 mod sysv;
 mod thread;
@@ -31,6 +32,7 @@ use process::Tree;
 pub use region::LOADER;
 use region::{Program, Region};
 use shared::{Shared, When};
+use skeleton::{Area, Fill};
 
 /// Length that the region may have.
 const REGION_LIMIT: u64 = 64 << 20;
@@ -82,6 +84,10 @@ pub struct Plan {
     pub tables: Vec<Option<u64>>,
     /// Paths that a start opens in the new root.
     pub opened: Vec<String>,
+    /// Where stored pages belong in the address space, by address.
+    pub areas: Vec<Area>,
+    /// Where a skeleton takes programs.
+    pub rework: u64,
 }
 
 /// The file from which a process is loaded: its head, its pages, its region.
@@ -121,7 +127,7 @@ impl Plan {
     ///
     /// # Errors
     /// When the manifest cannot be laid out.
-    pub fn of(manifest: &Manifest, extents: &[Extent]) -> Result<Self, PlanError> {
+    pub fn of(manifest: &Manifest, extents: &[Extent], fill: Fill) -> Result<Self, PlanError> {
         let mut lineage = Lineage::of(manifest).map_err(PlanError::Unsupported)?;
         let helper_pid = lineage::number_stand_ins(manifest, &mut lineage)?;
         let placement = Placement::of(manifest, lineage, REGION_LIMIT).ok_or(PlanError::NoRoom)?;
@@ -143,13 +149,18 @@ impl Plan {
             manifest,
             &placement,
             &pieces,
-            control,
+            (control, fill),
             &mut region,
             &mut words,
         );
-        let programs = process::programs(tree, &mut region)?;
+        let programs = process::programs(tree, fill, &mut region)?;
         let frame = Frame::of(&build, &words, &mut region);
-        let stacks = region.reserve(2 * MAX_AGENTS * STACK);
+        let rework = match fill {
+            Fill::Pages => 0,
+            Fill::Skeleton { .. } => skeleton::REWORK,
+        };
+        let stacks = region.reserve(2 * MAX_AGENTS * STACK + rework);
+        let rework = stacks + 2 * MAX_AGENTS * STACK;
         let heir = &manifest.processes[placement.heir];
         let (vdso_length, vdso_offset) = kernel_block(heir);
         let content = Header {
@@ -170,6 +181,7 @@ impl Plan {
             helper_pid,
             clone_left: programs.clone_left,
             helper_left: programs.helper_left,
+            rework,
             marks: [0; MARKS],
         };
         region.set(header, &header_bytes(&content));
@@ -204,6 +216,8 @@ impl Plan {
             file_pages: file_pages(manifest, &placement),
             tables: programs.tables,
             opened: opened(manifest, &placement),
+            areas: skeleton::areas(manifest, &placement, &pieces.processes),
+            rework,
         })
     }
 }
@@ -378,6 +392,7 @@ fn header_bytes(header: &Header) -> Vec<u8> {
         helper_pid,
         clone_left,
         helper_left,
+        rework,
         marks,
     } = *header;
     let mut words = vec![magic, base, length, build, prepare, root, root_pid];
@@ -390,7 +405,7 @@ fn header_bytes(header: &Header) -> Vec<u8> {
         vdso_offset,
         vdso_words,
     ]);
-    words.extend([helper_pid, clone_left, helper_left]);
+    words.extend([helper_pid, clone_left, helper_left, rework]);
     words.extend(marks);
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
@@ -589,15 +604,15 @@ mod tests {
     #[test]
     fn pages_that_do_not_match_the_manifest_are_an_error() {
         let (manifest, mut extents) = sample();
-        assert!(Plan::of(&manifest, &extents).is_ok());
+        assert!(Plan::of(&manifest, &extents, Fill::Pages).is_ok());
         extents[0].pages = 1;
         assert!(matches!(
-            Plan::of(&manifest, &extents),
+            Plan::of(&manifest, &extents, Fill::Pages),
             Err(PlanError::Pages)
         ));
         extents[0].pages = 3;
         assert!(matches!(
-            Plan::of(&manifest, &extents),
+            Plan::of(&manifest, &extents, Fill::Pages),
             Err(PlanError::Pages)
         ));
     }
@@ -625,7 +640,7 @@ mod tests {
                 bytes.truncate(random() % bytes.len());
             }
             if let Ok(manifest) = Manifest::decode(&bytes)
-                && Plan::of(&manifest, &extents).is_ok()
+                && Plan::of(&manifest, &extents, Fill::Pages).is_ok()
             {
                 planned += 1;
             }

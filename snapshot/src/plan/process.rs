@@ -8,6 +8,7 @@ use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::{Shared, When};
+use super::skeleton::{self, Fill};
 use super::{PlanError, credentials, files, lineage, memory, thread, timers};
 use crate::lineage::Role;
 use crate::manifest::{Manifest, PAGE, Process};
@@ -113,7 +114,7 @@ impl Tree<'_> {
 }
 
 /// Puts the programs that run in the zygote's clones into the region.
-pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanError> {
+pub fn programs(tree: Tree<'_>, fill: Fill, region: &mut Region) -> Result<Programs, PlanError> {
     let table = vec![0; 8 * (1 + 2 * MOST_RANGES)];
     let mut tables = Vec::new();
     let mut left = Vec::new();
@@ -125,6 +126,9 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
     }
     let (clone_left, helper_left) = (region.put_words(&[1]), region.put_words(&[1]));
     let mut prepare = Program::default();
+    if matches!(fill, Fill::Skeleton { watched: true }) {
+        skeleton::watch(tree.control, region, &mut prepare);
+    }
     credentials::bound_ahead(
         tree.common_bounding(),
         tree.own.capabilities,

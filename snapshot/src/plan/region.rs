@@ -92,20 +92,7 @@ impl Region {
     }
 
     pub fn put_program(&mut self, program: &Program) -> u64 {
-        let mut bytes = Vec::with_capacity((program.ops.len() + 1) * size_of::<Op>());
-        for op in program.ops.iter().chain([&Op {
-            verb: verb::END,
-            ..PLAIN
-        }]) {
-            bytes.extend(op.verb.to_ne_bytes());
-            bytes.extend([op.check, op.dst]);
-            bytes.extend(op.what.to_ne_bytes());
-            bytes.extend(op.nr.to_ne_bytes());
-            bytes.extend(op.args.iter().flat_map(|arg| arg.to_ne_bytes()));
-            bytes.extend(op.from);
-            bytes.extend(op.expect.to_ne_bytes());
-        }
-        self.put(&bytes, 8)
+        self.put(&program.bytes(), 8)
     }
 
     /// Number of a sentence about a step, for a failure's report.
@@ -162,6 +149,24 @@ impl Program {
     pub fn about(&mut self, sentence: u32) -> &mut Self {
         self.what = sentence;
         self
+    }
+
+    /// The program as the restorer reads it.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity((self.ops.len() + 1) * size_of::<Op>());
+        for op in self.ops.iter().chain([&Op {
+            verb: verb::END,
+            ..PLAIN
+        }]) {
+            bytes.extend(op.verb.to_ne_bytes());
+            bytes.extend([op.check, op.dst]);
+            bytes.extend(op.what.to_ne_bytes());
+            bytes.extend(op.nr.to_ne_bytes());
+            bytes.extend(op.args.iter().flat_map(|arg| arg.to_ne_bytes()));
+            bytes.extend(op.from);
+            bytes.extend(op.expect.to_ne_bytes());
+        }
+        bytes
     }
 
     fn push(&mut self, op: Op) -> &mut Op {

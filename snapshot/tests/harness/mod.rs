@@ -14,12 +14,14 @@ use std::time::{Duration, Instant};
 use trenv_pool::{Backend, Pool, TemplateId};
 use trenv_snapshot::TaskGroup;
 use trenv_snapshot::dump::{DumpRequest, Dumped, dump};
-use trenv_snapshot::zygote::{
-    Agent, Parked, StartRequest, Started, Zygote, ZygoteRequest, start_copy,
-};
+use trenv_snapshot::methods::{Method, StartMethod, Work};
+use trenv_snapshot::zygote::{Agent, Parked, StartRequest, Started, Zygote, ZygoteRequest};
 
 pub type TestResult = Result<(), Box<dyn std::error::Error>>;
 type Made<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// Set where sandboxes shall outlive the process that made them.
+pub const OUTLIVES: &str = "TRENV_TEST_SANDBOX_OUTLIVES";
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -36,6 +38,10 @@ pub struct Instance {
     pub root: i32,
     /// Host pids of a restored tree.
     pub pids: Vec<i32>,
+    /// What its start method does for it.
+    pub work: std::sync::Arc<Work>,
+    /// How long the start took, from its request on.
+    pub took: Duration,
     pub group: Freezer,
     input: File,
     output: BufReader<File>,
@@ -128,6 +134,8 @@ impl Bed {
             init,
             root,
             pids: Vec::new(),
+            work: std::sync::Arc::default(),
+            took: Duration::ZERO,
             group,
             input: input.into(),
             output: BufReader::new(output.into()),
@@ -230,14 +238,21 @@ impl Bed {
         Ok((instance, parked.ok_or("nothing was parked")?))
     }
 
-    /// Copies the tree's memory for this one instance.
-    pub fn start_copy(&self, template: &TemplateId) -> Made<Instance> {
+    /// Prepares a template for starts by a method.
+    pub fn prepare(&self, method: Method, template: &TemplateId) -> Made<Box<dyn StartMethod>> {
+        let directory = self.directory.path();
+        self.with_request(template, |request| Ok(method.prepare(request, directory)?))
+    }
+
+    /// Starts an instance by a method.
+    pub fn start_with(&self, method: &dyn StartMethod) -> Made<Instance> {
         let (sandbox, init) = sandbox()?;
         self.start_by(sandbox, init, |group, request| {
-            self.with_request(template, |mut zygote| {
-                zygote.cgroups.push(group.path.join("cgroup.procs"));
-                Ok(start_copy(zygote, request)?)
-            })
+            let mut agent = method.zygote().agent()?;
+            group.add(agent.pid())?;
+            let clone = agent.make_clone(None)?;
+            method.ready(&clone)?;
+            Ok(method.start(clone, request)?)
         })
     }
 
@@ -285,6 +300,8 @@ impl Bed {
             init,
             root: started.pids[0],
             pids: started.pids,
+            took: started.steps.iter().map(|(_, took)| *took).sum(),
+            work: started.work,
             group,
             input: input.into(),
             output: BufReader::new(output.into()),
@@ -298,6 +315,15 @@ impl Instance {
         // One write: the program takes what a read gives it for a line.
         self.tell(line);
         self.answer()
+    }
+}
+
+impl Instance {
+    /// A process that keeps the instance's input open when this one has ended.
+    pub fn keep_input_open(&self) -> Made<Child> {
+        let mut sleep = Command::new("sleep");
+        sleep.arg("60").stdin(Stdio::null()).stderr(Stdio::null());
+        Ok(sleep.stdout(self.input.try_clone()?).spawn()?)
     }
 }
 
@@ -382,9 +408,13 @@ fn sandbox() -> Made<(Child, i32)> {
         .args(["sh", "-c", begin])
         .stdin(Stdio::null())
         .stdout(Stdio::null());
+    let outlives = std::env::var_os(OUTLIVES).is_some();
     // SAFETY: prctl is async-signal-safe.
     unsafe {
-        command.pre_exec(|| {
+        command.pre_exec(move || {
+            if outlives {
+                return Ok(());
+            }
             nix::libc::prctl(nix::libc::PR_SET_PDEATHSIG, nix::libc::SIGKILL);
             Ok(())
         })

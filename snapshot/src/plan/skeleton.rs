@@ -1,0 +1,123 @@
+//! Skeletons: zygotes that hold a tree's address space without its stored pages. Every start method
+//! but `template` brings the pages in at each start, into a clone of such a zygote.
+
+use nix::libc;
+use trenv_restorer::wire::fd;
+
+use super::layout::{Placement, kernel_owned};
+use super::memory::{Piece, inside};
+use super::region::{Program, Region};
+use crate::manifest::{Manifest, MappingKind};
+
+/// Bytes in the region for the program of a rework.
+pub const REWORK: u64 = 1 << 20;
+/// Mappings that one rework can make, with room for its end.
+pub const MOST_MAPS: usize = (REWORK as usize / size_of::<trenv_restorer::wire::Op>()) - 2;
+
+/// What a zygote's address space holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// Everything that is stored.
+    Pages,
+    /// The mappings alone. In a clone of a watched one userfaultfd(2) tells of missing pages.
+    Skeleton { watched: bool },
+}
+
+/// A mapping that has stored pages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Area {
+    pub at: u64,
+    pub length: u64,
+    /// PROT_READ, PROT_WRITE, PROT_EXEC.
+    pub protection: u32,
+    /// A private mapping of a file otherwise, of which the process has pages of its own.
+    pub anonymous: bool,
+    /// It lies where its process has it, and is nothing that must stay anonymous.
+    pub mappable: bool,
+    /// By address.
+    pub runs: Vec<Run>,
+}
+
+/// Stored pages that are neighbours in the address space and in the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    pub at: u64,
+    pub length: u64,
+    /// Offset in the pool; none for zero pages.
+    pub offset: Option<u64>,
+}
+
+/// A part of a file that shall lie in the address space, in place of what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Map {
+    pub at: u64,
+    pub length: u64,
+    pub protection: u32,
+    /// Which of the files that come with the request, and the offset in it.
+    pub file: u64,
+    pub offset: u64,
+}
+
+/// The areas of everything that lies in the zygote.
+pub fn areas(manifest: &Manifest, placement: &Placement, pieces: &[Vec<Piece>]) -> Vec<Area> {
+    let mut areas = Vec::new();
+    for place in &placement.placed {
+        let mapping = &manifest.processes[place.process].mappings[place.mapping];
+        if kernel_owned(mapping) {
+            continue;
+        }
+        let anonymous = mapping.kind == MappingKind::Anonymous;
+        let runs = inside(mapping, &pieces[place.process])
+            .map(|piece| Run {
+                at: place.at + (piece.address - mapping.start),
+                length: piece.length,
+                offset: piece.offset,
+            })
+            // Fresh anonymous memory is zero already.
+            .filter(|run| !anonymous || run.offset.is_some())
+            .collect::<Vec<_>>();
+        if runs.is_empty() {
+            continue;
+        }
+        areas.push(Area {
+            at: place.at,
+            length: place.length,
+            protection: mapping.protection,
+            anonymous,
+            // A mapping of a file cannot grow downwards, and one that is moved must stay in one piece.
+            mappable: anonymous && !mapping.flags.grows_down && place.at == mapping.start,
+            runs,
+        });
+    }
+    areas
+}
+
+/// Makes the clone's userfaultfd and leaves it where its owner takes it.
+pub fn watch(control: u64, region: &mut Region, program: &mut Program) {
+    let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
+    program.about(region.sentence(
+        "making a userfaultfd; the start methods that load pages on demand need CAP_SYS_PTRACE and a kernel with CONFIG_USERFAULTFD".into(),
+    ));
+    program.call(libc::SYS_userfaultfd, [flags]).into(0);
+    let close = libc::O_CLOEXEC as u64;
+    program.call(libc::SYS_dup3, [0, control + fd::WATCH, close]);
+    program.from(0, 0);
+    program.call(libc::SYS_close, [0]).from(0, 0);
+}
+
+/// The program of a rework.
+pub fn rework(maps: &[Map], control: u64) -> Vec<u8> {
+    let mut program = Program::default();
+    program.about(10);
+    for map in maps {
+        let how = (libc::MAP_PRIVATE | libc::MAP_FIXED) as u64;
+        let file = control + fd::FILES + map.file;
+        let protection = u64::from(map.protection);
+        program.call(
+            libc::SYS_mmap,
+            [map.at, map.length, protection, how, file, map.offset],
+        );
+        program.exactly(map.at);
+    }
+    program.bytes()
+}

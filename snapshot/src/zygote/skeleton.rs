@@ -1,0 +1,62 @@
+//! What a skeleton and its clones are asked for beyond what a zygote is.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use trenv_restorer::wire::{self, fd};
+
+use super::channel::send;
+use super::{PreparedClone, Zygote, ZygoteError, io_error, lock, receive_soon, zygote_error};
+use crate::plan::skeleton::{self, MOST_MAPS, Map};
+
+impl Zygote {
+    /// [`Zygote::learn`] for pages of files alone.
+    pub(crate) fn learn_files(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
+        lock(&self.working_set)
+            .learn_files(self.pid, pids)
+            .map_err(io_error("reading page maps"))
+    }
+
+    /// Puts parts of files into the address space that clones copy from now on.
+    pub(crate) fn rework(&self, maps: &[Map], files: &[BorrowedFd<'_>]) -> Result<(), ZygoteError> {
+        let program = skeleton::rework(maps.get(..MOST_MAPS).unwrap_or(maps), self.tree.control);
+        let control = lock(&self.control);
+        File::options()
+            .write(true)
+            .open(format!("/proc/{}/mem", self.pid))
+            .and_then(|memory| memory.write_all_at(&program, self.tree.rework))
+            .map_err(io_error("writing a program into the skeleton"))?;
+        send(control.as_fd(), wire::request::REWORK, 0, files)?;
+        let (message, _) = receive_soon(&control)?;
+        zygote_error(&message, &self.tree)
+    }
+}
+
+impl PreparedClone {
+    /// Takes the clone's userfaultfd, if it has one; the clone loses its own when it starts.
+    pub(super) fn find_watch(&mut self) -> Result<(), ZygoteError> {
+        use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
+        if self.tree.watched {
+            let number = i32::try_from(self.tree.control + fd::WATCH).unwrap_or_default();
+            let watch = pidfd_getfd(&self.pidfd, number, PidfdGetfdFlags::empty())
+                .map_err(|errno| io_error("taking a clone's userfaultfd")(errno.into()))?;
+            self.watch = Some(watch);
+        }
+        Ok(())
+    }
+
+    /// Its userfaultfd, for the one who watches it.
+    pub(crate) fn watch(&self) -> Option<BorrowedFd<'_>> {
+        self.watch.as_ref().map(AsFd::as_fd)
+    }
+
+    pub(crate) fn take_watch(&mut self) -> Option<OwnedFd> {
+        self.watch.take()
+    }
+
+    /// An address that is mapped in the clone and its tree, and never watched.
+    pub(crate) fn unwatched(&self) -> u64 {
+        self.tree.base
+    }
+}
