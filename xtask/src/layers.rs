@@ -10,10 +10,15 @@ use crate::metadata::Metadata;
 /// neither may name `snapshot`, `sandbox` or `cni`.
 const LAYERS: &[(&str, &[&str])] = &[
     ("trenv-config", &[]),
+    // Tests only.
+    ("trenv-fuzz", &[]),
     // Its command reads where the pool is.
-    ("trenv-pool", &["trenv-config"]),
+    ("trenv-pool", &["trenv-config", "trenv-fuzz"]),
     ("trenv-restorer", &[]),
-    ("trenv-snapshot", &["trenv-pool", "trenv-restorer"]),
+    (
+        "trenv-snapshot",
+        &["trenv-fuzz", "trenv-pool", "trenv-restorer"],
+    ),
     ("trenv-cni", &[]),
     ("trenv-sandbox", &["trenv-cni"]),
     ("trenv-sandbox-proto", &[]),

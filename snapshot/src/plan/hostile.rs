@@ -1,0 +1,158 @@
+//! Manifests as somebody hostile would write them: refused or planned, whatever they say.
+
+use std::path::Path;
+
+use trenv_pool::{Extent, Source};
+
+use super::Plan;
+use super::tests::sample;
+use crate::manifest::{
+    EpollTarget, Manifest, Object, ObjectKind, SignalAction, Socket, TmpfsEntry, TmpfsKind,
+};
+
+const INPUTS: u64 = 40_000;
+
+/// A tree that holds one of everything.
+fn rich() -> Manifest {
+    let (mut manifest, _) = sample();
+    let socket = Socket {
+        domain: 2,
+        kind: 1,
+        protocol: 6,
+        address: vec![2, 0, 31, 144, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        listen: Some(16),
+        connected: Vec::new(),
+        options: vec![(1, 2, vec![1, 0, 0, 0])],
+        pair: None,
+    };
+    let end = |writer| ObjectKind::Pipe {
+        pipe: 7,
+        writer,
+        size: 65_536,
+        data: vec![1, 2, 3],
+    };
+    let pair = |side| {
+        ObjectKind::Socket(Socket {
+            domain: 1,
+            address: Vec::new(),
+            listen: None,
+            options: Vec::new(),
+            pair: Some((9, side)),
+            ..socket.clone()
+        })
+    };
+    let target = EpollTarget {
+        number: 3,
+        events: 1,
+        data: 3,
+    };
+    let kinds = [
+        ObjectKind::Stdio(0),
+        ObjectKind::Stdio(1),
+        ObjectKind::Stdio(2),
+        end(false),
+        end(true),
+        pair(0),
+        pair(1),
+        ObjectKind::Socket(socket.clone()),
+        ObjectKind::EventFd {
+            count: 1,
+            semaphore: true,
+        },
+        ObjectKind::Epoll {
+            targets: vec![target],
+        },
+        ObjectKind::TimerFd {
+            clock: 1,
+            flags: 1,
+            value: [1, 0],
+            interval: [0, 1],
+            ticks: 1,
+        },
+        ObjectKind::SignalFd { mask: 4 },
+        ObjectKind::PidFd { pid: 3 },
+        ObjectKind::Inotify,
+    ];
+    for kind in kinds {
+        let number = manifest.objects.len() as i32;
+        manifest.objects.push(Object { flags: 2, kind });
+        let process = &mut manifest.processes[0];
+        let mut descriptor = process.descriptors[0].clone();
+        descriptor.object = number as usize;
+        descriptor.number = 10 + number;
+        process.descriptors.push(descriptor);
+    }
+    manifest.processes[0].actions.push(SignalAction {
+        signal: 17,
+        handler: 0x40_0000,
+        flags: 0,
+        restorer: 0,
+        mask: 0,
+    });
+    let process = &mut manifest.processes[1];
+    let mut thread = process.threads[0].clone();
+    thread.tid += 1;
+    thread.rseq = Some((0x1000, 32, 1));
+    thread.affinity = Some(vec![1; 8]);
+    thread.pending = vec![vec![0; 128]];
+    process.threads.push(thread);
+    for (path, kind) in [
+        ("/run/a", TmpfsKind::Directory),
+        ("/run/a/f", TmpfsKind::File(vec![1; 9])),
+        ("/run/a/l", TmpfsKind::Link("f".into())),
+    ] {
+        manifest.tmpfs.push(TmpfsEntry {
+            path: path.into(),
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            kind,
+        });
+    }
+    manifest
+}
+
+fn huge() -> Vec<Extent> {
+    let zeros = Extent {
+        first_page: 2,
+        pages: u64::MAX - 2,
+        source: Source::Zero,
+    };
+    vec![data(2), zeros]
+}
+
+fn data(pages: u64) -> Extent {
+    Extent {
+        first_page: 0,
+        pages,
+        source: Source::Data { offset: 2 << 20 },
+    }
+}
+
+#[test]
+fn no_manifest_brings_planning_down() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus/manifest");
+    let (small, _) = sample();
+    let seeds = [&small, &rich()].map(|manifest| manifest.encode().unwrap());
+    for seed in &seeds {
+        let manifest = Manifest::decode(seed).unwrap();
+        assert!(Plan::of(&manifest, &[data(2)]).is_ok());
+    }
+    if std::env::var_os("TRENV_WRITE_CORPUS").is_some() {
+        for (name, seed) in ["small", "rich"].iter().zip(&seeds) {
+            std::fs::write(corpus.join(name), seed).unwrap();
+        }
+    }
+    let mut planned = 0u32;
+    trenv_fuzz::run(&corpus, &seeds, INPUTS, |bytes| {
+        let Ok(manifest) = Manifest::decode(bytes) else {
+            return;
+        };
+        // Pages as the manifest counts them, and as a record might.
+        let fitting = [data(manifest.pages())];
+        for extents in [&fitting[..], &huge()] {
+            planned += u32::from(Plan::of(&manifest, extents).is_ok());
+        }
+    });
+    assert!(planned > 100, "only {planned} inputs came as far as a plan");
+}
