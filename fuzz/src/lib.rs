@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 /// Input on which a parser may spend this long before it counts as a hang.
-const SLOW: Duration = Duration::from_secs(5);
+const SLOW: Duration = Duration::from_secs(2);
 const LONGEST: usize = 1 << 20;
 
 /// A seeded generator (xorshift64*).
@@ -48,7 +48,7 @@ impl Random {
 /// Hands `inputs` changed seeds to `parse`, and every file of `corpus` as it is.
 ///
 /// # Panics
-/// When `parse` does, or takes longer than 5 s; the input is kept beside the corpus as
+/// When `parse` does, or takes longer than 2 s; the input is kept beside the corpus as
 /// `failed-TIME`, to be committed with the fix.
 pub fn run(corpus: &Path, seeds: &[Vec<u8>], inputs: u64, mut parse: impl FnMut(&[u8])) {
     let mut known: Vec<Vec<u8>> = seeds.to_vec();
@@ -80,7 +80,11 @@ pub fn run(corpus: &Path, seeds: &[Vec<u8>], inputs: u64, mut parse: impl FnMut(
         attempt(corpus, &input, &mut parse);
         done += 1;
     }
-    eprintln!("{}: {done} inputs from {} seeds", corpus.display(), known.len());
+    eprintln!(
+        "{}: {done} inputs from {} seeds",
+        corpus.display(),
+        known.len()
+    );
 }
 
 fn now() -> u64 {
@@ -92,7 +96,11 @@ fn attempt(corpus: &Path, input: &[u8], parse: &mut impl FnMut(&[u8])) {
     let begun = Instant::now();
     let result = catch_unwind(AssertUnwindSafe(|| {
         parse(input);
-        assert!(begun.elapsed() < SLOW, "the input took {:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < SLOW,
+            "the input took {:?}",
+            begun.elapsed()
+        );
     }));
     if let Err(panic) = result {
         let path = corpus.join(format!("failed-{}", now()));
@@ -112,7 +120,9 @@ fn change(input: &mut Vec<u8>, other: &[u8], random: &mut Random) {
     let length = 1 + random.below(16.min(input.len().saturating_sub(at)));
     let end = (at + length).min(input.len());
     match random.below(8) {
-        0 => input[at..end].iter_mut().for_each(|b| *b = random.next() as u8),
+        0 => input[at..end]
+            .iter_mut()
+            .for_each(|b| *b = random.next() as u8),
         1 => input.truncate(at),
         2 => drop(input.drain(at..end)),
         3 => {

@@ -13,7 +13,9 @@ use crate::template::{Extent, Source, TemplateId, TemplateInfo};
 const INPUTS: u64 = 100_000;
 
 fn corpus(name: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("corpus")
+        .join(name)
 }
 
 /// Keeps a seed in the corpus when asked to.

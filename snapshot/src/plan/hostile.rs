@@ -10,7 +10,7 @@ use crate::manifest::{
     EpollTarget, Manifest, Object, ObjectKind, SignalAction, Socket, TmpfsEntry, TmpfsKind,
 };
 
-const INPUTS: u64 = 40_000;
+const INPUTS: u64 = 200_000;
 
 /// A tree that holds one of everything.
 fn rich() -> Manifest {
@@ -126,6 +126,70 @@ fn data(pages: u64) -> Extent {
         first_page: 0,
         pages,
         source: Source::Data { offset: 2 << 20 },
+    }
+}
+
+/// One that grows as it is planned: many threads, each with all filters.
+#[test]
+fn a_small_manifest_makes_no_large_plan() {
+    let (mut manifest, _) = sample();
+    manifest.filters = vec![vec![6; 1000]; 32];
+    let process = &mut manifest.processes[0];
+    let first = process.threads[0].clone();
+    for tid in 1000..2000 {
+        let mut thread = first.clone();
+        thread.tid = tid;
+        thread.filters = 32;
+        thread.no_new_privileges = false;
+        process.threads.push(thread);
+    }
+    let bytes = manifest.encode().unwrap();
+    let manifest = Manifest::decode(&bytes).unwrap();
+    assert!(matches!(
+        Plan::of(&manifest, &[data(2)]),
+        Err(super::PlanError::TooLarge { length, .. }) if length > 256 << 20
+    ));
+}
+
+/// A mapping of nearly the whole address space takes no longer than a small one.
+#[test]
+fn a_huge_mapping_is_planned_at_once() {
+    let (mut manifest, _) = sample();
+    for process in &mut manifest.processes {
+        process.mappings.truncate(1);
+        process.mappings[0].end = 0x0fff_0000_0000;
+    }
+    let begun = std::time::Instant::now();
+    let _ = Plan::of(&manifest, &[data(2)]);
+    assert!(begun.elapsed().as_millis() < 200, "{:?}", begun.elapsed());
+}
+
+#[test]
+fn references_to_nothing_are_refused() {
+    type Change = fn(&mut Manifest);
+    let changes: [(&str, Change); 6] = [
+        ("standard stream 3", |m| {
+            m.objects[0].kind = ObjectKind::Stdio(3)
+        }),
+        ("seccomp filters", |m| m.filters = vec![Vec::new(); 9000]),
+        ("resource limits", |m| {
+            m.processes[0].limits = vec![(0, 0); 17]
+        }),
+        ("main thread", |m| m.processes[0].threads[0].tid = 9),
+        ("thread 2", |m| {
+            m.processes[1].pid = 2;
+            m.processes[1].threads[0].tid = 2;
+        }),
+        ("thread -1", |m| {
+            m.processes[1].pid = -1;
+            m.processes[1].threads[0].tid = -1;
+        }),
+    ];
+    for (word, change) in changes {
+        let (mut manifest, _) = sample();
+        change(&mut manifest);
+        let err = Manifest::decode(&manifest.encode().unwrap()).unwrap_err();
+        assert!(err.to_string().contains(word), "{word}: {err}");
     }
 }
 

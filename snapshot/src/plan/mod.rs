@@ -15,6 +15,8 @@ mod process;
 mod region;
 mod thread;
 
+use std::collections::BTreeSet;
+
 use trenv_pool::Extent;
 use trenv_restorer::wire::{Capsule, Header, MAGIC, MARKS, MAX_AGENTS, OWN_SENTENCES, STACK, fd};
 
@@ -283,7 +285,7 @@ fn kernel_block(process: &crate::manifest::Process) -> (u64, u64) {
 /// A pid that no thread of the tree has.
 fn helper_pid(manifest: &Manifest) -> Result<u64, PlanError> {
     let threads = manifest.processes.iter().flat_map(|p| &p.threads);
-    let taken: Vec<u64> = threads.map(|thread| thread.tid as u64).collect();
+    let taken: BTreeSet<u64> = threads.map(|thread| thread.tid as u64).collect();
     (300..32_000)
         .rev()
         .find(|pid| !taken.contains(pid))
@@ -295,8 +297,11 @@ fn stored(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
     for place in &placement.placed {
         let process = &manifest.processes[place.process];
         let mapping = &process.mappings[place.mapping];
-        let runs = process.pages.iter();
-        for run in runs.filter(|run| mapping.start <= run.start && run.start < mapping.end) {
+        let first = process
+            .pages
+            .partition_point(|run| run.start < mapping.start);
+        let runs = process.pages.iter().skip(first);
+        for run in runs.take_while(|run| run.start < mapping.end) {
             all.push(Stored {
                 process: place.process,
                 start: run.start,
