@@ -7,7 +7,7 @@ use crate::metadata::Metadata;
 /// Every crate with the crates of ours that it may depend on.
 ///
 /// `provider` and the command reach the shim only through containerd and `trenv.sandbox.v1`, so
-/// neither may name `snapshot`, `sandbox` or `cni`.
+/// neither may name `sandbox` or `cni`, nor the provider `snapshot`.
 const LAYERS: &[(&str, &[&str])] = &[
     ("trenv-config", &[]),
     // Tests only.
@@ -37,7 +37,13 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("trenv-provider", &["trenv-config", "trenv-sandbox-proto"]),
     (
         "trenv",
-        &["trenv-config", "trenv-pool", "trenv-sandbox-proto"],
+        // It reads what snapshots say, and makes none.
+        &[
+            "trenv-config",
+            "trenv-pool",
+            "trenv-sandbox-proto",
+            "trenv-snapshot",
+        ],
     ),
     (
         "trenv-tests",
