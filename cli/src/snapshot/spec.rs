@@ -6,6 +6,8 @@ use trenv_sandbox_proto as proto;
 
 /// The annotation that makes a container a sandbox.
 pub const SANDBOX: &str = "dev.trenv.sandbox";
+/// The annotation by which the provider names its function.
+pub const FUNCTION: &str = "dev.trenv.function";
 
 /// Refuses what a start from a snapshot would leave out.
 pub fn check(spec: &Value) -> anyhow::Result<()> {

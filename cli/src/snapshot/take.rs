@@ -100,6 +100,11 @@ fn check(record: &Container) -> anyhow::Result<Value> {
             spec::SANDBOX
         ),
     }
+    if program["annotations"][spec::FUNCTION].is_string() {
+        bail!(
+            "It runs a function of the provider, which takes that function's snapshot by itself; see `trenv list`"
+        );
+    }
     if record.snapshot_key.is_empty() {
         bail!("Its root is no layer of containerd's; run it from an image, without --rootfs");
     }
