@@ -169,11 +169,11 @@ fn references_to_nothing_are_refused() {
     type Change = fn(&mut Manifest);
     let changes: [(&str, Change); 6] = [
         ("standard stream 3", |m| {
-            m.objects[0].kind = ObjectKind::Stdio(3)
+            m.objects[0].kind = ObjectKind::Stdio(3);
         }),
         ("seccomp filters", |m| m.filters = vec![Vec::new(); 9000]),
         ("resource limits", |m| {
-            m.processes[0].limits = vec![(0, 0); 17]
+            m.processes[0].limits = vec![(0, 0); 17];
         }),
         ("main thread", |m| m.processes[0].threads[0].tid = 9),
         ("thread 2", |m| {
