@@ -123,7 +123,12 @@ fn a_program_goes_on_as_often_as_it_is_started() -> anyhow::Result<()> {
     );
     let own = shown["uniqueBytes"].as_u64().context("no unique bytes")?;
     let shared = shown["sharedBytes"].as_u64().context("no shared bytes")?;
-    assert!(own > 0 && shared > 0, "{shown:#}");
+    assert!(own > 0, "{shown:#}");
+    assert_eq!(
+        Some(own + shared),
+        shown["storedBytes"].as_u64(),
+        "{shown:#}"
+    );
     assert!(snapshot(&machine, &["show", "later"])?.contains("anonymous"));
 
     let differ = json(&machine, &["diff", "counter", "later"])?;

@@ -133,7 +133,7 @@ fn compare(first: &Stored, second: &Stored, pid: i32) -> anyhow::Result<BTreeMap
         let count = found.entry(mapping_at(process, address)).or_default();
         match theirs.remove(&address) {
             None => count.first_only += 1,
-            // The pool stores equal pages once, but not by promise.
+            // One place in the pool; equal pages may have two.
             Some((_, other)) if other == place => count.equal += 1,
             Some((other, _)) => {
                 let (mut a, mut b) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
