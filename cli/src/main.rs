@@ -1,11 +1,12 @@
 //! `trenv`: one command for people.
 //!
 //! One file per verb. [`gateway`] is the client of the provider's REST interface, [`shim`] of the
-//! shim's own service, [`functions`] and [`stack`] are what goes over the wire, [`table`] prints.
+//! shim's own service, [`containerd`] of containerd, [`functions`] and [`stack`] are what goes over the wire, [`table`] prints.
 //! [`doctor`] looks at the machine, [`mod@bench`] measures starts, [`demo`] shows the whole way of a
 //! call on four functions.
 
 mod bench;
+mod containerd;
 mod demo;
 mod deploy;
 mod describe;
@@ -20,6 +21,7 @@ mod ps;
 mod remove;
 mod scale;
 mod shim;
+mod snapshot;
 mod stack;
 mod table;
 mod turn;
@@ -62,6 +64,8 @@ enum Verb {
     Logs(logs::LogsOptions),
     /// List the sandboxes by state
     Ps(ps::PsOptions),
+    /// Take, start and look into snapshots of programs in containers
+    Snapshot(snapshot::SnapshotArguments),
     /// Look into the pool of templates
     Pool(pool::PoolArguments),
     /// Say what this machine can do, and how to get what is missing
@@ -74,14 +78,29 @@ enum Verb {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match run(&arguments) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+    let result = match &arguments.verb {
+        Verb::Snapshot(options) => run_snapshot(options),
+        _ => run(&arguments).map(|yes| match yes {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::FAILURE,
+        }),
+    };
+    match result {
+        Ok(code) => code,
         Err(err) => {
             eprintln!("trenv: {err:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs a verb whose exit status may be a program's.
+fn run_snapshot(options: &snapshot::SnapshotArguments) -> anyhow::Result<ExitCode> {
+    let config = Config::load()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(snapshot::run(&config, options))
 }
 
 /// Runs the command; `false` when it did its work and the answer is no.
@@ -114,7 +133,7 @@ async fn talk(arguments: &Arguments, config: &Config) -> anyhow::Result<bool> {
         Verb::Logs(options) => logs::run(&gateway, options).await?,
         Verb::Bench(options) => return bench::run(&gateway, config, options).await,
         Verb::Demo(options) => return demo::run(&gateway, config, options).await,
-        Verb::Ps(_) | Verb::Pool(_) | Verb::Doctor(_) => {}
+        Verb::Ps(_) | Verb::Snapshot(_) | Verb::Pool(_) | Verb::Doctor(_) => {}
     }
     Ok(true)
 }

@@ -5,10 +5,89 @@ use std::time::Duration;
 
 use anyhow::Context;
 use trenv_config::Config;
+use trenv_sandbox_proto as proto;
 use trenv_sandbox_proto::{ListRequest, SandboxClient, SandboxInfo};
 
 /// Long enough for a busy machine, short enough for somebody who waits.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// For a snapshot of a large program, or the first start from one.
+const SLOW: Duration = Duration::from_secs(300);
+
+/// The shim of one namespace.
+pub struct Shim(SandboxClient);
+
+impl Shim {
+    pub async fn connect(config: &Config, namespace: &str) -> anyhow::Result<Self> {
+        let file = config.shim_address_file(namespace);
+        let address = std::fs::read_to_string(&file).with_context(|| {
+            format!(
+                "No trenv shim runs for the namespace {namespace}: {} cannot be read",
+                file.display()
+            )
+        })?;
+        let address = address.trim();
+        let client = proto::socket::connect(address)
+            .await
+            .with_context(|| format!("Failed to connect to the shim at {address}"))?;
+        Ok(Self(SandboxClient::new(client)))
+    }
+
+    pub async fn fingerprint(&self) -> anyhow::Result<String> {
+        let context = ttrpc::context::with_duration(TIMEOUT);
+        let answer = self.0.version(context, &proto::VersionRequest::new()).await;
+        Ok(answer.map_err(said)?.fingerprint)
+    }
+
+    /// Dumps a sandbox's program into the template `key`; the program ends.
+    pub async fn snapshot(&self, id: &str, key: &str) -> anyhow::Result<proto::SnapshotResponse> {
+        let request = proto::SnapshotRequest {
+            request_id: request_id(),
+            sandbox_id: id.to_owned(),
+            key: key.to_owned(),
+            ..proto::SnapshotRequest::default()
+        };
+        let context = ttrpc::context::with_duration(SLOW);
+        self.0.snapshot(context, &request).await.map_err(said)
+    }
+
+    /// Starts a program from a template in an idle sandbox.
+    pub async fn repurpose(&self, mut request: proto::RepurposeRequest) -> anyhow::Result<()> {
+        request.request_id = request_id();
+        let context = ttrpc::context::with_duration(SLOW);
+        self.0.repurpose(context, &request).await.map_err(said)?;
+        Ok(())
+    }
+
+    pub async fn delete_template(&self, id: &str) -> anyhow::Result<()> {
+        let request = proto::DeleteTemplateRequest {
+            request_id: request_id(),
+            template_id: id.to_owned(),
+            ..proto::DeleteTemplateRequest::default()
+        };
+        let context = ttrpc::context::with_duration(SLOW);
+        self.0
+            .delete_template(context, &request)
+            .await
+            .map_err(said)?;
+        Ok(())
+    }
+}
+
+/// Ids are the shim's for as long as it runs, so they name this process and the time.
+fn request_id() -> String {
+    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let time = time.unwrap_or_default().as_nanos();
+    format!("trenv-{}-{time}", std::process::id())
+}
+
+/// A refusal in the shim's own words.
+fn said(err: ttrpc::Error) -> anyhow::Error {
+    match err {
+        ttrpc::Error::RpcStatus(status) => anyhow::anyhow!("{}", status.message()),
+        err => anyhow::Error::new(err).context("The shim does not answer"),
+    }
+}
 
 /// containerd namespaces in which a shim has published its address.
 pub fn namespaces(config: &Config) -> Vec<String> {

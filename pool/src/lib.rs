@@ -16,6 +16,8 @@
 mod backend;
 mod catalogue;
 mod error;
+#[cfg(test)]
+mod hostile;
 mod lease;
 mod pool;
 mod reader;

@@ -6,6 +6,8 @@
 mod file_lock;
 mod memory_object;
 
+use std::collections::BTreeSet;
+
 use nix::libc;
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +31,14 @@ pub const MCL_ONFAULT: u32 = 4;
 const MOST_PROCESSES: usize = 256;
 const MOST_THREADS: usize = 4096;
 const MOST_MAPPINGS: usize = 65_536;
+const MOST_OBJECTS: usize = 65_536;
+/// Resource limits that exist (RLIM_NLIMITS).
+const MOST_LIMITS: usize = 16;
+/// Instructions of all seccomp filters together, 4 more for each, as the kernel counts them
+/// (MAX_INSNS_PER_PATH).
+const MOST_INSTRUCTIONS: usize = 32_768;
+/// Above every pid of 64-bit Linux (PID_MAX_LIMIT).
+const PID_END: i32 = 1 << 22;
 
 /// A frozen process tree.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -496,6 +506,8 @@ impl Manifest {
         if self.processes.is_empty() || self.processes.len() > MOST_PROCESSES {
             return wrong(format!("it has {} processes", self.processes.len()));
         }
+        self.check_shared()?;
+        let mut tids = BTreeSet::new();
         for (index, process) in self.processes.iter().enumerate() {
             let pid = process.pid;
             match process.parent {
@@ -509,6 +521,17 @@ impl Manifest {
             }
             if mappings > MOST_MAPPINGS {
                 return wrong(format!("process {pid} has {mappings} mappings"));
+            }
+            if process.limits.len() > MOST_LIMITS {
+                return wrong(format!("the resource limits of process {pid}"));
+            }
+            if process.threads[0].tid != pid {
+                return wrong(format!("process {pid} does not begin with its main thread"));
+            }
+            for tid in process.threads.iter().map(|thread| thread.tid) {
+                if !(1..PID_END).contains(&tid) || !tids.insert(tid) {
+                    return wrong(format!("thread {tid} of process {pid}"));
+                }
             }
             check_memory(process)?;
             if ![0, MCL_FUTURE, MCL_FUTURE | MCL_ONFAULT].contains(&process.lock_future) {
@@ -549,6 +572,26 @@ impl Manifest {
         memory_object::check(self)?;
         file_lock::check(self)?;
         Lineage::of(self).map_err(|what| ManifestError::Invalid { what })?;
+        Ok(())
+    }
+
+    /// Checks what the processes refer to.
+    fn check_shared(&self) -> Result<(), ManifestError> {
+        let wrong = |what: String| Err(ManifestError::Invalid { what });
+        if self.objects.len() > MOST_OBJECTS {
+            return wrong(format!("it has {} open files", self.objects.len()));
+        }
+        let instructions: usize = self.filters.iter().map(|filter| filter.len() + 4).sum();
+        if instructions > MOST_INSTRUCTIONS {
+            return wrong(format!("its {} seccomp filters", self.filters.len()));
+        }
+        for object in &self.objects {
+            if let ObjectKind::Stdio(stream) = object.kind
+                && stream > 2
+            {
+                return wrong(format!("there is no standard stream {stream}"));
+            }
+        }
         Ok(())
     }
 }

@@ -122,14 +122,22 @@ impl Machine {
         self.directory.path().join("trenv.toml")
     }
 
+    /// A program of this build, to be run against the machine.
+    #[must_use]
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.binaries.join(program));
+        command.env("TRENV_CONFIG", self.config());
+        command
+    }
+
     /// Runs a program of this build against the machine; its output.
     ///
     /// # Errors
     /// When it fails.
     pub fn tool(&self, program: &str, arguments: &[&str]) -> anyhow::Result<String> {
-        let output = Command::new(self.binaries.join(program))
+        let output = self
+            .command(program)
             .args(arguments)
-            .env("TRENV_CONFIG", self.config())
             .output()
             .with_context(|| format!("Failed to run {program}"))?;
         if !output.status.success() {

@@ -7,13 +7,18 @@ use crate::metadata::Metadata;
 /// Every crate with the crates of ours that it may depend on.
 ///
 /// `provider` and the command reach the shim only through containerd and `trenv.sandbox.v1`, so
-/// neither may name `snapshot`, `sandbox` or `cni`.
+/// neither may name `sandbox` or `cni`, nor the provider `snapshot`.
 const LAYERS: &[(&str, &[&str])] = &[
     ("trenv-config", &[]),
+    // Tests only.
+    ("trenv-fuzz", &[]),
     // Its command reads where the pool is.
-    ("trenv-pool", &["trenv-config"]),
+    ("trenv-pool", &["trenv-config", "trenv-fuzz"]),
     ("trenv-restorer", &[]),
-    ("trenv-snapshot", &["trenv-pool", "trenv-restorer"]),
+    (
+        "trenv-snapshot",
+        &["trenv-fuzz", "trenv-pool", "trenv-restorer"],
+    ),
     ("trenv-cni", &[]),
     ("trenv-sandbox", &["trenv-cni"]),
     ("trenv-sandbox-proto", &[]),
@@ -32,7 +37,13 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("trenv-provider", &["trenv-config", "trenv-sandbox-proto"]),
     (
         "trenv",
-        &["trenv-config", "trenv-pool", "trenv-sandbox-proto"],
+        // It reads what snapshots say, and makes none.
+        &[
+            "trenv-config",
+            "trenv-pool",
+            "trenv-sandbox-proto",
+            "trenv-snapshot",
+        ],
     ),
     (
         "trenv-tests",

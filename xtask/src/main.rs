@@ -2,9 +2,11 @@
 //!
 //! One file per verb: [`check`] runs everything a change must pass before it is sent, [`layers`]
 //! checks that crates depend on each other in one direction only, [`licences`] that every
-//! dependency's licence is one that `deny.toml` allows. [`metadata`] is what the last two read.
+//! dependency's licence is one that `deny.toml` allows, [`fuzz`] feeds parsers hostile input for a
+//! while. [`metadata`] is what `layers` and `licences` read.
 
 mod check;
+mod fuzz;
 mod layers;
 mod licences;
 mod metadata;
@@ -31,6 +33,13 @@ enum Verb {
     Layers,
     /// Check the licences of all dependencies against deny.toml.
     Licences,
+    /// Feed a parser hostile input: manifest, record or superblock.
+    Fuzz {
+        target: String,
+        /// How long
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -38,5 +47,6 @@ fn main() -> anyhow::Result<()> {
         Verb::Check { no_test } => check::run(!no_test),
         Verb::Layers => layers::run(),
         Verb::Licences => licences::run(),
+        Verb::Fuzz { target, seconds } => fuzz::run(&target, seconds),
     }
 }

@@ -1,5 +1,7 @@
 //! Locks on open files (flock(2), fcntl(2)).
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Manifest, ManifestError};
@@ -36,17 +38,21 @@ pub fn check(manifest: &Manifest) -> Result<(), ManifestError> {
             what: format!("it has {count} file locks"),
         });
     }
+    let processes = manifest.processes.iter();
+    let descriptors: BTreeSet<(i32, i32)> = processes
+        .flat_map(|process| {
+            process
+                .descriptors
+                .iter()
+                .map(|one| (process.pid, one.number))
+        })
+        .collect();
     for (index, lock) in manifest.locks.iter().enumerate() {
         let holder = match lock.holder {
             LockHolder::Flock { object } | LockHolder::OpenFile { object } => {
                 object < manifest.objects.len()
             }
-            LockHolder::Process { pid, descriptor } => {
-                let mut processes = manifest.processes.iter();
-                processes.any(|process| {
-                    process.pid == pid && process.descriptors.iter().any(|d| d.number == descriptor)
-                })
-            }
+            LockHolder::Process { pid, descriptor } => descriptors.contains(&(pid, descriptor)),
         };
         let most = i64::MAX as u64;
         let end = lock.start.checked_add(lock.length.unwrap_or(1));

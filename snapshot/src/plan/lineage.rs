@@ -1,5 +1,7 @@
 //! Steps by which everyone of a tree is made and comes to its session and process group.
 
+use std::collections::BTreeSet;
+
 use nix::libc;
 use trenv_restorer::wire::verb;
 
@@ -37,7 +39,7 @@ pub fn dies_alone(zombie: &Zombie) -> bool {
 /// Gives each stand-in without a number one that nobody in the tree has, and finds one for the
 /// process between clone and root.
 pub fn number_stand_ins(manifest: &Manifest, lineage: &mut Lineage) -> Result<u64, PlanError> {
-    let mut taken: Vec<i32> = lineage.kin.iter().map(|one| one.pid).collect();
+    let mut taken: BTreeSet<i32> = lineage.kin.iter().map(|one| one.pid).collect();
     for process in &manifest.processes {
         taken.extend([process.group, process.session]);
         taken.extend(process.threads.iter().map(|thread| thread.tid));

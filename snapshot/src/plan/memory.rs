@@ -1,5 +1,7 @@
 //! The programs that fill address spaces: a zygote's from the pool, a small process's from its capsule.
 
+use std::collections::BTreeMap;
+
 use nix::libc;
 use trenv_pool::{Extent, Source};
 use trenv_restorer::wire::fd;
@@ -233,11 +235,12 @@ pub fn describe_memory(
     );
 }
 
+/// The pieces of a mapping; they are in address order.
 pub fn inside<'a>(mapping: &Mapping, pieces: &'a [Piece]) -> impl Iterator<Item = &'a Piece> {
-    let (start, end) = (mapping.start, mapping.end);
-    pieces
-        .iter()
-        .filter(move |piece| start <= piece.address && piece.address < end)
+    let end = mapping.end;
+    let first = pieces.partition_point(|piece| piece.address < mapping.start);
+    let from = pieces.iter().skip(first);
+    from.take_while(move |piece| piece.address < end)
 }
 
 fn inside_stored<'a>(mapping: &Mapping, pieces: &'a [Piece]) -> Vec<&'a Piece> {
@@ -398,30 +401,25 @@ pub fn protect(place: &Placed, mapping: &Mapping, pieces: &[Sourced], program: &
     }
 }
 
-/// Ranges of 2 MiB that are nearly full: a clone copies one entry for each instead of 512.
+/// Ranges of 2 MiB that are nearly full: a clone copies one entry for each instead of 512. Looks at
+/// what is stored only, since a mapping may be as large as the address space.
 fn worth_huge_pages(place: &Placed, mapping: &Mapping, pieces: &[&Piece]) -> Vec<u64> {
-    let mut found = Vec::new();
-    let mut at = place.at.next_multiple_of(HUGE);
-    while at + HUGE <= place.at + place.length {
-        let (from, to) = (
-            at - place.at + mapping.start,
-            at - place.at + mapping.start + HUGE,
+    let mut stored: BTreeMap<u64, u64> = BTreeMap::new();
+    for piece in pieces {
+        let (mut at, end) = (
+            piece.address - mapping.start + place.at,
+            piece.address + piece.length - mapping.start + place.at,
         );
-        let stored: u64 = pieces
-            .iter()
-            .map(|piece| {
-                (piece.address + piece.length)
-                    .min(to)
-                    .saturating_sub(piece.address.max(from))
-                    / PAGE
-            })
-            .sum();
-        if stored >= HUGE_WORTH {
-            found.push(at);
+        while at < end {
+            let next = (at - at % HUGE + HUGE).min(end);
+            *stored.entry(at - at % HUGE).or_default() += (next - at) / PAGE;
+            at = next;
         }
-        at += HUGE;
     }
-    found
+    let inside = |at: u64| place.at <= at && at + HUGE <= place.at + place.length;
+    let worth = stored.into_iter();
+    let worth = worth.filter(|(at, pages)| inside(*at) && *pages >= HUGE_WORTH);
+    worth.map(|(at, _)| at).collect()
 }
 
 /// Opens a file to read; the descriptor is in slot 0.

@@ -22,6 +22,8 @@ pub struct Region {
     data: Vec<u8>,
     /// Bytes behind the data that begin as zeroes: stacks.
     room: u64,
+    /// Bytes that were not kept, for they lie above the limit.
+    excess: u64,
     limit: u64,
     /// Number of the first sentence.
     first: u32,
@@ -37,6 +39,7 @@ impl Region {
             code,
             data: Vec::new(),
             room: 0,
+            excess: 0,
             limit,
             first,
             sentences: Vec::new(),
@@ -53,11 +56,16 @@ impl Region {
     }
 
     pub fn length(&self) -> u64 {
-        (self.code + self.data.len() as u64).next_multiple_of(PAGE) + self.room
+        (self.code + self.data.len() as u64).next_multiple_of(PAGE) + self.room + self.excess
     }
 
-    /// Puts bytes into the region and tells their address.
+    /// Puts bytes into the region and tells their address. Above the limit they only count: what a
+    /// manifest says must not make this program grow.
     pub fn put(&mut self, bytes: &[u8], align: usize) -> u64 {
+        if self.code + (self.data.len() + bytes.len()) as u64 > self.limit {
+            self.excess += (bytes.len() as u64).next_multiple_of(PAGE);
+            return self.base + self.code;
+        }
         self.data.resize(self.data.len().next_multiple_of(align), 0);
         let at = self.base + self.code + self.data.len() as u64;
         self.data.extend_from_slice(bytes);

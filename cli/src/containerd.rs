@@ -1,0 +1,260 @@
+//! containerd over its socket, as far as snapshots by hand need it.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, bail};
+use containerd_client::services::v1 as services;
+use containerd_client::services::v1::container::Runtime;
+use containerd_client::services::v1::containers_client::ContainersClient;
+use containerd_client::services::v1::snapshots as layers;
+use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
+use containerd_client::services::v1::tasks_client::TasksClient;
+use containerd_client::tonic::transport::Channel;
+use containerd_client::tonic::{Code, Request, Status};
+use containerd_client::types::Mount;
+use prost_types::{Any, FieldMask};
+use trenv_config::Config;
+
+pub use containerd_client::services::v1::Container;
+
+/// The runtime whose containers can be snapshotted.
+pub const RUNTIME: &str = "io.containerd.trenv.v2";
+const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+
+/// One namespace of containerd.
+#[derive(Debug)]
+pub struct Containerd {
+    channel: Channel,
+    pub namespace: String,
+    snapshotter: String,
+}
+
+/// Where a task's streams go; empty is nowhere.
+#[derive(Debug, Default)]
+pub struct Streams {
+    pub input: String,
+    pub output: String,
+    pub error: String,
+}
+
+impl Containerd {
+    pub async fn connect(config: &Config, namespace: &str) -> anyhow::Result<Self> {
+        let address = &config.containerd.address;
+        let channel = containerd_client::connect(address).await.with_context(|| {
+            format!(
+                "Failed to connect to containerd at {}; check that it runs and the setting containerd.address",
+                address.display()
+            )
+        })?;
+        Ok(Self {
+            channel,
+            namespace: namespace.to_owned(),
+            snapshotter: config.containerd.snapshotter.clone(),
+        })
+    }
+
+    fn request<T>(&self, body: T) -> anyhow::Result<Request<T>> {
+        let mut request = Request::new(body);
+        let name = self.namespace.parse().with_context(|| {
+            format!("{:?} is no name of a containerd namespace", self.namespace)
+        })?;
+        request.metadata_mut().insert("containerd-namespace", name);
+        Ok(request)
+    }
+
+    fn containers(&self) -> ContainersClient<Channel> {
+        ContainersClient::new(self.channel.clone())
+    }
+
+    fn layers(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.channel.clone())
+    }
+
+    fn tasks(&self) -> TasksClient<Channel> {
+        TasksClient::new(self.channel.clone())
+    }
+
+    /// The record of a container, if there is one.
+    pub async fn container(&self, id: &str) -> anyhow::Result<Option<Container>> {
+        let request = self.request(services::GetContainerRequest { id: id.to_owned() })?;
+        match self.containers().get(request).await {
+            Ok(answer) => Ok(answer.into_inner().container),
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(refused(format!("describe the container {id}"))(status)),
+        }
+    }
+
+    /// Records that carry a label.
+    pub async fn labelled(&self, label: &str) -> anyhow::Result<Vec<Container>> {
+        let request = self.request(services::ListContainersRequest {
+            filters: vec![format!("labels.\"{label}\"")],
+        })?;
+        let answer = self.containers().list(request).await;
+        Ok(answer
+            .map_err(refused("list containers"))?
+            .into_inner()
+            .containers)
+    }
+
+    /// A record like `like`, with another id, spec, snapshot and labels.
+    pub async fn create_container(
+        &self,
+        like: &Container,
+        id: &str,
+        spec: Vec<u8>,
+        layer: &str,
+        labels: HashMap<String, String>,
+    ) -> anyhow::Result<Container> {
+        let container = Container {
+            id: id.to_owned(),
+            labels,
+            image: like.image.clone(),
+            runtime: Some(Runtime {
+                name: RUNTIME.to_owned(),
+                options: None,
+            }),
+            spec: Some(any_spec(spec)),
+            snapshotter: self.snapshotter.clone(),
+            snapshot_key: layer.to_owned(),
+            ..Container::default()
+        };
+        let request = self.request(services::CreateContainerRequest {
+            container: Some(container),
+        })?;
+        let made = self.containers().create(request).await;
+        let made = made.map_err(refused(format!("make the container {id}")))?;
+        made.into_inner()
+            .container
+            .context("containerd made a container and does not tell it")
+    }
+
+    /// Replaces the spec of a record.
+    pub async fn set_spec(&self, mut container: Container, spec: Vec<u8>) -> anyhow::Result<()> {
+        let action = format!("update the container {}", container.id);
+        container.spec = Some(any_spec(spec));
+        let request = self.request(services::UpdateContainerRequest {
+            container: Some(container),
+            update_mask: Some(FieldMask {
+                paths: vec!["spec".to_owned()],
+            }),
+        })?;
+        self.containers()
+            .update(request)
+            .await
+            .map_err(refused(action))?;
+        Ok(())
+    }
+
+    pub async fn delete_container(&self, id: &str) -> anyhow::Result<()> {
+        let request = self.request(services::DeleteContainerRequest { id: id.to_owned() })?;
+        let answer = self.containers().delete(request).await;
+        unless_gone(answer.map(drop), format!("delete the container {id}"))
+    }
+
+    /// Makes a writable layer over `parent`; its mounts.
+    pub async fn prepare_layer(&self, key: &str, parent: &str) -> anyhow::Result<Vec<Mount>> {
+        let request = self.request(layers::PrepareSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels: HashMap::new(),
+        })?;
+        let answer = self.layers().prepare(request).await;
+        let answer = answer.map_err(refused(format!("make the layer {key}")))?;
+        Ok(answer.into_inner().mounts)
+    }
+
+    /// Turns the writable layer `key` into the layer `name`, which stays until it is removed.
+    pub async fn commit_layer(&self, name: &str, key: &str) -> anyhow::Result<()> {
+        let request = self.request(layers::CommitSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            name: name.to_owned(),
+            key: key.to_owned(),
+            // Its value only tells people something.
+            labels: [("containerd.io/gc.root".to_owned(), "trenv".to_owned())].into(),
+        })?;
+        let answer = self.layers().commit(request).await;
+        answer.map_err(refused(format!("commit the layer {key} as {name}")))?;
+        Ok(())
+    }
+
+    pub async fn remove_layer(&self, key: &str) -> anyhow::Result<()> {
+        let request = self.request(layers::RemoveSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.to_owned(),
+        })?;
+        let answer = self.layers().remove(request).await;
+        unless_gone(answer.map(drop), format!("remove the layer {key}"))
+    }
+
+    pub async fn create_task(&self, id: &str, streams: &Streams) -> anyhow::Result<()> {
+        let request = self.request(services::CreateTaskRequest {
+            container_id: id.to_owned(),
+            stdin: streams.input.clone(),
+            stdout: streams.output.clone(),
+            stderr: streams.error.clone(),
+            ..Default::default()
+        })?;
+        let answer = self.tasks().create(request).await;
+        answer.map_err(refused(format!("make the task of {id}")))?;
+        Ok(())
+    }
+
+    pub async fn start_task(&self, id: &str) -> anyhow::Result<()> {
+        let request = self.request(services::StartRequest {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+        })?;
+        let answer = self.tasks().start(request).await;
+        answer.map_err(refused(format!("start the task of {id}")))?;
+        Ok(())
+    }
+
+    pub async fn kill_task(&self, id: &str, signal: i32) -> anyhow::Result<()> {
+        let request = self.request(services::KillRequest {
+            container_id: id.to_owned(),
+            signal: signal.unsigned_abs(),
+            ..Default::default()
+        })?;
+        let answer = self.tasks().kill(request).await;
+        unless_gone(answer.map(drop), format!("signal the task of {id}"))
+    }
+
+    /// Waits for a task's end; its status.
+    pub async fn wait_task(&self, id: &str) -> anyhow::Result<u32> {
+        let request = self.request(services::WaitRequest {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+        })?;
+        let answer = self.tasks().wait(request).await;
+        let answer = answer.map_err(refused(format!("wait for the task of {id}")))?;
+        Ok(answer.into_inner().exit_status)
+    }
+
+    pub async fn delete_task(&self, id: &str) -> anyhow::Result<()> {
+        let request = self.request(services::DeleteTaskRequest {
+            container_id: id.to_owned(),
+        })?;
+        let answer = self.tasks().delete(request).await;
+        unless_gone(answer.map(drop), format!("delete the task of {id}"))
+    }
+}
+
+fn any_spec(value: Vec<u8>) -> Any {
+    Any {
+        type_url: SPEC_TYPE.to_owned(),
+        value,
+    }
+}
+
+fn refused(action: impl Into<String>) -> impl FnOnce(Status) -> anyhow::Error {
+    let action = action.into();
+    move |status| anyhow::anyhow!("containerd refused to {action}: {}", status.message())
+}
+
+fn unless_gone(answer: Result<(), Status>, action: String) -> anyhow::Result<()> {
+    match answer {
+        Err(status) if status.code() != Code::NotFound => bail!(refused(action)(status)),
+        _ => Ok(()),
+    }
+}
