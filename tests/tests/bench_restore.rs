@@ -1,8 +1,10 @@
 //! `trenv bench restore` on a machine without any function.
 
+use std::time::Duration;
+
 use anyhow::Context;
 use serde_json::Value;
-use trenv_tests::{Machine, until};
+use trenv_tests::{Machine, Sandbox, until};
 
 const NAMESPACE: &str = "trenv-bench";
 
@@ -39,11 +41,9 @@ fn the_benchmark_measures_the_restore_and_leaves_nothing() -> anyhow::Result<()>
     // What is made once for all namespaces, such as the bridge, stays.
     machine.deploy("hello-python")?;
     machine.remove("hello-python")?;
-    until(
-        "the template to go",
-        std::time::Duration::from_secs(20),
-        || left(&machine).is_ok_and(|left| left.is_empty()),
-    )?;
+    until("the template to go", Duration::from_secs(20), || {
+        left(&machine).is_ok_and(|left| left.is_empty())
+    })?;
     let before = machine.leftovers();
     let text = machine.tool(
         "trenv",
@@ -92,10 +92,9 @@ fn an_interrupted_benchmark_leaves_nothing() -> anyhow::Result<()> {
     let machine = Machine::start()?;
     let running = std::thread::scope(|scope| {
         let run = scope.spawn(|| machine.tool("trenv", &["bench", "restore", "--mb=8"]));
-        let started = until("a start", std::time::Duration::from_secs(60), || {
-            machine
-                .sandboxes()
-                .is_ok_and(|all| all.iter().filter(|one| one.state == "ready").count() > 0)
+        let started = until("a start from the template", Duration::from_secs(60), || {
+            let started = |one: &Sandbox| one.state == "ready" && !one.template.is_empty();
+            machine.sandboxes().is_ok_and(|all| all.iter().any(started))
         });
         for pid in machine.pids_of("trenv") {
             let pid = nix::unistd::Pid::from_raw(pid);

@@ -94,10 +94,14 @@ pub async fn measure(config: &Config, options: &RestoreOptions) -> anyhow::Resul
         interrupted = interrupted() => Err(interrupted),
     };
     let cleared = Place::open(config, &options.namespace).await?.clear().await;
-    let report = outcome?;
-    cleared
-        .context("The benchmark's sandboxes were not wholly removed; the next run tries again")?;
-    Ok(report)
+    let cleared = cleared
+        .context("The benchmark's sandboxes were not wholly removed; the next run tries again");
+    match (outcome, cleared) {
+        (Ok(report), Ok(())) => Ok(report),
+        (Ok(_), Err(left)) => Err(left),
+        (Err(failed), Ok(())) => Err(failed),
+        (Err(failed), Err(left)) => Err(failed.context(format!("{left:#}"))),
+    }
 }
 
 /// Keeps a second benchmark out of the namespace; it would remove what the first one made.
