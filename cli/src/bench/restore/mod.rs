@@ -134,7 +134,7 @@ async fn interrupted() -> anyhow::Error {
         std::io::Result::Ok(())
     };
     match waited.await {
-        Ok(()) => anyhow!("Interrupted; everything that was made is removed"),
+        Ok(()) => anyhow!("Interrupted"),
         Err(err) => anyhow!("Signals cannot be waited for: {err}"),
     }
 }
