@@ -105,6 +105,12 @@ fn run_snapshot(options: &snapshot::SnapshotArguments) -> anyhow::Result<ExitCod
 
 /// Runs the command; `false` when it did its work and the answer is no.
 fn run(arguments: &Arguments) -> anyhow::Result<bool> {
+    // It lives in a root without any file of ours.
+    if let Verb::Bench(bench) = &arguments.verb
+        && let Some(options) = bench.subject()
+    {
+        return bench::restore::subject::run(options).map(|()| true);
+    }
     let config = Config::load()?;
     match &arguments.verb {
         Verb::Doctor(options) => return doctor::run(&config, options),
@@ -122,6 +128,9 @@ async fn talk(arguments: &Arguments, config: &Config) -> anyhow::Result<bool> {
     if let Verb::Ps(options) = &arguments.verb {
         return ps::run(config, options).await.map(|()| true);
     }
+    if let Verb::Bench(options) = &arguments.verb {
+        return bench::run(&arguments.gateway, config, options).await;
+    }
     let gateway = Gateway::new(&arguments.gateway, config)?;
     match &arguments.verb {
         Verb::Deploy(options) => deploy::run(&gateway, options).await?,
@@ -131,9 +140,8 @@ async fn talk(arguments: &Arguments, config: &Config) -> anyhow::Result<bool> {
         Verb::Scale(options) => scale::run(&gateway, options).await?,
         Verb::Remove(options) => remove::run(&gateway, options).await?,
         Verb::Logs(options) => logs::run(&gateway, options).await?,
-        Verb::Bench(options) => return bench::run(&gateway, config, options).await,
         Verb::Demo(options) => return demo::run(&gateway, config, options).await,
-        Verb::Ps(_) | Verb::Snapshot(_) | Verb::Pool(_) | Verb::Doctor(_) => {}
+        Verb::Bench(_) | Verb::Ps(_) | Verb::Snapshot(_) | Verb::Pool(_) | Verb::Doctor(_) => {}
     }
     Ok(true)
 }

@@ -109,10 +109,21 @@ pub fn namespaces(config: &Config) -> Vec<String> {
 
 /// The sandboxes of one namespace. A shim that has ended, and so has no sandboxes, answers nothing.
 pub async fn sandboxes(config: &Config, namespace: &str) -> anyhow::Result<Vec<SandboxInfo>> {
-    let file = config.shim_address_file(namespace);
-    let address = match std::fs::read_to_string(&file) {
+    let Some(client) = connect(&config.shim_address_file(namespace)).await? else {
+        return Ok(Vec::new());
+    };
+    let answer = client
+        .list(ttrpc::context::with_duration(TIMEOUT), &ListRequest::new())
+        .await
+        .with_context(|| format!("The shim of {namespace} did not list its sandboxes"))?;
+    Ok(answer.sandboxes)
+}
+
+/// The shim that has published its address in `file`; none if it has ended.
+pub async fn connect(file: &Path) -> anyhow::Result<Option<SandboxClient>> {
+    let address = match std::fs::read_to_string(file) {
         Ok(text) => text.trim().to_owned(),
-        Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(err) => {
             return Err(err).with_context(|| format!("Failed to read {}", file.display()));
         }
@@ -120,16 +131,12 @@ pub async fn sandboxes(config: &Config, namespace: &str) -> anyhow::Result<Vec<S
     if let Some(path) = address.strip_prefix("unix://")
         && !listens(Path::new(path))
     {
-        return Ok(Vec::new());
+        return Ok(None);
     }
     let client = trenv_sandbox_proto::socket::connect(&address)
         .await
         .with_context(|| format!("Failed to connect to the shim at {address}"))?;
-    let answer = SandboxClient::new(client)
-        .list(ttrpc::context::with_duration(TIMEOUT), &ListRequest::new())
-        .await
-        .with_context(|| format!("The shim at {address} did not list its sandboxes"))?;
-    Ok(answer.sandboxes)
+    Ok(Some(SandboxClient::new(client)))
 }
 
 fn listens(path: &Path) -> bool {

@@ -86,7 +86,7 @@ impl Series {
         }
     }
 
-    fn add(&mut self, other: &Self) {
+    pub fn add(&mut self, other: &Self) {
         self.failed += other.failed;
         match (&mut self.times, &other.times) {
             (Some(mine), Some(theirs)) => {
@@ -299,7 +299,7 @@ impl std::fmt::Display for Report {
     }
 }
 
-fn series_row(name: String, series: &Series) -> [String; 6] {
+pub fn series_row(name: String, series: &Series) -> [String; 6] {
     let time = |quantile| series.quantile(quantile).map_or("-".into(), micros);
     [
         name,

@@ -1,18 +1,19 @@
-//! `trenv bench`: measures on this machine, through the gateway, what a caller sees.
+//! `trenv bench`: measures on this machine what a caller sees.
 //!
-//! [`start`] plans and makes the calls, [`order`] is their seeded order, [`runc`] makes the same
-//! functions start through stock runc, [`memory`] weighs idle instances, [`figures`] holds what was
-//! measured and prints it.
+//! [`start`] plans and makes calls through the gateway, [`order`] is their seeded order, [`runc`]
+//! makes the same functions start through stock runc, [`memory`] weighs idle instances, [`figures`]
+//! holds what was measured and prints it. [`restore`] measures the restore by itself, at the shim.
 
 pub mod figures;
 pub mod memory;
 mod order;
+pub mod restore;
 pub mod runc;
 pub mod start;
 
 use trenv_config::Config;
 
-use crate::gateway::Gateway;
+use crate::gateway::{Gateway, GatewayOptions};
 
 #[derive(Debug, clap::Args)]
 pub struct BenchArguments {
@@ -24,20 +25,50 @@ pub struct BenchArguments {
 enum BenchVerb {
     /// Measure every kind of start of deployed functions, and the memory of idle instances
     Start(start::StartOptions),
+    /// Measure the restore by itself, one at a time and at saturation, in sandboxes of its own
+    Restore(restore::RestoreOptions),
+    /// Be what `bench restore` restores
+    #[command(hide = true, name = restore::subject::ROLE)]
+    Subject(restore::subject::SubjectOptions),
+}
+
+impl BenchArguments {
+    /// The options of the process that is measured, if this shall be it.
+    pub fn subject(&self) -> Option<&restore::subject::SubjectOptions> {
+        match &self.verb {
+            BenchVerb::Subject(options) => Some(options),
+            _ => None,
+        }
+    }
 }
 
 /// Runs a measurement; `false` when a call failed.
 pub async fn run(
-    gateway: &Gateway,
+    gateway: &GatewayOptions,
     config: &Config,
     arguments: &BenchArguments,
 ) -> anyhow::Result<bool> {
-    let BenchVerb::Start(options) = &arguments.verb;
-    let report = start::measure(gateway, config, options).await?;
-    if options.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+    match &arguments.verb {
+        BenchVerb::Start(options) => {
+            let gateway = Gateway::new(gateway, config)?;
+            let report = start::measure(&gateway, config, options).await?;
+            show(&report, options.json)?;
+            Ok(report.failed() == 0)
+        }
+        BenchVerb::Restore(options) => {
+            let report = restore::measure(config, options).await?;
+            show(&report, options.json)?;
+            Ok(report.failed() == 0)
+        }
+        BenchVerb::Subject(options) => restore::subject::run(options).map(|()| true),
+    }
+}
+
+fn show<R: serde::Serialize + std::fmt::Display>(report: &R, json: bool) -> anyhow::Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report)?);
     } else {
         print!("{report}");
     }
-    Ok(report.failed() == 0)
+    Ok(())
 }

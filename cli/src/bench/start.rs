@@ -543,7 +543,8 @@ fn listed_size(line: &str) -> Option<u64> {
     })
 }
 
-fn machine() -> Machine {
+/// The machine on which this runs.
+pub fn machine() -> Machine {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let field = |text: &str, name: &str| {
         let line = text.lines().find(|line| line.starts_with(name));
