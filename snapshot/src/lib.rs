@@ -12,6 +12,7 @@
 
 pub mod dump;
 mod fingerprint;
+pub mod generation;
 pub mod manifest;
 mod plan;
 mod working_set;

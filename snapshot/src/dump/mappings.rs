@@ -1,6 +1,7 @@
 //! VMAs of a process, from /proc/PID/smaps.
 
 use super::{DumpError, proc_text};
+use crate::generation;
 use crate::manifest::{Mapping, MappingFlags, MappingKind};
 
 /// Name of the region that a restored process was brought up from; it is not part of the process.
@@ -121,6 +122,10 @@ impl Line {
             }
             _ if !name.starts_with('/') => return refuse("is of an unknown kind"),
             _ if shared && writable => return refuse("is a writable shared file mapping"),
+            generation::PATH => match generation::refusal(shared, self.end - self.start) {
+                Some(why) => return refuse(why),
+                None => MappingKind::Generation,
+            },
             _ if shared => MappingKind::SharedReadOnly {
                 path: unescape(name),
                 offset: self.offset,

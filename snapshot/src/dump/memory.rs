@@ -64,9 +64,10 @@ fn own_pages(map: &File, mapping: &Mapping) -> Result<Vec<PageRun>, DumpError> {
         // These come back empty by their meaning: sibling clones must not share their bytes.
         _ if mapping.flags.droppable || mapping.flags.wipe_on_fork => return Ok(Vec::new()),
         MappingKind::Anonymous | MappingKind::File { .. } => mapping.start..mapping.end,
-        MappingKind::SharedReadOnly { .. } | MappingKind::Vdso | MappingKind::Vvar => {
-            return Ok(Vec::new());
-        }
+        MappingKind::SharedReadOnly { .. }
+        | MappingKind::Vdso
+        | MappingKind::Vvar
+        | MappingKind::Generation => return Ok(Vec::new()),
     };
     match scan(map, wanted.clone()) {
         Ok(runs) => Ok(runs),

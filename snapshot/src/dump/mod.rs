@@ -10,6 +10,7 @@
 mod files;
 mod mappings;
 mod memory;
+mod notes;
 mod process;
 mod sockets;
 mod tmpfs;
@@ -170,7 +171,7 @@ fn dump_here(
         threads: manifest.threads(),
         image_bytes,
         steps,
-        notes: vec!["generators shared: clones start with equal random state".into()],
+        notes: notes::about(&manifest),
     })
 }
 

@@ -4,12 +4,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::{DumpError, proc_text};
+use crate::generation;
 use crate::manifest::{TmpfsEntry, TmpfsKind};
 
 /// Bytes that all tmpfs contents may have together.
 const MOST_BYTES: u64 = 4 << 20;
 
-/// Reads the tmpfs trees that the process sees; /dev itself is the sandbox's own.
+/// Reads the tmpfs trees that the process sees; /dev itself is the sandbox's own, and so is the
+/// generation page.
 pub fn read(host: i32) -> Result<Vec<TmpfsEntry>, DumpError> {
     let mounts = proc_text(&format!("/proc/{host}/mountinfo"))?;
     let mut found = Found {
@@ -56,6 +58,9 @@ impl Found {
             let meta = path.symlink_metadata().map_err(DumpError::io(doing()))?;
             let name = path.to_string_lossy();
             let inside = name.strip_prefix(root).unwrap_or(&name).to_owned();
+            if inside == generation::DIRECTORY || inside == generation::PATH {
+                continue;
+            }
             let kind = if meta.is_dir() {
                 TmpfsKind::Directory
             } else if meta.is_symlink() {

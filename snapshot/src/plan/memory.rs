@@ -290,6 +290,15 @@ fn map(
             program.from(4, 0).exactly(place.at);
             program.call(libc::SYS_close, [0]).from(0, 0);
         }
+        // Holds the place; the process maps the page of its sandbox over it.
+        MappingKind::Generation => {
+            let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64 | fixed;
+            program.call(
+                libc::SYS_mmap,
+                [place.at, place.length, first, flags, u64::MAX, 0],
+            );
+            program.exactly(place.at);
+        }
         MappingKind::Vdso | MappingKind::Vvar => return,
     }
     for (wanted, advice) in [

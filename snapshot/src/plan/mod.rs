@@ -7,6 +7,7 @@
 mod credentials;
 mod files;
 mod frame;
+mod generation;
 mod layout;
 mod memory;
 mod process;

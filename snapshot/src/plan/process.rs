@@ -5,7 +5,7 @@ use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
 use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
-use super::{PlanError, credentials, files, memory, thread};
+use super::{PlanError, credentials, files, generation, memory, thread};
 use crate::manifest::{Manifest, MappingKind, PAGE, Process};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
@@ -249,6 +249,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     let (process, manifest, control) = (tree.process(index), tree.manifest, tree.control);
     let pid = process.pid;
     advise_about_forks(process, region, program);
+    generation::map(process, region, program);
     program.verb(verb::MARK, [mark::MEMORY]);
     files::install(manifest, process, control, region, program);
     program.verb(verb::MARK, [mark::FILES]);
