@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxSeccomp, Mount, Process, Spec};
 use trenv_sandbox::cgroup::Limits;
+use trenv_sandbox::generation;
 use trenv_sandbox::process::Role;
 use trenv_sandbox::rootfs::{self, BindFlags};
 use trenv_sandbox::{Part, ProcessSpec};
@@ -138,14 +139,19 @@ fn process_of(
     seccomp: Option<&LinuxSeccomp>,
     role: Role,
 ) -> Result<ProcessSpec> {
-    ProcessSpec::from_oci(process, seccomp, role).map_err(|err| {
+    let mut process = ProcessSpec::from_oci(process, seccomp, role).map_err(|err| {
         let mut text = err.to_string();
         if let Some(cause) = std::error::Error::source(&err) {
             text.push_str(": ");
             text.push_str(&cause.to_string());
         }
         ShimError::InvalidArgument(text)
-    })
+    })?;
+    let variable = format!("{}=", generation::VARIABLE);
+    if !process.env.iter().any(|entry| entry.starts_with(&variable)) {
+        process.env.push(variable + generation::PATH);
+    }
+    Ok(process)
 }
 
 impl RootSpec {
