@@ -72,7 +72,11 @@ fn each_start_finds_another_page_and_what_is_never_stored_is_empty() -> TestResu
     let mut seen = vec![before];
     for mut instance in instances(&bed, &template)? {
         let after = words(&instance.ask("draw"));
-        assert_eq!(after[1..3], ["0", "0"], "wiped and droppable memory is empty");
+        assert_eq!(
+            after[1..3],
+            ["0", "0"],
+            "wiped and droppable memory is empty"
+        );
         assert_eq!(after[3], format!("sandbox-{}", instance.init), "host name");
         assert!(seen.iter().all(|other| other[0] != after[0]), "{after:?}");
         // Again in the same instance: nothing changes.
@@ -116,7 +120,10 @@ fn a_page_that_cannot_come_back_is_refused() -> TestResult {
     let bed = Bed::new()?;
     let program = bed.compile("fresh")?;
     for (how, why) in [
-        ("private", "maps the generation page privately; map it shared"),
+        (
+            "private",
+            "maps the generation page privately; map it shared",
+        ),
         ("long", "maps more than the one page of the generation file"),
     ] {
         let mut instance = bed.run(&[&program, how])?;
@@ -139,7 +146,10 @@ fn clones_of_a_python_program_draw_differently_with_the_module() -> TestResult {
                    page is not mapped by /usr/bin/python3";
     assert!(note.starts_with(unaware), "{note}");
     let equal = equal_keys(&mut instances(&bed, &template)?);
-    assert_eq!(equal, ["choice", "gauss", "hello", "openssl", "own", "random"]);
+    assert_eq!(
+        equal,
+        ["choice", "gauss", "hello", "openssl", "own", "random"]
+    );
 
     let command = [&command[..], &["trenv_generation"]].concat();
     let (template, note, _) = dumped(&bed, &command)?;
@@ -157,10 +167,17 @@ fn clones_of_a_node_program_draw_differently_with_the_module() -> TestResult {
     let (template, note, _) = dumped(&bed, &["env", VARIABLE, "/usr/bin/node", &program])?;
     assert!(note.starts_with("generators shared"), "{note}");
     let equal = equal_keys(&mut instances(&bed, &template)?);
-    let every = ["bytes", "filled", "int", "key", "random", "uuid", "weboid"];
+    let every = ["bytes", "filled", "int", "key", "random", "uuid", "web_uuid"];
     assert_eq!(equal, every);
 
-    let command = ["env", VARIABLE, "/usr/bin/node", "--require", &module, &program];
+    let command = [
+        "env",
+        VARIABLE,
+        "/usr/bin/node",
+        "--require",
+        &module,
+        &program,
+    ];
     let (template, note, _) = dumped(&bed, &command)?;
     assert!(note.starts_with("hash seeds shared"), "{note}");
     let equal = equal_keys(&mut instances(&bed, &template)?);

@@ -382,9 +382,7 @@ fn sandbox() -> Made<(Child, i32)> {
     let page = "mkdir -p /run/trenv && mount -t tmpfs trenv /run/trenv && cd /run/trenv && \
         (printf 'TRENVGEN\\1\\0\\0\\0\\0\\0\\0\\0' && head -c 16 /dev/urandom) >generation && \
         truncate -s 4096 generation && chmod 444 generation";
-    let make = [
-        "-t", &init_pid, "-m", "-u", "sh", "-c",
-    ];
+    let make = ["-t", &init_pid, "-m", "-u", "sh", "-c"];
     let hostname = format!("hostname sandbox-{init}; {page}");
     let made = Command::new("nsenter").args(make).arg(hostname).status()?;
     assert!(made.success(), "no generation page");

@@ -9,7 +9,7 @@ function draw() {
     bytes: crypto.randomBytes(8).toString('hex'),
     filled: Buffer.from(crypto.webcrypto.getRandomValues(new Uint8Array(8))).toString('hex'),
     uuid: crypto.randomUUID(),
-    weboid: crypto.webcrypto.randomUUID(),
+    web_uuid: crypto.webcrypto.randomUUID(),
     int: crypto.randomInt(2 ** 47),
     key: crypto.createECDH('prime256v1').generateKeys('hex'),
   };
