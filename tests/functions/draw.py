@@ -7,6 +7,11 @@ import ssl
 import uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+try:
+    import numpy
+except ImportError:
+    numpy = None
+
 
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
@@ -19,6 +24,8 @@ class Handler(BaseHTTPRequestHandler):
             "openssl": ssl.RAND_bytes(8).hex(),
             "uuid4": str(uuid.uuid4()),
         }
+        if numpy:
+            draws["numpy"] = numpy.random.rand()
         answer = {"draws": draws, "hash": hash("word"), "host": os.uname().nodename}
         body = json.dumps(answer).encode()
         self.send_response(200)
@@ -28,5 +35,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 # A generator that was never used has no state to share.
-random.random(), ssl.RAND_bytes(8)
+random.random(), ssl.RAND_bytes(8), numpy and numpy.random.rand()
 HTTPServer(("0.0.0.0", 8080), Handler).serve_forever()

@@ -133,6 +133,7 @@ def clones(draw, change):
         except ImportError:
             self.skipTest("numpy is not installed")
         self.check("import numpy", "numpy.random.rand()")
+        self.check("import numpy", "numpy.random.ranf()")
         self.check("from numpy.random import randint; randint(9)", "randint(10**9)")
         script = self.CLONES + "import numpy; numpy.random.seed(7)\nclones(numpy.random.rand, True)"
         self.assertTrue(self.equal_lines(script, 2))

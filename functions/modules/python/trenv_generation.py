@@ -191,9 +191,10 @@ def _numpy_random(module):
 
     for name in module.__all__:
         function = getattr(module, name)
-        if getattr(function, "__self__", None) is state:
-            wrap = giving if name in ("seed", "set_state") else watch.before
-            setattr(module, name, wrap(function))
+        if name in ("seed", "set_state", "set_bit_generator"):
+            setattr(module, name, giving(function))
+        elif callable(function) and not isinstance(function, type) and name != "default_rng":
+            setattr(module, name, watch.before(function))
 
 
 def _ssl(module):
