@@ -448,6 +448,17 @@ mod tests {
     }
 
     #[test]
+    fn every_process_is_told_where_its_generation_page_is() {
+        let place = format!("TRENV_GENERATION={}", trenv_snapshot::generation::PATH);
+        let process = of(base()).unwrap().process.unwrap();
+        assert!(process.env.contains(&place), "{:?}", process.env);
+        // Who sets it has a reason, and keeps it.
+        let mut own = base();
+        own["process"]["env"] = json!(["TRENV_GENERATION="]);
+        assert_eq!(of(own).unwrap().process.unwrap().env, ["TRENV_GENERATION="]);
+    }
+
+    #[test]
     fn what_would_not_be_applied_is_named() {
         let cases = [
             (
