@@ -167,7 +167,9 @@ fn clones_of_a_node_program_draw_differently_with_the_module() -> TestResult {
     let (template, note, _) = dumped(&bed, &["env", VARIABLE, "/usr/bin/node", &program])?;
     assert!(note.starts_with("generators shared"), "{note}");
     let equal = equal_keys(&mut instances(&bed, &template)?);
-    let every = ["bytes", "filled", "int", "key", "random", "uuid", "web_uuid"];
+    let every = [
+        "bytes", "filled", "int", "key", "random", "uuid", "web_uuid",
+    ];
     assert_eq!(equal, every);
 
     let command = [
