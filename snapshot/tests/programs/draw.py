@@ -10,8 +10,8 @@ import json
 import random
 import secrets
 import ssl
-import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 
 def draw():
@@ -21,6 +21,8 @@ def draw():
         "choice": random.randrange(10**12),
         "own": own.random(),
         "openssl": ssl.RAND_bytes(8).hex(),
+        # OpenSSL has a generator for each thread.
+        "thread": worker.submit(ssl.RAND_bytes, 8).result().hex(),
         "secret": secrets.token_hex(8),
         "uuid4": str(uuid.uuid4()),
         # TLS's first message holds 32 random bytes.
@@ -40,8 +42,7 @@ def hello():
 
 own = random.Random()
 context = ssl.create_default_context()
+worker = ThreadPoolExecutor(1)
 draw()
-# Two generators of OpenSSL: it has one for each thread.
-threading.Thread(target=lambda: ssl.RAND_bytes(4)).start()
 while sys.stdin.readline():
     print(json.dumps(draw()), flush=True)

@@ -1,5 +1,5 @@
 // Answers each line with: the identifier of its generation page, the first bytes of memory that is
-// wiped on fork and of memory that the kernel may drop, host name, environment's page is mapped.
+// wiped on fork and of memory that the kernel may drop, the host name.
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
@@ -18,7 +18,12 @@ int main(int count, char **arguments) {
     int flags = strcmp(how, "private") ? MAP_SHARED : MAP_PRIVATE;
     unsigned char *page = mmap(0, strcmp(how, "long") ? 4096 : 8192, PROT_READ, flags, file, 0);
     close(file);
-    if (!strcmp(how, "forked")) fork();
+    // More than a process may have that is loaded instead of cloned or forked.
+    if (!strcmp(how, "large")) {
+        void *much = mmap(0, 3 << 20, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        memset(much, 7, 3 << 20);
+    }
+    if (!strcmp(how, "forked") || !strcmp(how, "large")) fork();
     unsigned char *wiped = mmap(0, 4096, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     madvise(wiped, 4096, MADV_WIPEONFORK);
     unsigned char *dropped = mmap(0, 4096, 3, MAP_DROPPABLE | MAP_ANONYMOUS, -1, 0);
