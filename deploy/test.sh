@@ -80,6 +80,11 @@ shell_scripts() {
     shellcheck -x "${scripts[@]}" .ci/run
 }
 
+modules_of_functions() {
+    python3 -m unittest discover functions/modules/python &&
+        node --test functions/modules/node/test.js
+}
+
 documentation() {
     RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items --quiet
 }
@@ -102,6 +107,7 @@ main() {
     fi
     check "documentation" documentation
     check "shell scripts" shell_scripts
+    check "modules of functions" modules_of_functions
     check "layers" cargo xtask layers
     check "licences" cargo xtask licences
     tests "crates" --workspace --exclude trenv-tests

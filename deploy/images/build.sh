@@ -69,6 +69,7 @@ for tool in mmdebstrap umoci jq; do
 done
 for name in "${chosen[@]}"; do
     [ "$(base_of "$name")" != go ] || command -v go >/dev/null || missing+=(golang-go)
+    [ "$(base_of "$name")" != node ] || command -v cc >/dev/null || missing+=(gcc libc6-dev)
 done
 [ ${#missing[@]} -eq 0 ] || fail "missing: ${missing[*]}; install with: apt-get install ${missing[*]}"
 [ "$(id -u)" = 0 ] || fail "building a base needs root"

@@ -3,6 +3,8 @@
 
 all_functions=(hello-python hello-node json-python image-node numpy-python go-server plain-python plain-node)
 
+node_module_directory=/usr/lib/node_modules/trenv-generation
+
 known() {
     local name
     for name in "${all_functions[@]}"; do
@@ -63,13 +65,30 @@ function_tree() {
         python | numpy)
             cp "$root/functions/$name"/*.py "$app/"
             ! has_watchdog "$name" || cp "$root/functions/runtime/python/serve.py" "$app/"
+            python_module "$tree"
             ;;
         node)
             cp "$root/functions/$name"/*.js "$app/"
             ! has_watchdog "$name" || cp "$root/functions/runtime/node/serve.js" "$app/"
+            node_module "$tree"
             ;;
     esac
     chmod -R u=rwX,go=rX "$tree"
+}
+
+# The modules that draw random state anew in each instance; see functions/modules.
+python_module() {
+    local site=$1/usr/lib/python3/dist-packages
+    mkdir -p "$site"
+    cp "$root"/functions/modules/python/trenv_generation.{py,pth} "$site/"
+}
+
+node_module() {
+    local source=$root/functions/modules/node module=$1$node_module_directory
+    mkdir -p "$module"
+    cp "$source"/{index.js,package.json} "$module/"
+    cc -O2 -s -shared -fPIC -fvisibility=hidden -Wl,--build-id=none \
+        -o "$module/page.node" "$source/page.c" || fail "could not compile $source/page.c"
 }
 
 # function_command NAME: the image's command and environment, as options of umoci config.
@@ -93,6 +112,7 @@ function_command() {
     fi
     case $1 in
         *-python) options+=(--config.env PYTHONUNBUFFERED=1) ;;
+        *-node) options+=(--config.env "NODE_OPTIONS=--require $node_module_directory") ;;
     esac
 }
 
@@ -101,6 +121,10 @@ build_function() {
     local file=$out/$name.tar sources=("$root/functions/$name")
     base_layout "$(base_of "$name")"
     function_command "$name"
+    case $name in
+        *-python) sources+=("$root/functions/modules/python") ;;
+        *-node) sources+=("$root/functions/modules/node") ;;
+    esac
     if has_watchdog "$name"; then
         sources+=("$root/functions/runtime")
         watchdog=$(watchdog_digest)

@@ -12,6 +12,7 @@
 
 pub mod cgroup;
 mod error;
+pub mod generation;
 mod init_client;
 pub mod process;
 #[doc(hidden)]

@@ -142,3 +142,34 @@ fn outsiders_can_join_by_the_pidfd_of_pid_one() {
     assert!(command.status().unwrap().success());
     sandbox.destroy().unwrap();
 }
+
+#[test]
+fn each_tenancy_has_a_generation_of_its_own() {
+    let place = Place::new();
+    let sandbox = place.sandbox();
+    let cgroup = place.cgroup("t1");
+    let mut seen = std::collections::HashSet::new();
+    for (tenancy, number) in [("first", 1), ("second", 2), ("third", 3)] {
+        sandbox.enter_rootfs(&place.rootfs(tenancy)).unwrap();
+        let page = fs::read(format!(
+            "/proc/{}/root{}",
+            sandbox.init_pid(),
+            trenv_sandbox::generation::PATH
+        ));
+        let page = page.unwrap();
+        assert_eq!((page.len(), &page[..8]), (4096, b"TRENVGEN".as_slice()));
+        assert_eq!(page[32], number, "it is counted");
+        assert!(page[16..32] != [0; 16] && seen.insert(page[16..32].to_vec()));
+        // Not even root of the function changes it or takes it away.
+        let (text, _) = run(
+            &sandbox,
+            &cgroup,
+            "(echo x >/run/trenv/generation) 2>&1; rm -rf /run/* 2>&1; ls /run/trenv; stat -c %a /run/trenv/generation",
+        );
+        assert!(text.contains("Read-only file system"), "{text}");
+        assert!(text.ends_with("generation\n444\n"), "{text}");
+        sandbox.purge().unwrap();
+    }
+    sandbox.destroy().unwrap();
+    cgroup.remove().unwrap();
+}

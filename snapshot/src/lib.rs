@@ -12,6 +12,7 @@
 
 pub mod dump;
 mod fingerprint;
+pub mod generation;
 mod lineage;
 pub mod manifest;
 pub mod methods;

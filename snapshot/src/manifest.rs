@@ -205,6 +205,8 @@ pub enum MappingKind {
     },
     Vdso,
     Vvar,
+    /// The generation page, shared and read-only: a restored process gets its new sandbox's.
+    Generation,
 }
 
 /// Properties of a VMA beyond its protection (proc(5), VmFlags).
@@ -654,6 +656,7 @@ fn check_memory(process: &Process) -> Result<(), ManifestError> {
                 ),
             });
         }
+        crate::generation::check(mapping, pid)?;
         end = mapping.end;
     }
     let mut mappings = process.mappings.iter().peekable();

@@ -8,6 +8,7 @@
 //! Nobody starts it by hand. It has one thread always: namespaces and forks depend on it.
 
 mod failure;
+mod generation;
 mod join;
 mod launch;
 mod network;

@@ -20,7 +20,10 @@ use trenv_sandbox::{
     sys,
 };
 
-use crate::failure::{Doing, Failure};
+use crate::{
+    failure::{Doing, Failure},
+    generation,
+};
 
 /// Where parts are mounted in the empty root.
 pub const PLACES: [&str; 5] = ["nothing", "proc", "dev", "sys", "run"];
@@ -110,6 +113,7 @@ pub fn make() -> Result<Parts, Failure> {
             NOSUID | NODEV,
         )?,
     )?;
+    generation::write(root.as_fd(), run.as_fd())?;
     for path in READONLY_PATHS {
         make_readonly(root.as_fd(), path)?;
     }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxSeccomp, Mount, Process, Spec};
 use trenv_sandbox::cgroup::Limits;
+use trenv_sandbox::generation;
 use trenv_sandbox::process::Role;
 use trenv_sandbox::rootfs::{self, BindFlags};
 use trenv_sandbox::{Part, ProcessSpec};
@@ -138,14 +139,19 @@ fn process_of(
     seccomp: Option<&LinuxSeccomp>,
     role: Role,
 ) -> Result<ProcessSpec> {
-    ProcessSpec::from_oci(process, seccomp, role).map_err(|err| {
+    let mut process = ProcessSpec::from_oci(process, seccomp, role).map_err(|err| {
         let mut text = err.to_string();
         if let Some(cause) = std::error::Error::source(&err) {
             text.push_str(": ");
             text.push_str(&cause.to_string());
         }
         ShimError::InvalidArgument(text)
-    })
+    })?;
+    let variable = format!("{}=", generation::VARIABLE);
+    if !process.env.iter().any(|entry| entry.starts_with(&variable)) {
+        process.env.push(variable + generation::PATH);
+    }
+    Ok(process)
 }
 
 impl RootSpec {
@@ -439,6 +445,17 @@ mod tests {
         assert!(spec.root.read_only);
         assert_eq!(spec.root.mounts.len(), 1);
         assert!(matches!(&spec.root.mounts[0], PartSpec::Bind { flags, .. } if flags.read_only));
+    }
+
+    #[test]
+    fn every_process_is_told_where_its_generation_page_is() {
+        let place = format!("TRENV_GENERATION={}", trenv_snapshot::generation::PATH);
+        let process = of(base()).unwrap().process.unwrap();
+        assert!(process.env.contains(&place), "{:?}", process.env);
+        // Who sets it has a reason, and keeps it.
+        let mut own = base();
+        own["process"]["env"] = json!(["TRENV_GENERATION="]);
+        assert_eq!(of(own).unwrap().process.unwrap().env, ["TRENV_GENERATION="]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::memory_objects::{MemoryObjects, mapped_file, other_name};
 use super::{DumpError, proc_text};
+use crate::generation;
 use crate::manifest::{MCL_FUTURE, MCL_ONFAULT, Mapping, MappingFlags, MappingKind};
 
 /// Name of the region that a restored process was brought up from; it is not part of the process.
@@ -171,6 +172,10 @@ impl Line {
                 shared,
             },
             _ if !name.starts_with('/') => return refuse("is of an unknown kind"),
+            generation::PATH => match generation::refusal(shared, self.end - self.start) {
+                Some(why) => return refuse(why),
+                None => MappingKind::Generation,
+            },
             _ if shared && writable => MappingKind::AtStart {
                 path: unescape(name),
                 offset: self.offset,

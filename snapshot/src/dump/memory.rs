@@ -70,7 +70,10 @@ fn own_pages(map: &File, mapping: &Mapping) -> Result<Vec<PageRun>, DumpError> {
         MappingKind::Object { .. } | MappingKind::AtStart { .. } | MappingKind::Segment { .. } => {
             return Ok(Vec::new());
         }
-        MappingKind::SharedReadOnly { .. } | MappingKind::Vdso | MappingKind::Vvar => {
+        MappingKind::SharedReadOnly { .. }
+        | MappingKind::Vdso
+        | MappingKind::Vvar
+        | MappingKind::Generation => {
             return Ok(Vec::new());
         }
     };

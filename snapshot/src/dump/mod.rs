@@ -15,6 +15,7 @@ mod inotify;
 mod mappings;
 mod memory;
 mod memory_objects;
+mod notes;
 mod process;
 mod sockets;
 mod sysv;
@@ -184,7 +185,7 @@ fn dump_here(
         threads: manifest.threads(),
         image_bytes,
         steps,
-        notes: vec!["generators shared: clones start with equal random state".into()],
+        notes: notes::about(&manifest),
     })
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::memory_objects::MemoryObjects;
 use super::{DumpError, proc_text};
+use crate::generation;
 use crate::manifest::{TmpfsEntry, TmpfsKind};
 
 /// Bytes that the small files of all tmpfs mounts may have together.
@@ -14,7 +15,8 @@ const LARGE: u64 = 256 << 10;
 /// Blocks of 512 bytes that large files may have together: they are copied at each start.
 const MOST_BLOCKS: u64 = (128 << 20) / 512;
 
-/// Reads the tmpfs trees that the process sees; /dev itself is the sandbox's own.
+/// Reads the tmpfs trees that the process sees; /dev itself is the sandbox's own, and so is the
+/// generation page.
 pub fn read(host: i32, memory: &mut MemoryObjects) -> Result<Vec<TmpfsEntry>, DumpError> {
     let mounts = proc_text(&format!("/proc/{host}/mountinfo"))?;
     let mut found = Found {
@@ -67,6 +69,9 @@ impl Found<'_> {
             let meta = path.symlink_metadata().map_err(DumpError::io(doing()))?;
             let name = path.to_string_lossy();
             let inside = name.strip_prefix(root).unwrap_or(&name).to_owned();
+            if inside == generation::DIRECTORY || inside == generation::PATH {
+                continue;
+            }
             let kind = if meta.is_dir() {
                 TmpfsKind::Directory
             } else if meta.is_symlink() {

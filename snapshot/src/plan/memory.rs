@@ -365,6 +365,15 @@ pub fn map(
             program.exactly(place.at);
         }
         MappingKind::Segment { id } => sysv::attach(*id, place.at, mapping, program),
+        // Holds the place; the process maps the page of its sandbox over it.
+        MappingKind::Generation => {
+            let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64 | fixed;
+            program.call(
+                libc::SYS_mmap,
+                [place.at, place.length, first, flags, u64::MAX, 0],
+            );
+            program.exactly(place.at);
+        }
         MappingKind::Vdso | MappingKind::Vvar => return,
     }
     for (wanted, advice) in [

@@ -7,6 +7,7 @@
 mod credentials;
 mod files;
 mod frame;
+mod generation;
 #[cfg(test)]
 mod hostile;
 mod layout;

@@ -9,7 +9,7 @@ use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::{Shared, When};
 use super::skeleton::{self, Fill};
-use super::{PlanError, credentials, files, lineage, memory, thread, timers};
+use super::{PlanError, credentials, files, generation, lineage, memory, thread, timers};
 use crate::lineage::Role;
 use crate::manifest::{Manifest, PAGE, Process};
 
@@ -265,6 +265,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     lineage::settle(&tree.placement.lineage.kin[index], region, program);
     advise_about_forks(process, region, program);
     lock::at_start(index, tree, region, program);
+    generation::map(process, region, program);
     program.verb(verb::MARK, [mark::MEMORY]);
     files::install(manifest, process, control, region, program);
     program.verb(verb::MARK, [mark::FILES]);

@@ -83,6 +83,22 @@ impl Bed {
         Ok(target.display().to_string())
     }
 
+    /// Builds the module of Node functions as an image has it; its directory.
+    pub fn node_module(&self) -> Made<String> {
+        let source = format!("{}/../functions/modules/node", env!("CARGO_MANIFEST_DIR"));
+        let target = self.directory.path().join("trenv-generation");
+        std::fs::create_dir(&target)?;
+        for name in ["index.js", "package.json"] {
+            std::fs::copy(format!("{source}/{name}"), target.join(name))?;
+        }
+        let status = Command::new("cc")
+            .args(["-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-o"])
+            .args([target.join("page.node"), format!("{source}/page.c").into()])
+            .status()?;
+        assert!(status.success(), "{source} does not compile");
+        Ok(target.display().to_string())
+    }
+
     /// Starts a program in a new sandbox, as a session of its own.
     pub fn run(&self, command: &[&str]) -> Made<Instance> {
         let (sandbox, init) = sandbox()?;
@@ -428,6 +444,14 @@ fn sandbox() -> Made<(Child, i32)> {
     let init_pid = init.to_string();
     let up = ["-t", &init_pid, "-n", "ip", "link", "set", "lo", "up"];
     assert!(Command::new("nsenter").args(up).status()?.success());
+    // What the sandbox's own pid 1 would do.
+    let page = "mkdir -p /run/trenv && mount -t tmpfs trenv /run/trenv && cd /run/trenv && \
+        (printf 'TRENVGEN\\1\\0\\0\\0\\0\\0\\0\\0' && head -c 16 /dev/urandom) >generation && \
+        truncate -s 4096 generation && chmod 444 generation";
+    let make = ["-t", &init_pid, "-m", "-u", "sh", "-c"];
+    let hostname = format!("hostname sandbox-{init}; {page}");
+    let made = Command::new("nsenter").args(make).arg(hostname).status()?;
+    assert!(made.success(), "no generation page");
     Ok((child, init))
 }
 

@@ -1,0 +1,3 @@
+{
+  "targets": [{ "target_name": "page", "sources": ["page.c"] }]
+}
