@@ -144,6 +144,7 @@ impl Plan {
             shared: &shared,
             control,
             own: &own,
+            fill,
         };
         let mut region = Region::new(placement.region, REGION_LIMIT, OWN_SENTENCES);
         let header = region.put(&[0; size_of::<Header>()], 64);
@@ -156,7 +157,7 @@ impl Plan {
             &mut region,
             &mut words,
         );
-        let programs = process::programs(tree, fill, &mut region)?;
+        let programs = process::programs(tree, &mut region)?;
         let frame = Frame::of(&build, &words, &mut region);
         let rework = match fill {
             Fill::Pages => 0,

@@ -47,6 +47,8 @@ pub struct Tree<'a> {
     /// Number of the control descriptor.
     pub control: u64,
     pub own: &'a Own,
+    /// What a clone has when it is made.
+    pub fill: Fill,
 }
 
 /// What a zygote inherits from this process.
@@ -114,7 +116,7 @@ impl Tree<'_> {
 }
 
 /// Puts the programs that run in the zygote's clones into the region.
-pub fn programs(tree: Tree<'_>, fill: Fill, region: &mut Region) -> Result<Programs, PlanError> {
+pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanError> {
     let table = vec![0; 8 * (1 + 2 * MOST_RANGES)];
     let mut tables = Vec::new();
     let mut left = Vec::new();
@@ -126,7 +128,7 @@ pub fn programs(tree: Tree<'_>, fill: Fill, region: &mut Region) -> Result<Progr
     }
     let (clone_left, helper_left) = (region.put_words(&[1]), region.put_words(&[1]));
     let mut prepare = Program::default();
-    if matches!(fill, Fill::Skeleton { watched: true }) {
+    if tree.fill == (Fill::Skeleton { watched: true }) {
         skeleton::watch(tree.control, region, &mut prepare);
     }
     credentials::bound_ahead(
@@ -136,7 +138,9 @@ pub fn programs(tree: Tree<'_>, fill: Fill, region: &mut Region) -> Result<Progr
         &mut prepare,
     );
     tree.shared.make_ahead(tree, region, &mut prepare);
-    lock::ahead(tree, region, &mut prepare);
+    if tree.fill == Fill::Pages {
+        lock::ahead(tree, region, &mut prepare);
+    }
     if let Some(table) = tables[tree.placement.heir] {
         prepare.verb(verb::COPY_AHEAD, [table]);
     }

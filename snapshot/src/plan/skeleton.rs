@@ -7,6 +7,7 @@ use trenv_restorer::wire::fd;
 use super::layout::{Placement, kernel_owned};
 use super::memory::{Piece, inside};
 use super::region::{Program, Region};
+use super::shared::When;
 use crate::manifest::{Manifest, MappingKind};
 
 /// Bytes in the region for the program of a rework.
@@ -63,7 +64,8 @@ pub fn areas(manifest: &Manifest, placement: &Placement, pieces: &[Vec<Piece>]) 
     let mut areas = Vec::new();
     for place in &placement.placed {
         let mapping = &manifest.processes[place.process].mappings[place.mapping];
-        if kernel_owned(mapping) {
+        // What each process maps for itself brings its pages along.
+        if kernel_owned(mapping) || When::of(mapping, manifest) != When::Zygote {
             continue;
         }
         let anonymous = mapping.kind == MappingKind::Anonymous;
