@@ -1,0 +1,206 @@
+//! Plans of a small tree.
+
+use trenv_pool::Source;
+
+use super::*;
+use crate::manifest::{
+    Credentials, Descriptor, Layout, Mapping, MappingFlags, Object, ObjectKind, PageRun, Process,
+    Registers, Thread, VERSION,
+};
+
+fn mapping(start: u64, pages: u64, kind: MappingKind) -> Mapping {
+    let flags = MappingFlags::default();
+    Mapping {
+        start,
+        end: start + pages * PAGE,
+        protection: 3,
+        kind,
+        flags,
+    }
+}
+
+fn process(pid: i32, parent: Option<usize>, own: Vec<Mapping>) -> Process {
+    let mut mappings = own;
+    mappings.push(mapping(0x7ffd_0000_0000, 2, MappingKind::Vvar));
+    mappings.push(mapping(0x7ffd_0000_2000, 2, MappingKind::Vdso));
+    Process {
+        pid,
+        parent,
+        group: 2,
+        session: 2,
+        exe: "/bin/x".into(),
+        cwd: "/".into(),
+        umask: 0o022,
+        layout: Layout::default(),
+        auxv: vec![0; 16],
+        pages: vec![PageRun {
+            start: mappings[0].start,
+            pages: 1,
+        }],
+        mappings,
+        lock_future: 0,
+        descriptors: vec![Descriptor {
+            number: 3,
+            object: 0,
+            close_on_exec: true,
+        }],
+        actions: Vec::new(),
+        timers: [[0; 4]; 3],
+        posix_timers: Vec::new(),
+        limits: vec![(1, 2)],
+        pending: vec![vec![0; 128]],
+        dumpable: 1,
+        habits: crate::manifest::Habits::default(),
+        subreaper: 0,
+        oom_score_adj: 0,
+        threads: vec![Thread {
+            tid: pid,
+            name: "x".into(),
+            registers: Registers::default(),
+            xstate: vec![0; 2440],
+            blocked: 0,
+            alternate_stack: (0, 2, 0),
+            robust_list: (0x1000, 24),
+            clear_tid: 0x1000,
+            rseq: None,
+            pending: Vec::new(),
+            nice: 0,
+            scheduling: (0, 0),
+            affinity: None,
+            parent_death_signal: 0,
+            timer_slack: 50_000,
+            io_priority: 0,
+            credentials: Credentials::default(),
+            no_new_privileges: true,
+            filters: vec![0],
+        }],
+    }
+}
+
+pub fn sample() -> (Manifest, Vec<Extent>) {
+    let file = MappingKind::File {
+        path: "/bin/x".into(),
+        offset: 0,
+    };
+    let manifest = Manifest {
+        version: VERSION,
+        fingerprint: "f".into(),
+        monotonic: 0,
+        processes: vec![
+            process(2, None, vec![mapping(0x40_0000, 4, MappingKind::Anonymous)]),
+            process(
+                3,
+                Some(0),
+                vec![
+                    mapping(0x40_0000, 4, MappingKind::Anonymous),
+                    mapping(0x50_0000, 4, file),
+                    mapping(0x60_0000, 2, shared::sample::of(0)),
+                    mapping(0x70_0000, 1, shared::sample::of(1)),
+                    mapping(0x80_0000, 2, MappingKind::Segment { id: 7 }),
+                ],
+            ),
+        ],
+        zombies: Vec::new(),
+        objects: vec![Object {
+            flags: 0,
+            kind: ObjectKind::Path {
+                path: "/dev/null".into(),
+                position: 0,
+            },
+        }],
+        memory: shared::sample::objects(),
+        locks: Vec::new(),
+        semaphores: Vec::new(),
+        tmpfs: Vec::new(),
+        filters: vec![vec![6]],
+    };
+    let extents = vec![Extent {
+        first_page: 0,
+        pages: 6,
+        source: Source::Data { offset: 0 },
+    }];
+    (manifest, extents)
+}
+
+fn ways(sizes: &[u64], parents: &[Option<usize>]) -> Vec<Way> {
+    let (mut manifest, _) = sample();
+    let template = manifest.processes.remove(0);
+    manifest.processes = sizes
+        .iter()
+        .zip(parents)
+        .enumerate()
+        .map(|(index, (pages, parent))| Process {
+            pid: 2 + index as i32,
+            parent: *parent,
+            pages: vec![PageRun {
+                start: template.mappings[0].start,
+                pages: *pages,
+            }],
+            ..template.clone()
+        })
+        .collect();
+    let lineage = Lineage::of(&manifest).unwrap();
+    Placement::of(&manifest, lineage, REGION_LIMIT)
+        .unwrap()
+        .ways
+}
+
+#[test]
+fn the_largest_process_below_small_ones_gets_the_memory() {
+    use Way::{Forked, Heir, Loaded};
+    assert_eq!(ways(&[5000], &[None]), [Heir]);
+    let parents = [None, Some(0), Some(0)];
+    assert_eq!(ways(&[50, 900, 800], &parents), [Loaded, Heir, Forked]);
+    // A large parent cannot make room for its child.
+    assert_eq!(ways(&[300, 9000, 10], &parents), [Heir, Forked, Loaded]);
+    let line = [None, Some(0), Some(1)];
+    assert_eq!(ways(&[50, 20, 900], &line), [Loaded, Loaded, Heir]);
+}
+
+#[test]
+fn processes_are_loaded_only_as_far_as_there_are_descriptors() {
+    let count = trenv_restorer::wire::MAX_LOADED + 3;
+    let mut parents = vec![Some(0); count];
+    parents[0] = None;
+    let mut sizes = vec![5; count];
+    sizes[1] = 5000;
+    let ways = ways(&sizes, &parents);
+    let loaded = ways.iter().filter(|way| **way == Way::Loaded).count();
+    assert_eq!(loaded, count - 3);
+    assert_eq!((ways[0], ways[1]), (Way::Loaded, Way::Heir));
+    assert_eq!(ways[count - 1], Way::Forked);
+}
+
+#[test]
+fn mappings_in_the_way_of_the_heir_are_staged() {
+    let (mut manifest, _) = sample();
+    for process in &mut manifest.processes {
+        process.mappings[0].end = process.mappings[0].start + 300 * PAGE;
+        process.pages[0].pages = 300;
+    }
+    manifest.processes[1].mappings[1].start += 300 * PAGE;
+    manifest.processes[1].mappings[1].end += 300 * PAGE;
+    let lineage = Lineage::of(&manifest).unwrap();
+    let placement = Placement::of(&manifest, lineage, REGION_LIMIT).unwrap();
+    assert_eq!(placement.ways, [Way::Heir, Way::Forked]);
+    let staged = placement.of_process(1).next().unwrap();
+    assert_ne!(staged.at, 0x40_0000);
+    let unmapped = placement.foreign(1, &manifest);
+    assert_eq!(unmapped, vec![(0x40_0000, 0x40_0000 + 300 * PAGE)]);
+}
+
+#[test]
+fn pages_that_do_not_match_the_manifest_are_an_error() {
+    let (manifest, mut extents) = sample();
+    assert!(Plan::of(&manifest, &extents, Fill::Pages).is_ok());
+    extents[0].pages = 1;
+    assert!(matches!(
+        Plan::of(&manifest, &extents, Fill::Pages),
+        Err(PlanError::Pages)
+    ));
+    extents[0].pages = 3;
+    assert!(matches!(
+        Plan::of(&manifest, &extents, Fill::Pages),
+        Err(PlanError::Pages)
+    ));
+}
