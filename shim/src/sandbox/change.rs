@@ -13,7 +13,7 @@ use trenv_sandbox::cgroup::Limits;
 use trenv_sandbox::rootfs::{Mount, sync_upper};
 use trenv_sandbox_proto as proto;
 use trenv_snapshot::methods::Method;
-use trenv_snapshot::zygote::{Parked, StartRequest, Started};
+use trenv_snapshot::zygote::{Parked, StartRequest, Started, ZygoteError};
 
 use super::container::SandboxContainer;
 use super::spec::{PartSpec, RootSpec, hostname_of};
@@ -395,10 +395,14 @@ impl SandboxContainer {
         until: Instant,
     ) -> Result<(Started, Option<Parked>)> {
         let [input, output, error] = &ends.0;
+        let deadline = until.saturating_duration_since(Instant::now());
+        if deadline.is_zero() {
+            return Err(start_error(ZygoteError::Deadline(plan.deadline)));
+        }
         let request = StartRequest {
             init: self.sandbox.init_pidfd(),
             stdio: [input.as_fd(), output.as_fd(), error.as_fd()],
-            deadline: until.saturating_duration_since(Instant::now()),
+            deadline,
         };
         if !plan.park {
             return seat.start(&request).map(|started| (started, None));

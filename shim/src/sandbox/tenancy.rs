@@ -22,6 +22,9 @@ use crate::stats::Groups;
 use crate::template::{lock, start_error};
 
 const END_LIMIT: Duration = Duration::from_secs(10);
+/// How long one round of killing waits before it looks for processes again.
+const END_ROUND: Duration = Duration::from_millis(20);
+const END_PAUSE: Duration = Duration::from_micros(100);
 
 /// A tenancy's cgroup, with a clone of the template's zygote that waits in it for its start. On
 /// cgroup v1 an agent of the zygote sits in it too, for what it clones is born where it sits; the
@@ -218,20 +221,27 @@ impl Seat {
                 .map_err(ShimError::engine("end the tenancy's processes"));
         }
         let begun = Instant::now();
-        let mut pause = Duration::from_micros(100);
-        while !self.pids()?.is_empty() {
+        loop {
+            let pids = self.pids()?;
+            if pids.is_empty() {
+                return Ok(());
+            }
             if begun.elapsed() > END_LIMIT {
                 return Err(ShimError::Timeout {
                     what: "The end of the tenancy's processes".into(),
                     limit: END_LIMIT,
                 });
             }
-            // Each round meets what was forked during the last one.
+            // One that has ended meanwhile cannot be opened. Each round meets what was forked during
+            // the last one.
+            let pids = pids.into_iter().map(u32::cast_signed);
+            let pidfds: Vec<OwnedFd> = pids.filter_map(|pid| open_pidfd(pid).ok()).collect();
             self.signal_all(libc::SIGKILL.cast_unsigned())?;
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(10));
+            if pidfds.is_empty() {
+                std::thread::sleep(END_PAUSE);
+            }
+            await_ends(&pidfds);
         }
-        Ok(())
     }
 
     /// Whether the kernel has killed a process here for want of memory since the last question.
@@ -343,6 +353,20 @@ fn open_pidfd(pid: i32) -> Result<OwnedFd> {
         .ok_or(rustix::io::Errno::SRCH)
         .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()))
         .map_err(ShimError::io(format!("open the process {pid}")))
+}
+
+/// Waits until these processes have ended, for a moment.
+fn await_ends(pidfds: &[OwnedFd]) {
+    let until = Instant::now() + END_ROUND;
+    for pidfd in pidfds {
+        let left = until.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).unwrap_or(Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        });
+        // Whoever is still there is met in the next round.
+        let _ = rustix::event::poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&left));
+    }
 }
 
 /// A pidfd is readable once its process has ended.
