@@ -36,6 +36,8 @@ pub struct Settings {
     pub max_sandboxes: usize,
     /// Idle sandboxes kept ready.
     pub idle_sandboxes: usize,
+    /// Sandboxes that hold a parked instance, at most.
+    pub parked_instances: usize,
     /// Bytes of the pool.
     pub pool_size: u64,
     /// Seconds until a function that is not ready is given up.
@@ -49,6 +51,7 @@ impl Default for Settings {
         Self {
             max_sandboxes: 8,
             idle_sandboxes: 1,
+            parked_instances: 0,
             pool_size: 1 << 30,
             ready_timeout_s: 30,
             disk: None,
@@ -577,7 +580,8 @@ fn write_config(
          [network]\nbridge = {:?}\nsubnet = {:?}\n\
          [sandbox]\ncgroup_parent = {:?}\n\
          [provider]\nlisten = \"{gateway}\"\nsecrets_dir = {secrets:?}\n\
-         max_sandboxes = {}\nidle_sandboxes = {}\nready_timeout_s = {}\n",
+         max_sandboxes = {}\nidle_sandboxes = {}\nparked_instances = {}\n\
+         ready_timeout_s = {}\n",
         directory.join("state"),
         directory.join("run"),
         directory.join("c.sock"),
@@ -587,6 +591,7 @@ fn write_config(
         marks.cgroup_parent,
         settings.max_sandboxes,
         settings.idle_sandboxes,
+        settings.parked_instances,
         settings.ready_timeout_s,
     );
     fs::create_dir_all(directory.join("state"))?;
