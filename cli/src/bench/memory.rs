@@ -73,28 +73,17 @@ pub fn weigh(init_pids: &[i32], holders: &[i32], image_kb: u64) -> anyhow::Resul
     })
 }
 
-/// Page faults of a sandbox's function since its processes were made.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Faults {
-    pub all: u64,
-    /// Those that waited: for a disk, or for a page that userfaultfd served.
-    pub waited: u64,
-}
-
-/// Counts the faults of all processes of a sandbox but its pid 1. Those of processes that have
-/// ended count with the parent that has waited for them.
-pub fn faults(init_pid: i32) -> anyhow::Result<Faults> {
-    let mut faults = Faults::default();
+/// Page faults of a sandbox's function since its processes were made: all of them but pid 1, with
+/// those that have ended and that a parent has waited for. A fault that userfaultfd serves counts.
+pub fn faults(init_pid: i32) -> anyhow::Result<u64> {
+    let mut faults = 0;
     for pid in members(&[init_pid])? {
         if pid == init_pid {
             continue;
         }
-        let Ok(stat) = Process::new(pid).and_then(|process| process.stat()) else {
-            continue;
-        };
-        let waited = stat.majflt + stat.cmajflt;
-        faults.waited += waited;
-        faults.all += waited + stat.minflt + stat.cminflt;
+        if let Ok(stat) = Process::new(pid).and_then(|process| process.stat()) {
+            faults += stat.minflt + stat.cminflt + stat.majflt + stat.cmajflt;
+        }
     }
     Ok(faults)
 }

@@ -323,14 +323,12 @@ impl<'a> Bench<'a> {
             .with_context(|| format!("the shim knows no instance of {name}"))?;
         let pid = i32::try_from(found.init_pid)?;
         let weight = memory::weigh(&[pid], &[], 0)?;
-        let faults = memory::faults(pid)?;
         Ok(Memory {
             private_kb: weight.private_kb_each,
             shared_kb: weight
                 .resident_kb_each
                 .saturating_sub(weight.private_kb_each),
-            faults: faults.all,
-            faults_waited: faults.waited,
+            faults: memory::faults(pid)?,
         })
     }
 
