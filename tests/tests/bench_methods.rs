@@ -114,3 +114,31 @@ fn the_benchmark_compares_methods_and_puts_the_functions_own_back() -> anyhow::R
     assert!(after["annotations"][ANNOTATION].is_null(), "{after:#}");
     machine.stop()
 }
+
+#[test]
+fn an_interrupted_benchmark_puts_the_start_method_back() -> anyhow::Result<()> {
+    let machine = Machine::start()?;
+    machine.deploy("hello-python")?;
+    let arguments = ["bench", "methods", "--functions=hello-python", "--cold=0"];
+    let ended = std::thread::scope(|scope| {
+        let run = scope.spawn(|| machine.tool("trenv", &arguments));
+        let changed = until("another start method", Duration::from_secs(60), || {
+            machine
+                .describe("hello-python")
+                .is_ok_and(|told| told["startMethod"] == "copy")
+        });
+        for pid in machine.pids_of("trenv") {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT);
+        }
+        let ended = run.join();
+        changed.map(|()| ended)
+    })?;
+    let ended = ended.map_err(|_| anyhow::anyhow!("the benchmark's thread panicked"))?;
+    let reason = ended.expect_err("it was interrupted").to_string();
+    assert!(reason.contains("Interrupted"), "{reason}");
+    let after = machine.describe("hello-python")?;
+    assert_eq!(after["startMethod"], "template");
+    assert!(after["annotations"][ANNOTATION].is_null(), "{after:#}");
+    machine.stop()
+}
