@@ -73,6 +73,21 @@ pub fn weigh(init_pids: &[i32], holders: &[i32], image_kb: u64) -> anyhow::Resul
     })
 }
 
+/// Page faults of a sandbox's function since its processes were made: all of them but pid 1, with
+/// those that have ended and that a parent has waited for. A fault that userfaultfd serves counts.
+pub fn faults(init_pid: i32) -> anyhow::Result<u64> {
+    let mut faults = 0;
+    for pid in members(&[init_pid])? {
+        if pid == init_pid {
+            continue;
+        }
+        if let Ok(stat) = Process::new(pid).and_then(|process| process.stat()) {
+            faults += stat.minflt + stat.cminflt + stat.majflt + stat.cmajflt;
+        }
+    }
+    Ok(faults)
+}
+
 /// All processes of the sandboxes, by their pid namespace.
 fn members(init_pids: &[i32]) -> anyhow::Result<Vec<i32>> {
     let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();

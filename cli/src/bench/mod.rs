@@ -2,10 +2,13 @@
 //!
 //! [`start`] plans and makes calls through the gateway, [`order`] is their seeded order, [`runc`]
 //! makes the same functions start through stock runc, [`memory`] weighs idle instances, [`figures`]
-//! holds what was measured and prints it. [`restore`] measures the restore by itself, at the shim.
+//! holds what was measured and prints it, [`idle`] waits for idle sandboxes and ends them.
+//! [`methods`] compares the start methods, [`restore`] measures the restore by itself, at the shim.
 
 pub mod figures;
+mod idle;
 pub mod memory;
+pub mod methods;
 mod order;
 pub mod restore;
 pub mod runc;
@@ -25,6 +28,8 @@ pub struct BenchArguments {
 enum BenchVerb {
     /// Measure every kind of start of deployed functions, and the memory of idle instances
     Start(start::StartOptions),
+    /// Compare the start methods on the same functions, beside cold starts
+    Methods(methods::MethodsOptions),
     /// Measure the restore by itself, one at a time and at saturation, in sandboxes of its own
     Restore(restore::RestoreOptions),
     /// Be what `bench restore` restores
@@ -52,6 +57,12 @@ pub async fn run(
         BenchVerb::Start(options) => {
             let gateway = Gateway::new(gateway, config)?;
             let report = start::measure(&gateway, config, options).await?;
+            show(&report, options.json)?;
+            Ok(report.failed() == 0)
+        }
+        BenchVerb::Methods(options) => {
+            let gateway = Gateway::new(gateway, config)?;
+            let report = methods::measure(&gateway, config, options).await?;
             show(&report, options.json)?;
             Ok(report.failed() == 0)
         }

@@ -11,16 +11,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use http::Method;
 use indicatif::{ProgressBar, ProgressStyle};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
 use trenv_config::Config;
 use trenv_sandbox_proto::State;
 
 use super::figures::{Kind, Machine, Report};
-use super::memory;
 use super::order::Order;
 use super::runc::{Runc, RuncFunction, command};
+use super::{idle, memory};
 use crate::functions::{Function, find, request_scale, scale};
 use crate::gateway::{Gateway, Reply};
 use crate::shim::sandboxes;
@@ -268,7 +266,6 @@ impl<'a> Bench<'a> {
             return Ok(());
         }
         self.say("cold, trenv");
-        let idle = self.config.provider.idle_sandboxes;
         let names = self.names();
         for (kind, index) in self.spread(Kind::ColdTrenv, self.options.cold) {
             for name in &names {
@@ -277,65 +274,13 @@ impl<'a> Bench<'a> {
             // One instance of another function stays: without any sandbox the shim would end too.
             let other = &names[(index + 1) % names.len()];
             self.scale(other, 1).await?;
-            self.wait_until("the other sandboxes are idle", |states| {
-                let count = states.iter().filter(|state| **state == "idle").count();
-                count >= idle && count + 1 == states.len()
-            })
-            .await?;
+            idle::wait_for_all_but_one(self.config).await?;
             self.pause().await;
-            self.end_idle().await?;
+            idle::end_all(self.gateway, self.config).await?;
             // The provider makes new ones at once; the call comes first.
             self.call_now(&names[index], kind).await;
         }
         Ok(())
-    }
-
-    /// Ends all idle sandboxes at once, and waits until the provider has none. It makes new ones
-    /// then; the call that follows comes first.
-    async fn end_idle(&self) -> anyhow::Result<()> {
-        let end = Instant::now() + PATIENCE;
-        while Instant::now() < end {
-            let all = sandboxes(self.config, &self.config.provider.namespace).await?;
-            for sandbox in all.iter().filter(|one| crate::ps::state(one) == "idle") {
-                // By their pid 1: containerd's own way takes longer than a new sandbox does.
-                let pid = Pid::from_raw(i32::try_from(sandbox.init_pid)?);
-                let _ = kill(pid, Signal::SIGKILL);
-            }
-            let again = Instant::now() + FILLED;
-            while Instant::now() < again {
-                let (_, text) = self.gateway.system(Method::GET, "/metrics", None).await?;
-                let none = "trenv_sandboxes{state=\"idle\"} 0\n";
-                if String::from_utf8_lossy(&text).contains(none) {
-                    return Ok(());
-                }
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        }
-        bail!("The provider always has an idle sandbox")
-    }
-
-    /// The states of all sandboxes.
-    async fn states(&self) -> anyhow::Result<Vec<&'static str>> {
-        let all = sandboxes(self.config, &self.config.provider.namespace).await?;
-        Ok(all.iter().map(crate::ps::state).collect())
-    }
-
-    async fn wait_until(
-        &self,
-        what: &str,
-        holds: impl Fn(&[&'static str]) -> bool,
-    ) -> anyhow::Result<()> {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let states = self.states().await?;
-            if holds(&states) {
-                return Ok(());
-            }
-            if Instant::now() > end {
-                bail!("Waited in vain until {what}: {states:?}");
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
     }
 
     async fn runc(&mut self) -> anyhow::Result<()> {
@@ -479,7 +424,7 @@ async fn weigh(config: &Config, name: &str) -> anyhow::Result<memory::MemoryFigu
 }
 
 /// Microseconds by step, as `X-Trenv-Steps` has them: a JSON object.
-fn steps(header: &str) -> Vec<(String, Duration)> {
+pub fn steps(header: &str) -> Vec<(String, Duration)> {
     let steps: serde_json::Map<String, Value> = serde_json::from_str(header).unwrap_or_default();
     steps
         .into_iter()
@@ -487,7 +432,8 @@ fn steps(header: &str) -> Vec<(String, Duration)> {
         .collect()
 }
 
-fn as_runc(function: &Function) -> RuncFunction {
+/// The function's image, and what its deployment adds to it.
+pub fn as_runc(function: &Function) -> RuncFunction {
     let mut environment = Vec::new();
     if let Some(process) = function.rest.get("envProcess").and_then(Value::as_str)
         && !process.is_empty()

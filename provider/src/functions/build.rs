@@ -250,7 +250,7 @@ impl Functions {
         let made = match committed.await {
             Ok(()) => self
                 .host
-                .prepare_template(revision, &template)
+                .prepare_template(revision, &template, revision.methods.now())
                 .await
                 .map_err(|err| err.to_string()),
             Err(err) => Err(err.to_string()),

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::quantity::{parse_cpu, parse_memory};
+use super::start_method::{START_METHOD_ANNOTATION, StartMethod};
 
 /// How many calls an instance serves at once, when the deployment does not say.
 pub const DEFAULT_CONCURRENCY: u32 = 1;
@@ -79,6 +80,7 @@ impl Deployment {
         }
         self.limits()?;
         self.concurrency()?;
+        self.start_method()?;
         Ok(())
     }
 
@@ -122,6 +124,17 @@ impl Deployment {
                     "The annotation {CONCURRENCY_ANNOTATION} is {text:?}; set it to a whole number from 1"
                 )
             }),
+        }
+    }
+
+    /// How its instances come by their memory.
+    ///
+    /// # Errors
+    /// A sentence that lists the methods when the annotation names none.
+    pub fn start_method(&self) -> Result<StartMethod, String> {
+        match self.annotations.get(START_METHOD_ANNOTATION) {
+            None => Ok(StartMethod::default()),
+            Some(name) => StartMethod::parse(name),
         }
     }
 }
@@ -188,6 +201,19 @@ mod tests {
             };
             assert!(bad.check().is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn a_start_method_that_nobody_knows_is_refused() {
+        let mut d = deployment();
+        assert_eq!(d.start_method(), Ok(StartMethod::Template));
+        d.annotations
+            .insert(START_METHOD_ANNOTATION.into(), "reap".into());
+        assert!(d.check().is_ok());
+        assert_eq!(d.start_method(), Ok(StartMethod::Reap));
+        d.annotations
+            .insert(START_METHOD_ANNOTATION.into(), "quick".into());
+        assert!(d.check().unwrap_err().contains("spice"));
     }
 
     #[test]

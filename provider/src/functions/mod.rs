@@ -13,6 +13,7 @@ mod quantity;
 mod recover;
 mod registry;
 mod revision;
+mod start_method;
 mod store;
 
 pub use deployment::{Deployment, Limits, check_name};
@@ -21,6 +22,7 @@ pub use process::Process;
 pub use recover::recover;
 pub use registry::{Function, FunctionError, Functions};
 pub use revision::{Revision, RevisionRecord, RevisionState, Spare, Template};
+pub use start_method::{Methods, StartMethod};
 pub use store::{Store, StoreError};
 
 use serde::{Deserialize, Serialize};

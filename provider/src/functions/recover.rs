@@ -79,6 +79,9 @@ impl Functions {
         let concurrency = record.deployment.concurrency().unwrap_or(1);
         let unfinished = record.state == RevisionState::Building;
         let revision = Arc::new(self.revive(record.revision, concurrency, record.state));
+        // A store of another version may name a method that is not known here.
+        let method = record.deployment.start_method().unwrap_or_default();
+        revision.methods.set(method);
         let function = Arc::new(Function {
             name: record.name.clone(),
             created_at: record.created_at,
@@ -199,7 +202,12 @@ impl Functions {
                 let Some(template) = revision.template() else {
                     continue;
                 };
-                match self.host.ensure_prepared(&revision, &template).await {
+                let method = revision.methods.now();
+                match self
+                    .host
+                    .ensure_prepared(&revision, &template, method)
+                    .await
+                {
                     Ok(()) => {
                         told.remove(&function.name);
                     }

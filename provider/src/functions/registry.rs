@@ -271,6 +271,10 @@ impl Functions {
         if same && usable {
             // Nothing that a start sees has changed: labels, annotations and the like only.
             current.set_concurrency(revision.concurrency());
+            let method = revision.methods.now();
+            if current.methods.set(method) != method && !method.parks() {
+                self.scheduler.end_parked(&current);
+            }
             {
                 let mut inner = function.lock();
                 inner.deployment = deployment;
@@ -421,7 +425,10 @@ impl Functions {
             lease,
         };
         let concurrency = deployment.concurrency().map_err(FunctionError::Invalid)?;
-        Ok(self.revive(record, concurrency, RevisionState::Building))
+        let method = deployment.start_method().map_err(FunctionError::Invalid)?;
+        let revision = self.revive(record, concurrency, RevisionState::Building);
+        revision.methods.set(method);
+        Ok(revision)
     }
 
     /// A revision from its record.

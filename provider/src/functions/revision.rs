@@ -1,12 +1,12 @@
 //! One version of a function, and the state in which it is.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::{FunctionName, KeyParts, Limits, Process};
+use super::{FunctionName, KeyParts, Limits, Methods, Process};
 use crate::containerd::{Mount, ResolvedImage};
 use crate::spec::PreparedSpec;
 
@@ -93,8 +93,8 @@ pub struct Revision {
     state: watch::Sender<RevisionState>,
     concurrency: AtomicU32,
     retired: AtomicBool,
-    /// The shim connection over which the template was last made ready; 0 before the first.
-    prepared: AtomicU64,
+    /// How its starts come by their memory.
+    pub methods: Methods,
     /// Held while the template is made ready.
     pub preparing: tokio::sync::Mutex<()>,
     spares: Mutex<Vec<Spare>>,
@@ -114,7 +114,7 @@ impl Revision {
             state: watch::Sender::new(state),
             concurrency: AtomicU32::new(concurrency),
             retired: AtomicBool::new(false),
-            prepared: AtomicU64::new(0),
+            methods: Methods::default(),
             preparing: tokio::sync::Mutex::default(),
             spares: Mutex::new(Vec::new()),
         }
@@ -166,16 +166,6 @@ impl Revision {
     /// Marks it as replaced: its instances end when their calls are done.
     pub fn retire(&self) {
         self.retired.store(true, Ordering::Release);
-    }
-
-    /// Over which shim connection the template was made ready.
-    pub fn prepared(&self) -> u64 {
-        self.prepared.load(Ordering::Acquire)
-    }
-
-    /// Notes that the template was made ready over the shim connection `epoch`.
-    pub fn set_prepared(&self, epoch: u64) {
-        self.prepared.store(epoch, Ordering::Release);
     }
 
     /// Takes a snapshot made ahead.

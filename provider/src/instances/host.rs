@@ -14,7 +14,7 @@ use super::prepare::PrepareError;
 use super::scheduler::micros;
 use super::{ColdStart, ParkedStart, SandboxOps, SandboxRef, StartError, wait_ready};
 use crate::containerd::{Containerd, ContainerdError, Mount, Namespaced, NewContainer};
-use crate::functions::{Revision, Spare, Template};
+use crate::functions::{Revision, Spare, StartMethod, Template};
 use crate::logs::Logs;
 use crate::shim_client::{ShimClient, Step, wire_limits, wire_mounts};
 use crate::spec::{self, FunctionSpec};
@@ -267,7 +267,12 @@ impl Host {
         let record = &revision.record;
         let name = record.function.to_string();
         let begun = Instant::now();
-        self.ensure_prepared(revision, template)
+        // An update may change the method meanwhile; this start keeps the one that it began with.
+        let method = match park {
+            true => StartMethod::Template,
+            false => revision.methods.now(),
+        };
+        self.ensure_prepared(revision, template, method)
             .await
             .map_err(|err| err.into_start(&name))?;
         let Spare {
@@ -291,6 +296,7 @@ impl Host {
         request.mounts = wire_mounts(&revision.binds);
         request.read_only_rootfs = record.read_only;
         request.spec_json = String::from_utf8_lossy(&spec_json).into_owned();
+        request.method = method.name().to_owned();
         request.park = park;
         let begun = Instant::now();
         let answer = self.shim(&sandbox.namespace).repurpose(request).await;

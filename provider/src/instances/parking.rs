@@ -103,7 +103,7 @@ impl Table {
         let worth = |demand: &Demand| self.worth(demand.revision.function(), 1);
         self.demand
             .values()
-            .filter(|demand| !demand.revision.retired())
+            .filter(|demand| !demand.revision.retired() && demand.revision.methods.now().parks())
             .filter_map(|demand| Some((demand, demand.revision.template()?)))
             .map(|(demand, template)| (Arc::clone(&demand.revision), template, worth(demand)))
             .filter(|(_, _, worth)| *worth >= LEAST)
@@ -161,6 +161,15 @@ impl Scheduler {
         Some((sandbox, revision, template))
     }
 
+    /// Ends the parked instances of `revision`, whose start method cannot park any more.
+    pub fn end_parked(self: &Arc<Self>, revision: &Arc<Revision>) {
+        let mut table = self.table();
+        let parked: Vec<String> = table.parked_of(revision).collect();
+        for id in parked {
+            self.spawn_reset(&mut table, &id);
+        }
+    }
+
     #[cfg(test)]
     pub(super) fn parked_of(&self, revision: &Arc<Revision>) -> usize {
         self.table().parked_of(revision).count()
@@ -188,9 +197,9 @@ impl Scheduler {
         let tenancy = start.tenancy.clone();
         let kept = {
             let mut table = self.table();
-            let retired = revision.retired();
+            let wanted = !revision.retired() && revision.methods.now().parks();
             match table.entries.get_mut(&sandbox.id) {
-                Some(entry) if !entry.gone.is_cancelled() && !retired => {
+                Some(entry) if !entry.gone.is_cancelled() && wanted => {
                     entry.called = false;
                     entry.state = State::Parked(Parked {
                         revision: Arc::clone(revision),

@@ -4,7 +4,7 @@ use trenv_sandbox_proto as proto;
 
 use super::{Host, StartError};
 use crate::containerd::ContainerdError;
-use crate::functions::{Revision, Template};
+use crate::functions::{Revision, StartMethod, Template};
 use crate::shim_client::{ShimError, wire_limits, wire_mounts};
 
 /// Why a template is not ready on the shim.
@@ -55,11 +55,13 @@ impl PrepareError {
 }
 
 impl Host {
-    /// Has the shim build the template's zygote, over a read-only view of the function's layers.
+    /// Has the shim build the template's zygote for `method`, over a read-only view of the
+    /// function's layers.
     pub async fn prepare_template(
         &self,
         revision: &Revision,
         template: &Template,
+        method: StartMethod,
     ) -> Result<(), PrepareError> {
         let namespace = &revision.function().namespace;
         let mounts = self
@@ -71,14 +73,15 @@ impl Host {
         request.generation = template.generation;
         request.rootfs = wire_mounts(&mounts);
         request.limits = Some(wire_limits(revision.record.limits)).into();
+        request.method = method.name().to_owned();
         let shim = self.shim(namespace);
         let epoch = shim.epoch().await?;
         shim.prepare(request).await?;
-        revision.set_prepared(epoch);
+        revision.methods.set_prepared(method, epoch);
         Ok(())
     }
 
-    /// Makes the template ready on the shim that runs now, unless it is.
+    /// Makes the template ready for `method` on the shim that runs now, unless it is.
     ///
     /// # Errors
     /// When no shim runs, or it cannot make the template ready.
@@ -86,15 +89,16 @@ impl Host {
         &self,
         revision: &Revision,
         template: &Template,
+        method: StartMethod,
     ) -> Result<(), PrepareError> {
         let shim = self.shim(&revision.function().namespace);
-        if shim.epoch().await? == revision.prepared() {
+        if shim.epoch().await? == revision.methods.prepared(method) {
             return Ok(());
         }
         let _preparing = revision.preparing.lock().await;
-        if shim.epoch().await? == revision.prepared() {
+        if shim.epoch().await? == revision.methods.prepared(method) {
             return Ok(());
         }
-        self.prepare_template(revision, template).await
+        self.prepare_template(revision, template, method).await
     }
 }

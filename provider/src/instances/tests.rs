@@ -15,7 +15,7 @@ use super::{
 };
 use crate::containerd::{ImageConfig, ResolvedImage};
 use crate::functions::{
-    FunctionName, Limits, Process, Revision, RevisionRecord, RevisionState, Template,
+    FunctionName, Limits, Process, Revision, RevisionRecord, RevisionState, StartMethod, Template,
 };
 use crate::metrics::Metrics;
 use crate::shim_client::Step;
@@ -554,4 +554,21 @@ async fn a_retired_revision_is_not_parked_any_more() {
     until(|| w.scheduler.counts() == (1, 0, 1)).await;
     w.scheduler.park().await;
     assert_eq!(w.scheduler.parked_of(&a), 0);
+}
+
+#[tokio::test]
+async fn a_function_whose_start_method_cannot_park_is_not_parked_any_more() {
+    let w = parking_world(4, 0, 2);
+    let a = function("a");
+    called_once(&w, &[&a]).await;
+    w.scheduler.park().await;
+    assert_eq!(w.scheduler.parked_of(&a), 1);
+    a.methods.set(StartMethod::Copy);
+    w.scheduler.end_parked(&a);
+    until(|| w.scheduler.counts() == (1, 0, 1)).await;
+    w.scheduler.park().await;
+    assert_eq!(w.scheduler.parked_of(&a), 0);
+    a.methods.set(StartMethod::Template);
+    w.scheduler.park().await;
+    assert_eq!(w.scheduler.parked_of(&a), 1);
 }

@@ -224,7 +224,10 @@ fn status(service: &Service, function: &Function, usage: Usage) -> Value {
             RevisionState::Failed(_) if view.updating => RevisionState::Building.word(),
             state => state.word(),
         },
-        "startMethod": if matches!(view.state, RevisionState::Cold(_)) { "cold" } else { "template" },
+        "startMethod": match view.state {
+            RevisionState::Cold(_) => "cold",
+            _ => view.current.methods.now().name(),
+        },
         "imageDigest": view.current.record.image.digest,
         "instances": instances.iter().map(|i| json!({
             "sandbox": i.sandbox,

@@ -169,6 +169,7 @@ async fn bad_deployments_are_refused(m: &mut Machine) -> Outcome {
     with("secrets", json!(["not-there"]));
     with("limits", json!({ "memory": "much" }));
     with("annotations", json!({ "dev.trenv.concurrency": "-1" }));
+    with("annotations", json!({ "dev.trenv.start-method": "quick" }));
     for body in bad {
         let reply = m.system(Method::POST, path, Some(body.clone())).await?;
         expect(&body.to_string(), &reply, 400)?;

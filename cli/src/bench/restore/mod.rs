@@ -123,7 +123,7 @@ fn lock_namespace(config: &Config, namespace: &str) -> anyhow::Result<File> {
 }
 
 /// Waits for a signal that asks to end.
-async fn interrupted() -> anyhow::Error {
+pub(super) async fn interrupted() -> anyhow::Error {
     let waited = async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
