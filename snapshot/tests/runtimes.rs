@@ -1,0 +1,317 @@
+//! Restores what runtimes and servers build: threads, event loops, children, timers. Needs root.
+//!
+//! Each program answers "COUNT TICKS ok": how often it was asked, what its timers counted, and what
+//! it found when it checked its own state.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use harness::{Bed, Instance, TestResult};
+
+type Made<T> = Result<T, Box<dyn std::error::Error>>;
+type Ask = fn(&mut Instance) -> Made<String>;
+
+/// A program's own account.
+#[derive(Debug)]
+struct Seen {
+    count: u64,
+    ticks: f64,
+}
+
+fn by_line(instance: &mut Instance) -> Made<String> {
+    Ok(instance.ask("check"))
+}
+
+fn by_http(instance: &mut Instance) -> Made<String> {
+    instance.get("/")
+}
+
+/// Counts, keeps a list and a key that ends in 20 ms; checks them, a hash and a key that stays.
+/// Keys that Redis finds to be over by itself are its ticks.
+fn by_redis(instance: &mut Instance) -> Made<String> {
+    const SCRIPT: &str = "\
+        local n = redis.call('INCR', 'count') \
+        if n == 1 then \
+            redis.call('SET', 'far', 'x', 'EX', 3600) \
+            for i = 1, 20000 do redis.call('HSET', 'hash', 'field' .. i, 'value' .. i) end \
+        end \
+        redis.call('RPUSH', 'list', n) \
+        redis.call('SET', 'gone' .. n, 'x', 'PX', 20) \
+        local sum = 0 \
+        for _, i in ipairs(redis.call('LRANGE', 'list', 0, -1)) do sum = sum + i end \
+        local verdict = 'ok' \
+        if sum ~= n * (n + 1) / 2 then verdict = 'the list' end \
+        if redis.call('TTL', 'far') < 3000 then verdict = 'the key that stays' end \
+        for i = 1, 20000 do \
+            if redis.call('HGET', 'hash', 'field' .. i) ~= 'value' .. i then verdict = 'the hash' end \
+        end \
+        local over = string.match(redis.call('INFO', 'stats'), 'expired_keys:(%d+)') \
+        return n .. ' ' .. over .. ' ' .. verdict";
+    instance.talk(&format!("EVAL \"{SCRIPT}\" 0\r\nQUIT\r\n"))
+}
+
+/// Asks, and takes the line with the program's account from its answer.
+fn seen(instance: &mut Instance, ask: Ask) -> Made<Seen> {
+    let answer = ask(instance)?;
+    let account = answer.lines().find_map(|line| {
+        let line = line.strip_prefix("X-Account: ").unwrap_or(line);
+        let mut words = line.splitn(3, ' ');
+        let count = words.next()?.parse().ok()?;
+        let ticks = words.next()?.parse().ok()?;
+        Some((Seen { count, ticks }, words.next()?.trim_end().to_owned()))
+    });
+    let (seen, verdict) = account.ok_or(format!("no account in {answer:?}"))?;
+    assert_eq!(verdict, "ok", "{seen:?}");
+    Ok(seen)
+}
+
+/// Asks until the timers have gone on; every request counts.
+fn ticks_on(instance: &mut Instance, ask: Ask, mut last: Seen) -> Made<Seen> {
+    let begun = Instant::now();
+    loop {
+        let now = seen(instance, ask)?;
+        assert_eq!(now.count, last.count + 1, "requests were not counted");
+        if now.ticks > last.ticks {
+            return Ok(now);
+        }
+        assert!(begun.elapsed() < Duration::from_secs(4), "no timer runs");
+        last.count = now.count;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Dumps a running program, and holds two instances beside each other to what it knew.
+fn goes_on(bed: &Bed, mut first: Instance, ask: Ask) -> Made<Vec<Instance>> {
+    let begun = seen(&mut first, ask)?;
+    let before = ticks_on(&mut first, ask, begun)?;
+    let template = bed.dump(first)?;
+    let zygote = bed.zygote(&template)?;
+    let mut agent = zygote.agent()?;
+    let mut instances = vec![bed.start(&mut agent)?, bed.start(&mut agent)?];
+    for instance in &mut instances {
+        let mut now = seen(instance, ask)?;
+        assert_eq!(now.count, before.count + 1, "each goes on by itself");
+        assert!(now.ticks >= before.ticks, "{now:?} after {before:?}");
+        for _ in 0..3 {
+            now = ticks_on(instance, ask, now)?;
+        }
+    }
+    // A restored program is dumped like any other.
+    let mut again = instances.swap_remove(0);
+    let before = seen(&mut again, ask)?;
+    let zygote = bed.zygote(&bed.dump(again)?)?;
+    let mut third = bed.start(&mut zygote.agent()?)?;
+    let now = ticks_on(&mut third, ask, before)?;
+    ticks_on(&mut third, ask, now)?;
+    instances.push(third);
+    Ok(instances)
+}
+
+fn program(name: &str) -> String {
+    let tests = env!("CARGO_MANIFEST_DIR");
+    format!("{tests}/tests/programs/runtimes/{name}")
+}
+
+fn answers_lines(command: &[&str]) -> TestResult {
+    let bed = Bed::new()?;
+    let first = bed.run(command)?;
+    goes_on(&bed, first, by_line)?;
+    Ok(())
+}
+
+fn answers_http(bed: &Bed, command: &[&str], environment: &[(&str, &str)]) -> TestResult {
+    let first = bed.serve(command, environment)?;
+    goes_on(bed, first, by_http)?;
+    Ok(())
+}
+
+#[test]
+fn python_asyncio() -> TestResult {
+    let server = program("asyncio_server.py");
+    answers_http(&Bed::new()?, &["/usr/bin/python3", &server], &[])
+}
+
+#[test]
+fn python_threads() -> TestResult {
+    answers_lines(&["/usr/bin/python3", &program("threads.py")])
+}
+
+#[test]
+fn python_subprocesses() -> TestResult {
+    answers_lines(&["/usr/bin/python3", &program("pipes.py")])
+}
+
+#[test]
+fn python_numpy() -> TestResult {
+    answers_lines(&["/usr/bin/python3", &program("arrays.py")])
+}
+
+#[test]
+fn node_worker_threads() -> TestResult {
+    answers_lines(&["/usr/bin/node", &program("workers.js")])
+}
+
+#[test]
+fn node_cluster() -> TestResult {
+    let server = program("cluster.js");
+    answers_http(&Bed::new()?, &["/usr/bin/node", &server], &[])
+}
+
+#[test]
+fn go() -> TestResult {
+    let bed = Bed::new()?;
+    let server = bed.build_go(&program("go"))?;
+    answers_http(&bed, &[&server], &[])
+}
+
+#[test]
+fn rust_tokio() -> TestResult {
+    let beside = Path::new(env!("CARGO_BIN_EXE_trenv-zygote"));
+    let server = beside.with_file_name("examples").join("tokio_server");
+    assert!(
+        server.exists(),
+        "build it first: cargo build -p trenv-snapshot --example tokio_server"
+    );
+    answers_http(&Bed::new()?, &[&server.display().to_string()], &[])
+}
+
+#[test]
+fn ruby() -> TestResult {
+    let server = program("server.rb");
+    answers_http(&Bed::new()?, &["/usr/bin/ruby", &server], &[])
+}
+
+#[test]
+fn php_server_with_workers() -> TestResult {
+    let server = [
+        "/usr/bin/php",
+        "-S",
+        "127.0.0.1:8080",
+        &program("router.php"),
+    ];
+    answers_http(&Bed::new()?, &server, &[("PHP_CLI_SERVER_WORKERS", "2")])
+}
+
+#[test]
+fn php_script() -> TestResult {
+    answers_lines(&["/usr/bin/php", &program("script.php")])
+}
+
+/// A configuration with two workers, in a directory that they may read.
+fn nginx(bed: &Bed, daemon: &str) -> Made<String> {
+    let directory = bed.directory();
+    std::fs::set_permissions(directory, PermissionsExt::from_mode(0o755))?;
+    std::fs::write(directory.join("index.html"), "served\n")?;
+    let path = directory.display();
+    // Connections are counted in memory that the workers share; requests in a row wait for a timer.
+    let configuration = format!(
+        "daemon {daemon}; worker_processes 2; pid {path}/nginx.pid; error_log {path}/error.log;
+        events {{ worker_connections 64; }}
+        http {{
+            access_log {path}/access.log;
+            keepalive_timeout 0;
+            limit_req_zone $server_port zone=all:1m rate=200r/s;
+            server {{
+                listen 127.0.0.1:8080;
+                root {path};
+                limit_req zone=all burst=10;
+                add_header X-Account \"$connection $msec ok\";
+            }}
+        }}"
+    );
+    let file = directory.join("nginx.conf");
+    std::fs::write(&file, configuration)?;
+    Ok(file.display().to_string())
+}
+
+#[test]
+fn nginx_in_the_foreground() -> TestResult {
+    let bed = Bed::new()?;
+    let configuration = nginx(&bed, "off")?;
+    let first = bed.serve(&["/usr/sbin/nginx", "-c", &configuration], &[])?;
+    for mut instance in goes_on(&bed, first, by_http)? {
+        // The master makes other workers when it is told to read its configuration again.
+        let before = instance.children();
+        assert_eq!(before.len(), 2);
+        let master = nix::unistd::Pid::from_raw(instance.root);
+        nix::sys::signal::kill(master, nix::sys::signal::Signal::SIGHUP)?;
+        let begun = Instant::now();
+        while instance.children().len() != 2
+            || instance.children().iter().any(|pid| before.contains(pid))
+        {
+            assert!(begun.elapsed() < Duration::from_secs(5), "no reload");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        seen(&mut instance, by_http)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn nginx_as_a_daemon() -> TestResult {
+    let bed = Bed::new()?;
+    let start = format!("nginx -c {}; exec cat", nginx(&bed, "on")?);
+    answers_http(&bed, &["sh", "-c", &start], &[])
+}
+
+#[test]
+fn redis() -> TestResult {
+    let bed = Bed::new()?;
+    let directory = bed.directory().display().to_string();
+    let command = [
+        "/usr/bin/redis-server",
+        "--port 8080",
+        "--bind 127.0.0.1",
+        "--save \"\"",
+        "--io-threads 2",
+        "--activedefrag yes",
+        &format!("--dir {directory}"),
+    ];
+    let words: Vec<&str> = command.iter().flat_map(|part| part.split(' ')).collect();
+    let first = bed.run(&words)?;
+    let begun = Instant::now();
+    while !first
+        .talk("PING\r\nQUIT\r\n")
+        .is_ok_and(|answer| answer.starts_with("+PONG"))
+    {
+        assert!(begun.elapsed() < Duration::from_secs(10), "no answer");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    for mut instance in goes_on(&bed, first, by_redis)? {
+        // A child of its own saves the data.
+        let answer = instance.talk("BGSAVE\r\nQUIT\r\n")?;
+        assert!(answer.starts_with("+Background saving started"), "{answer}");
+        let begun = Instant::now();
+        while !instance
+            .talk("INFO persistence\r\nQUIT\r\n")?
+            .contains("rdb_bgsave_in_progress:0\r\nrdb_last_save_time")
+        {
+            assert!(
+                begun.elapsed() < Duration::from_secs(5),
+                "it saves for ever"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let saved = instance.talk("INFO persistence\r\nQUIT\r\n")?;
+        assert!(saved.contains("rdb_last_bgsave_status:ok"), "{saved}");
+        seen(&mut instance, by_redis)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn java() -> TestResult {
+    let bed = Bed::new()?;
+    let classes = bed.directory().display().to_string();
+    let status = Command::new("javac")
+        .args(["-d", &classes, &program("Server.java")])
+        .status()?;
+    assert!(status.success(), "Server.java does not compile");
+    answers_http(&bed, &["/usr/bin/java", "-cp", &classes, "Server"], &[])
+}
