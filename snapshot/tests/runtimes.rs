@@ -270,7 +270,6 @@ fn redis() -> TestResult {
         "--bind 127.0.0.1",
         "--save \"\"",
         "--io-threads 2",
-        "--activedefrag yes",
         &format!("--dir {directory}"),
     ];
     let words: Vec<&str> = command.iter().flat_map(|part| part.split(' ')).collect();

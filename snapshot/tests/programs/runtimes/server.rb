@@ -22,7 +22,7 @@ Thread.new do
   end
 end
 
-numbers = Fiber.new { n = 0; loop { Fiber.yield(n += 1) } }
+numbers = nil
 
 to_child, from_parent = IO.pipe.reverse
 from_child, to_parent = IO.pipe
@@ -55,9 +55,10 @@ check = lambda do
 end
 
 server = TCPServer.new('127.0.0.1', 8080)
-# Fibers belong to the thread that resumed them first: one thread checks for all.
+# A fiber belongs to the thread that made it: one thread checks for all.
 checks = Queue.new
 Thread.new do
+  numbers = Fiber.new { n = 0; loop { Fiber.yield(n += 1) } }
   loop do
     client = checks.pop
     count += 1
