@@ -13,6 +13,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use harness::{Bed, Instance, TestResult};
+use trenv_snapshot::methods::Method;
 
 type Made<T> = Result<T, Box<dyn std::error::Error>>;
 type Ask = fn(&mut Instance) -> Made<String>;
@@ -102,6 +103,13 @@ fn goes_on(bed: &Bed, mut first: Instance, ask: Ask) -> Made<Vec<Instance>> {
             now = ticks_on(instance, ask, now)?;
         }
     }
+    for method in Method::ALL {
+        let prepared = bed.prepare(method, &template)?;
+        let mut instance = bed.start_with(prepared.as_ref())?;
+        let now = seen(&mut instance, ask).map_err(|err| format!("{method}: {err}"))?;
+        assert_eq!(now.count, before.count + 1, "{method}");
+        ticks_on(&mut instance, ask, now).map_err(|err| format!("{method}: {err}"))?;
+    }
     // A restored program is dumped like any other.
     let mut again = instances.swap_remove(0);
     let before = seen(&mut again, ask)?;
@@ -185,6 +193,19 @@ fn rust_tokio() -> TestResult {
 fn ruby() -> TestResult {
     let server = program("server.rb");
     answers_http(&Bed::new()?, &["/usr/bin/ruby", &server], &[])
+}
+
+#[test]
+fn ruby_with_its_compiler() -> TestResult {
+    let server = program("server.rb");
+    let command = [
+        "/usr/bin/ruby",
+        "--yjit",
+        "--yjit-call-threshold=1",
+        "--yjit-exec-mem-size=8",
+        &server,
+    ];
+    answers_http(&Bed::new()?, &command, &[])
 }
 
 #[test]
@@ -304,13 +325,40 @@ fn redis() -> TestResult {
     Ok(())
 }
 
-#[test]
-fn java() -> TestResult {
+fn java(collector: &str) -> TestResult {
     let bed = Bed::new()?;
     let classes = bed.directory().display().to_string();
     let status = Command::new("javac")
         .args(["-d", &classes, &program("Server.java")])
         .status()?;
     assert!(status.success(), "Server.java does not compile");
-    answers_http(&bed, &["/usr/bin/java", "-cp", &classes, "Server"], &[])
+    let flags = [&format!("-XX:+Use{collector}GC"), "-Xmx256m", "-cp"];
+    let command = [&["/usr/bin/java"][..], &flags, &[&classes, "Server"]].concat();
+    answers_http(&bed, &command, &[])
+}
+
+#[test]
+fn java_with_g1() -> TestResult {
+    java("G1")
+}
+
+#[test]
+fn java_with_the_serial_collector() -> TestResult {
+    java("Serial")
+}
+
+#[test]
+fn java_with_the_parallel_collector() -> TestResult {
+    java("Parallel")
+}
+
+#[test]
+fn java_with_shenandoah() -> TestResult {
+    java("Shenandoah")
+}
+
+/// Its heap is a memfd that is mapped three times.
+#[test]
+fn java_with_zgc() -> TestResult {
+    java("Z")
 }
