@@ -5,6 +5,7 @@
 
 mod file_lock;
 mod memory_object;
+mod socket_file;
 
 use std::collections::BTreeSet;
 
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::lineage::Lineage;
 pub use file_lock::{FileLock, LockHolder};
 pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject, SemaphoreSet};
+pub use socket_file::SocketFile;
 
 /// Layout version of the encoded form.
 pub const VERSION: u32 = 2;
@@ -340,6 +342,8 @@ pub struct Socket {
     pub queue: Vec<Vec<u8>>,
     /// 1 when nothing is received any more, 2 when nothing is sent, 3 for both.
     pub shutdown: u8,
+    /// Of a unix socket with a path; none where the file has been removed.
+    pub file: Option<SocketFile>,
 }
 
 /// Disposition of a signal.
@@ -443,6 +447,8 @@ pub enum TmpfsKind {
     File(Vec<u8>),
     Fifo,
     Link(String),
+    /// One that a bound socket has, or has had.
+    Socket,
 }
 
 /// Why an encoded manifest cannot be used.
@@ -573,6 +579,7 @@ impl Manifest {
         }
         memory_object::check(self)?;
         file_lock::check(self)?;
+        socket_file::check(self)?;
         Lineage::of(self).map_err(|what| ManifestError::Invalid { what })?;
         Ok(())
     }
