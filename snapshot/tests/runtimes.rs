@@ -155,6 +155,14 @@ fn python_subprocesses() -> TestResult {
     answers_lines(&["/usr/bin/python3", &program("pipes.py")])
 }
 
+/// What `tests/shared.rs` does not have: a server that forks, managed objects, an executor.
+#[test]
+fn python_multiprocessing_with_a_manager() -> TestResult {
+    // Its sockets lie where instances do not see each other's.
+    let place = "TMPDIR=/dev/shm";
+    answers_lines(&["env", place, "/usr/bin/python3", &program("manager.py")])
+}
+
 #[test]
 fn python_numpy() -> TestResult {
     answers_lines(&["/usr/bin/python3", &program("arrays.py")])
@@ -163,6 +171,19 @@ fn python_numpy() -> TestResult {
 #[test]
 fn node_worker_threads() -> TestResult {
     answers_lines(&["/usr/bin/node", &program("workers.js")])
+}
+
+/// Its rings cannot be read back from the kernel; sandboxes answer that there are none.
+#[test]
+fn node_with_io_uring_is_refused_by_name() -> TestResult {
+    let bed = Bed::new()?;
+    let file = program("workers.js");
+    let mut instance = bed.run(&["env", "UV_USE_IO_URING=1", "/usr/bin/node", &file])?;
+    let before = seen(&mut instance, by_line)?;
+    let err = bed.try_dump(&instance).err().ok_or("it was not refused")?;
+    assert!(err.to_string().contains("io_uring"), "{err}");
+    assert_eq!(seen(&mut instance, by_line)?.count, before.count + 1);
+    Ok(())
 }
 
 #[test]
@@ -224,15 +245,25 @@ fn php_script() -> TestResult {
     answers_lines(&["/usr/bin/php", &program("script.php")])
 }
 
-/// A configuration with two workers, in a directory that they may read.
-fn nginx(bed: &Bed, daemon: &str) -> Made<String> {
+/// A configuration with two workers, in a directory that they may read. Without a server of PHP's
+/// own to ask, they count connections in memory that they share; requests in a row wait for a timer.
+fn nginx(bed: &Bed, daemon: &str, php: Option<&str>) -> Made<String> {
     let directory = bed.directory();
     std::fs::set_permissions(directory, PermissionsExt::from_mode(0o755))?;
     std::fs::write(directory.join("index.html"), "served\n")?;
     let path = directory.display();
-    // Connections are counted in memory that the workers share; requests in a row wait for a timer.
+    let answer = match php {
+        None => "add_header X-Account \"$connection $msec ok\";".to_owned(),
+        Some(socket) => format!(
+            "location / {{
+                include /etc/nginx/fastcgi_params;
+                fastcgi_param SCRIPT_FILENAME {path}/router.php;
+                fastcgi_pass unix:{socket};
+            }}"
+        ),
+    };
     let configuration = format!(
-        "daemon {daemon}; worker_processes 2; pid {path}/nginx.pid; error_log {path}/error.log;
+        "daemon {daemon}; user www-data; worker_processes 2; pid {path}/nginx.pid; error_log {path}/error.log;
         events {{ worker_connections 64; }}
         http {{
             access_log {path}/access.log;
@@ -242,7 +273,7 @@ fn nginx(bed: &Bed, daemon: &str) -> Made<String> {
                 listen 127.0.0.1:8080;
                 root {path};
                 limit_req zone=all burst=10;
-                add_header X-Account \"$connection $msec ok\";
+                {answer}
             }}
         }}"
     );
@@ -254,7 +285,7 @@ fn nginx(bed: &Bed, daemon: &str) -> Made<String> {
 #[test]
 fn nginx_in_the_foreground() -> TestResult {
     let bed = Bed::new()?;
-    let configuration = nginx(&bed, "off")?;
+    let configuration = nginx(&bed, "off", None)?;
     let first = bed.serve(&["/usr/sbin/nginx", "-c", &configuration], &[])?;
     for mut instance in goes_on(&bed, first, by_http)? {
         // The master makes other workers when it is told to read its configuration again.
@@ -277,21 +308,46 @@ fn nginx_in_the_foreground() -> TestResult {
 #[test]
 fn nginx_as_a_daemon() -> TestResult {
     let bed = Bed::new()?;
-    let start = format!("nginx -c {}; exec cat", nginx(&bed, "on")?);
+    let start = format!("nginx -c {}; exec cat", nginx(&bed, "on", None)?);
+    answers_http(&bed, &["sh", "-c", &start], &[])
+}
+
+/// PHP's processes listen at a socket in a tmpfs that only nginx's workers may connect to, share
+/// compiled scripts by memory, and are made and ended by their master.
+#[test]
+fn php_fpm_behind_nginx() -> TestResult {
+    let bed = Bed::new()?;
+    let socket = "/dev/shm/php/socket";
+    let server = nginx(&bed, "off", Some(socket))?;
+    let path = bed.directory().display();
+    std::fs::copy(program("router.php"), bed.directory().join("router.php"))?;
+    let configuration = format!(
+        "[global]\nerror_log = {path}/php.log\n[www]\nuser = www-data\ngroup = www-data\n\
+        listen = {socket}\nlisten.owner = www-data\nlisten.mode = 0600\npm = dynamic\n\
+        pm.max_children = 4\npm.start_servers = 2\npm.min_spare_servers = 1\n\
+        pm.max_spare_servers = 2\npm.max_requests = 4\n"
+    );
+    std::fs::write(bed.directory().join("php.conf"), configuration)?;
+    let start = format!(
+        "mkdir /dev/shm/php; php-fpm8.2 -F -y {path}/php.conf & \
+        while [ ! -e {socket} ]; do sleep 0.01; done; exec nginx -c {server}"
+    );
     answers_http(&bed, &["sh", "-c", &start], &[])
 }
 
 #[test]
 fn redis() -> TestResult {
     let bed = Bed::new()?;
-    let directory = bed.directory().display().to_string();
     let command = [
         "/usr/bin/redis-server",
         "--port 8080",
         "--bind 127.0.0.1",
         "--save \"\"",
         "--io-threads 2",
-        &format!("--dir {directory}"),
+        "--appendonly yes",
+        "--appendfsync everysec",
+        "--unixsocket /dev/shm/redis",
+        "--dir /dev/shm",
     ];
     let words: Vec<&str> = command.iter().flat_map(|part| part.split(' ')).collect();
     let first = bed.run(&words)?;
@@ -304,6 +360,16 @@ fn redis() -> TestResult {
         std::thread::sleep(Duration::from_millis(10));
     }
     for mut instance in goes_on(&bed, first, by_redis)? {
+        let answer = instance.talk("BGREWRITEAOF\r\nQUIT\r\n")?;
+        assert!(answer.starts_with("+Background append"), "{answer}");
+        let begun = Instant::now();
+        while instance
+            .talk("INFO persistence\r\nQUIT\r\n")?
+            .contains("aof_rewrite_in_progress:1")
+        {
+            assert!(begun.elapsed() < Duration::from_secs(5), "no rewriting");
+            std::thread::sleep(Duration::from_millis(10));
+        }
         // A child of its own saves the data.
         let answer = instance.talk("BGSAVE\r\nQUIT\r\n")?;
         assert!(answer.starts_with("+Background saving started"), "{answer}");
@@ -319,7 +385,9 @@ fn redis() -> TestResult {
             std::thread::sleep(Duration::from_millis(10));
         }
         let saved = instance.talk("INFO persistence\r\nQUIT\r\n")?;
-        assert!(saved.contains("rdb_last_bgsave_status:ok"), "{saved}");
+        for kind in ["rdb_last_bgsave", "aof_last_bgrewrite", "aof_last_write"] {
+            assert!(saved.contains(&format!("{kind}_status:ok")), "{saved}");
+        }
         seen(&mut instance, by_redis)?;
     }
     Ok(())
