@@ -470,8 +470,15 @@ fn sandbox() -> Made<(Child, i32)> {
 }
 
 fn children(pid: i32) -> Vec<i32> {
-    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    list.unwrap_or_default()
+    // Each thread has its own: those of Go's programs are made by any.
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let threads = threads.into_iter().flatten().flatten();
+    let lists = threads.map(|thread| {
+        let list = std::fs::read_to_string(thread.path().join("children"));
+        list.unwrap_or_default()
+    });
+    lists
+        .collect::<String>()
         .split_whitespace()
         .filter_map(|pid| pid.parse().ok())
         .collect()

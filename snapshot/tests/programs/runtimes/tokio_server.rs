@@ -63,7 +63,12 @@ async fn main() -> Result<()> {
     let mut count = 0;
     loop {
         let (mut client, _) = listener.accept().await?;
-        client.read(&mut [0; 4096]).await?;
+        let mut request = BufReader::new(&mut client).lines();
+        while request
+            .next_line()
+            .await?
+            .is_some_and(|line| !line.is_empty())
+        {}
         count += 1;
         let mut wrong = Vec::new();
         let _ = ask.send(count).await;
