@@ -174,6 +174,11 @@ fn node_worker_threads() -> TestResult {
     answers_lines(&["/usr/bin/node", &program("workers.js")])
 }
 
+#[test]
+fn node_with_sockets_watches_and_streams() -> TestResult {
+    answers_lines(&["/usr/bin/node", &program("sockets.js")])
+}
+
 /// Its rings cannot be read back from the kernel; sandboxes answer that there are none.
 #[test]
 fn node_with_io_uring_is_refused_by_name() -> TestResult {

@@ -1,18 +1,29 @@
 import com.sun.net.httpserver.HttpServer;
+import java.io.BufferedReader;
+import java.io.InputStreamReader;
 import java.net.InetSocketAddress;
+import java.nio.ByteBuffer;
+import java.nio.MappedByteBuffer;
+import java.nio.channels.FileChannel;
+import java.nio.file.Path;
+import java.nio.file.StandardOpenOption;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.concurrent.*;
 import java.util.concurrent.atomic.AtomicLong;
 
 /**
- * A server with a pool of threads, a schedule, a thread in a monitor, one in a queue, and a heap that
- * is collected. Each request asks all of them; answers "COUNT TICKS ok" on port 8080.
+ * A server with a pool of threads, a schedule, a thread in a monitor, one in a queue, a heap that is
+ * collected, memory outside of it, a mapped file and a command. Each request asks all of them; answers "COUNT TICKS ok" on port 8080.
  */
 public class Server {
     static final AtomicLong ticks = new AtomicLong();
     static final Object monitor = new Object();
     static long count, woken;
+    static MappedByteBuffer mapped;
+    static ByteBuffer direct = ByteBuffer.allocateDirect(1 << 20);
+    static Process command;
+    static BufferedReader said;
 
     static String check(SynchronousQueue<Long> asked, SynchronousQueue<Long> answered,
             ExecutorService pool, List<String> heap, ScheduledFuture<?> far) throws Exception {
@@ -40,6 +51,19 @@ public class Server {
                 return "the pool";
             }
         }
+        mapped.putLong(8192, mapped.getLong(8192) + 1);
+        direct.putLong(8192, direct.getLong(8192) + 1);
+        if (mapped.getLong(8192) != count || direct.getLong(8192) != count) {
+            return "the mapped file";
+        }
+        command.getOutputStream().write((count + "\n").getBytes());
+        command.getOutputStream().flush();
+        if (!said.readLine().equals(String.valueOf(count))) {
+            return "the command";
+        }
+        if (new ProcessBuilder("/bin/true").start().waitFor() != 0) {
+            return "a command that ends";
+        }
         byte[][] garbage = new byte[100][];
         for (int n = 0; n < 100; n++) {
             garbage[n] = new byte[100_000];
@@ -54,6 +78,12 @@ public class Server {
     }
 
     public static void main(String[] arguments) throws Exception {
+        try (FileChannel file = FileChannel.open(Path.of("/dev/shm/mapped"), StandardOpenOption.CREATE,
+                StandardOpenOption.READ, StandardOpenOption.WRITE)) {
+            mapped = file.map(FileChannel.MapMode.READ_WRITE, 0, 1 << 16);
+        }
+        command = new ProcessBuilder("/bin/cat").start();
+        said = new BufferedReader(new InputStreamReader(command.getInputStream()));
         ScheduledExecutorService schedule = Executors.newScheduledThreadPool(2);
         schedule.scheduleAtFixedRate(ticks::incrementAndGet, 10, 10, TimeUnit.MILLISECONDS);
         ScheduledFuture<?> far = schedule.schedule(() -> System.exit(1), 1, TimeUnit.HOURS);
