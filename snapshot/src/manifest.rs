@@ -6,11 +6,13 @@
 mod check;
 mod file_lock;
 mod memory_object;
+mod socket_file;
 
 use serde::{Deserialize, Serialize};
 
 pub use file_lock::{FileLock, LockHolder};
 pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject, SemaphoreSet};
+pub use socket_file::SocketFile;
 
 /// Layout version of the encoded form.
 pub const VERSION: u32 = 2;
@@ -324,6 +326,8 @@ pub struct Socket {
     pub queue: Vec<Vec<u8>>,
     /// 1 when nothing is received any more, 2 when nothing is sent, 3 for both.
     pub shutdown: u8,
+    /// Of a unix socket with a path; none where the file has been removed.
+    pub file: Option<SocketFile>,
 }
 
 /// Disposition of a signal.
@@ -427,6 +431,8 @@ pub enum TmpfsKind {
     File(Vec<u8>),
     Fifo,
     Link(String),
+    /// One that a bound socket has, or has had.
+    Socket,
 }
 
 /// Why an encoded manifest cannot be used.

@@ -42,3 +42,25 @@ fn what_a_unix_socket_would_lose_is_refused() -> TestResult {
     }
     Ok(())
 }
+
+#[test]
+fn files_of_unix_sockets_keep_their_owners() -> TestResult {
+    use std::os::unix::fs::PermissionsExt;
+    let bed = Bed::new()?;
+    let program = format!(
+        "{}/tests/programs/socketfiles.py",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let directory = tempfile::tempdir()?;
+    std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755))?;
+    let place = directory.path().display().to_string();
+    let mut first = bed.run(&["/usr/bin/python3", &program, &place])?;
+    assert_eq!(first.ask("check"), "ok");
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let mut agent = zygote.agent()?;
+    // The directory is the same for both: each is asked before the next is there.
+    for _ in 0..2 {
+        assert_eq!(bed.start(&mut agent)?.ask("check"), "ok");
+    }
+    Ok(())
+}

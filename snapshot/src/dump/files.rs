@@ -8,7 +8,7 @@ use super::memory_objects::{MemoryObjects, other_name};
 use super::process::sandbox_path;
 use super::{
     DumpError, DumpRequest, descriptor_of, fifo, file_locks, inotify, proc_link, proc_text,
-    same_file, sockets,
+    same_file, socket_files, sockets,
 };
 use crate::manifest::{Descriptor, EpollTarget, FileLock, Object, ObjectKind, Process};
 
@@ -172,7 +172,7 @@ impl<'a> Files<'a> {
             .ok_or_else(|| DumpError::Refused(format!("process {host} came late")))?;
         let copy = descriptor_of(pidfd, number, host)?;
         let pid = self.ids.get(&host).copied().unwrap_or(host);
-        let kind = match nameless(&link, &copy)? {
+        let mut kind = match nameless(&link, &copy)? {
             None => self.kind(&link, &copy, number, pid, info)?,
             Some(file) => match other_name(&file, &link, host) {
                 Some(path) => self.kind(&path, &copy, number, pid, info)?,
@@ -185,6 +185,9 @@ impl<'a> Files<'a> {
                 }
             },
         };
+        if let ObjectKind::Socket(socket) = &mut kind {
+            socket.file = socket_files::read(socket, host)?;
+        }
         let index = self.objects.len();
         self.objects.push(Object {
             flags: info.flags & !O_CLOEXEC,

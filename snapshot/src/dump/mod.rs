@@ -17,6 +17,7 @@ mod memory;
 mod memory_objects;
 mod notes;
 mod process;
+mod socket_files;
 mod sockets;
 mod sysv;
 pub(crate) mod timers;

@@ -61,6 +61,7 @@ impl Peers {
             pair: None,
             queue: Vec::new(),
             shutdown: 0,
+            file: None,
         };
         let internet = matches!(domain, libc::AF_INET | libc::AF_INET6);
         if !internet && domain != libc::AF_UNIX {

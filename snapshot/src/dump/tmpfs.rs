@@ -99,6 +99,8 @@ impl Found<'_> {
                 TmpfsKind::File(std::fs::read(&path).map_err(DumpError::io(doing()))?)
             } else if meta.file_type().is_fifo() {
                 TmpfsKind::Fifo
+            } else if meta.file_type().is_socket() {
+                TmpfsKind::Socket
             } else {
                 return Err(DumpError::Refused(format!(
                     "{inside} is a special file in a tmpfs"

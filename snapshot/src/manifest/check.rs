@@ -6,7 +6,7 @@ use nix::libc;
 
 use super::{
     ADDRESS_END, MCL_FUTURE, MCL_ONFAULT, Manifest, ManifestError, ObjectKind, PAGE, Process,
-    file_lock, memory_object,
+    file_lock, memory_object, socket_file,
 };
 use crate::lineage::Lineage;
 
@@ -95,6 +95,7 @@ impl Manifest {
         }
         memory_object::check(self)?;
         file_lock::check(self)?;
+        socket_file::check(self)?;
         Lineage::of(self).map_err(|what| ManifestError::Invalid { what })?;
         Ok(())
     }

@@ -212,6 +212,7 @@ fn make_socket(
         }
         let address = region.put(&socket.address, 8);
         program.call(libc::SYS_bind, [at, address, socket.address.len() as u64]);
+        sockets::give_file(socket, region, program);
         if internet && !had_reuse {
             set(reuse.0, reuse.1, &0i32.to_ne_bytes(), region, program);
         }
@@ -437,6 +438,13 @@ pub fn fill_tmpfs(manifest: &Manifest, region: &mut Region, program: &mut Progra
             }
             TmpfsKind::Fifo => {
                 let mode = u64::from(libc::S_IFIFO) | mode;
+                program
+                    .call(libc::SYS_mknodat, [here, path, mode, 0])
+                    .or_not();
+            }
+            // Where a socket is bound to it, that one takes its place.
+            TmpfsKind::Socket => {
+                let mode = u64::from(libc::S_IFSOCK | entry.mode & 0o7777);
                 program
                     .call(libc::SYS_mknodat, [here, path, mode, 0])
                     .or_not();

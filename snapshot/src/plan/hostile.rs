@@ -9,7 +9,8 @@ use super::skeleton::Fill;
 use super::tests::sample;
 use crate::manifest::{
     EpollTarget, FileLock, LockHolder, Manifest, MemoryKind, MemoryObject, Object, ObjectKind,
-    PosixTimer, SemaphoreSet, SignalAction, Socket, TmpfsEntry, TmpfsKind, Watch, Zombie,
+    PosixTimer, SemaphoreSet, SignalAction, Socket, SocketFile, TmpfsEntry, TmpfsKind, Watch,
+    Zombie,
 };
 
 const INPUTS: u64 = 200_000;
@@ -28,6 +29,7 @@ fn rich() -> Manifest {
         pair: None,
         queue: Vec::new(),
         shutdown: 0,
+        file: None,
     };
     let end = |writer| ObjectKind::Pipe {
         pipe: 7,
@@ -60,6 +62,17 @@ fn rich() -> Manifest {
         pair(0),
         pair(1),
         ObjectKind::Socket(socket.clone()),
+        ObjectKind::Socket(Socket {
+            domain: 1,
+            address: b"\x01\0/run/a/s\0".to_vec(),
+            options: Vec::new(),
+            file: Some(SocketFile {
+                mode: 0o660,
+                uid: 33,
+                gid: 33,
+            }),
+            ..socket.clone()
+        }),
         ObjectKind::EventFd {
             count: 1,
             semaphore: true,
@@ -167,6 +180,7 @@ fn rich() -> Manifest {
         ("/run/a", TmpfsKind::Directory),
         ("/run/a/f", TmpfsKind::File(vec![1; 9])),
         ("/run/a/l", TmpfsKind::Link("f".into())),
+        ("/run/a/s", TmpfsKind::Socket),
     ] {
         manifest.tmpfs.push(TmpfsEntry {
             path: path.into(),

@@ -55,6 +55,26 @@ pub fn shut(socket: &Socket, slot: u8, region: &mut Region, program: &mut Progra
     }
 }
 
+/// Gives the file of a bound unix socket to its owner, or removes it as the program did.
+pub fn give_file(socket: &Socket, region: &mut Region, program: &mut Program) {
+    let named = socket.address.get(2).is_some_and(|byte| *byte != 0);
+    if socket.domain != libc::AF_UNIX || !named {
+        return;
+    }
+    let mut path = socket.address[2..].to_vec();
+    path.push(0);
+    let path = region.put(&path, 1);
+    let Some(file) = socket.file else {
+        program.call(libc::SYS_unlink, [path]);
+        return;
+    };
+    let here = libc::AT_FDCWD as u64;
+    let (uid, gid) = (u64::from(file.uid), u64::from(file.gid));
+    let no_follow = libc::AT_SYMLINK_NOFOLLOW as u64;
+    program.call(libc::SYS_fchownat, [here, path, uid, gid, no_follow]);
+    program.call(libc::SYS_fchmodat, [here, path, u64::from(file.mode)]);
+}
+
 /// Enters the directory that a relative name of a unix socket begins at: its holder's, as far as can
 /// be told.
 pub fn enter_place(manifest: &Manifest, object: usize, region: &mut Region, program: &mut Program) {

@@ -55,6 +55,11 @@ impl Bed {
         Ok(Self { directory, pool })
     }
 
+    /// A directory of its own for what programs need.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// Compiles a program of `tests/programs` with the machine's C compiler.
     pub fn compile(&self, name: &str) -> Made<String> {
         let source = format!("{}/tests/programs/{name}.c", env!("CARGO_MANIFEST_DIR"));
@@ -346,16 +351,20 @@ impl Instance {
 impl Instance {
     /// Asks over HTTP, from inside the sandbox's network namespace.
     pub fn get(&self, path: &str) -> Made<String> {
-        let (init, path) = (self.init, path.to_owned());
+        self.talk(&format!(
+            "GET {path} HTTP/1.1\r\nHost: f\r\nConnection: close\r\n\r\n"
+        ))
+    }
+
+    /// Writes to port 8080, from inside the sandbox's network namespace, and reads until the end.
+    pub fn talk(&self, request: &str) -> Made<String> {
+        let (init, request) = (self.init, request.to_owned());
         let asked = std::thread::spawn(move || -> std::io::Result<String> {
             let network = File::open(format!("/proc/{init}/ns/net"))?;
             nix::sched::setns(&network, nix::sched::CloneFlags::CLONE_NEWNET)?;
             let mut stream = std::net::TcpStream::connect("127.0.0.1:8080")?;
             stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-            write!(
-                stream,
-                "GET {path} HTTP/1.1\r\nHost: f\r\nConnection: close\r\n\r\n"
-            )?;
+            stream.write_all(request.as_bytes())?;
             let mut answer = String::new();
             std::io::Read::read_to_string(&mut stream, &mut answer)?;
             Ok(answer)
@@ -384,6 +393,11 @@ impl Instance {
         let mut answer = String::new();
         self.output.read_line(&mut answer).unwrap();
         answer.trim_end().to_owned()
+    }
+
+    /// Host pids of the root's children.
+    pub fn children(&self) -> Vec<i32> {
+        children(self.root)
     }
 
     /// Page faults of the root process so far that needed no input or output.
@@ -456,8 +470,15 @@ fn sandbox() -> Made<(Child, i32)> {
 }
 
 fn children(pid: i32) -> Vec<i32> {
-    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    list.unwrap_or_default()
+    // Each thread has its own: those of Go's programs are made by any.
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let threads = threads.into_iter().flatten().flatten();
+    let lists = threads.map(|thread| {
+        let list = std::fs::read_to_string(thread.path().join("children"));
+        list.unwrap_or_default()
+    });
+    lists
+        .collect::<String>()
         .split_whitespace()
         .filter_map(|pid| pid.parse().ok())
         .collect()
