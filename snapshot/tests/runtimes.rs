@@ -26,7 +26,14 @@ struct Seen {
 }
 
 fn by_line(instance: &mut Instance) -> Made<String> {
-    Ok(instance.ask("check"))
+    instance.tell("check");
+    let begun = Instant::now();
+    while !instance.has_answered() {
+        if begun.elapsed() > Duration::from_secs(10) {
+            return Err("no answer".into());
+        }
+    }
+    Ok(instance.answer())
 }
 
 fn by_http(instance: &mut Instance) -> Made<String> {
