@@ -34,6 +34,20 @@ install_packages() {
     apt-get install -q -y --no-install-recommends "${missing[@]}" >/dev/null
 }
 
+# install_without_services NAME...: the same, for servers that only tests start: Debian would start
+# them with the machine's own.
+install_without_services() {
+    local policy=/usr/sbin/policy-rc.d
+    if [ -e "$policy" ]; then
+        install_packages "$@"
+        return
+    fi
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+    install_packages "$@"
+    rm -f "$policy"
+}
+
 # Puts cargo on PATH, or ends with what to do.
 find_cargo() {
     if [ -d "$HOME/.cargo/bin" ]; then
