@@ -91,8 +91,10 @@ documentation() {
 
 main() {
     [ "$(id -u)" = 0 ] || fail "Run this as root: the tests make namespaces, mounts and cgroups."
-    step "Installing packages" install_packages "${run_packages[@]}" "${build_packages[@]}"
-    step "Installing what tests start" install_without_services "${test_packages[@]}"
+    step "Installing packages" install_packages "${run_packages[@]}" "${build_packages[@]}" ||
+        fail "Packages cannot be installed"
+    step "Installing what tests start" install_without_services "${test_packages[@]}" ||
+        fail "Packages cannot be installed"
     find_cargo
     check "build" cargo build --locked --workspace --all-targets
     if cargo fmt --version >/dev/null 2>&1; then
