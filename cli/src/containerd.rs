@@ -1,4 +1,4 @@
-//! containerd over its socket, as far as snapshots by hand need it.
+//! containerd over its socket, as far as snapshots by hand need it, and what else of the command does.
 
 use std::collections::HashMap;
 
@@ -19,7 +19,7 @@ pub use containerd_client::services::v1::Container;
 
 /// The runtime whose containers can be snapshotted.
 pub const RUNTIME: &str = "io.containerd.trenv.v2";
-const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+pub const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 
 /// One namespace of containerd.
 #[derive(Debug)]
@@ -37,17 +37,21 @@ pub struct Streams {
     pub error: String,
 }
 
+/// Connects to the containerd that the configuration names.
+pub async fn open(config: &Config) -> anyhow::Result<Channel> {
+    let address = &config.containerd.address;
+    containerd_client::connect(address).await.with_context(|| {
+        format!(
+            "Failed to connect to containerd at {}; check that it runs and the setting containerd.address",
+            address.display()
+        )
+    })
+}
+
 impl Containerd {
     pub async fn connect(config: &Config, namespace: &str) -> anyhow::Result<Self> {
-        let address = &config.containerd.address;
-        let channel = containerd_client::connect(address).await.with_context(|| {
-            format!(
-                "Failed to connect to containerd at {}; check that it runs and the setting containerd.address",
-                address.display()
-            )
-        })?;
         Ok(Self {
-            channel,
+            channel: open(config).await?,
             namespace: namespace.to_owned(),
             snapshotter: config.containerd.snapshotter.clone(),
         })

@@ -28,7 +28,6 @@ const DEPLOY: Duration = Duration::from_secs(120);
 
 /// From the shim's answer to the provider's table.
 const SETTLED: Duration = Duration::from_millis(50);
-
 /// What differs between machines.
 #[derive(Debug, Clone)]
 pub struct Settings {

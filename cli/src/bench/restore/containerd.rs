@@ -21,10 +21,10 @@ use prost_types::Any;
 use serde_json::Value;
 use trenv_config::Config;
 
+use crate::containerd::{RUNTIME, SPEC_TYPE, open};
+
 const LABEL: &str = "dev.trenv.bench";
 const LEASE: &str = "trenv-bench-restore";
-const RUNTIME: &str = "io.containerd.trenv.v2";
-const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 const KILL: u32 = 9;
 /// How long a sandbox may take to end, and everything else of the benchmark to go.
 const REMOVAL: Duration = Duration::from_secs(15);
@@ -40,15 +40,8 @@ pub struct Containerd {
 
 impl Containerd {
     pub async fn connect(config: &Config, namespace: &str) -> anyhow::Result<Self> {
-        let address = &config.containerd.address;
-        let channel = containerd_client::connect(address).await.with_context(|| {
-            format!(
-                "Failed to connect to containerd at {}; check that it runs and the setting containerd.address",
-                address.display()
-            )
-        })?;
         Ok(Self {
-            channel,
+            channel: open(config).await?,
             namespace: namespace.parse().with_context(|| {
                 format!("{namespace:?} cannot be the name of a containerd namespace; use letters, digits and '-'")
             })?,
