@@ -7,6 +7,7 @@ use anyhow::Context;
 use trenv_tests::{Machine, Settings, until};
 
 const PATIENCE: Duration = Duration::from_secs(20);
+const SETTLED: Duration = Duration::from_millis(200);
 
 fn parked(machine: &Machine, name: &str) -> usize {
     let all = machine.sandboxes().unwrap_or_default();
@@ -14,6 +15,15 @@ fn parked(machine: &Machine, name: &str) -> usize {
     all.iter()
         .filter(|one| one.state == "parked" && of_it(&one.tenancy))
         .count()
+}
+
+/// Waits until an instance is parked, and until the provider, which connects to it first, offers it.
+fn wait_until_parked(machine: &Machine, name: &str) -> anyhow::Result<()> {
+    until("an instance is parked", PATIENCE, || {
+        parked(machine, name) == 1
+    })?;
+    std::thread::sleep(SETTLED);
+    Ok(())
 }
 
 /// Starts an instance by a call and ends it again.
@@ -34,32 +44,30 @@ fn the_next_call_of_a_function_goes_on_where_it_was_parked() -> anyhow::Result<(
     machine.deploy("hello-python")?;
     machine.deploy("hello-node")?;
     called_once(&machine, "hello-python")?;
-    until("an instance is parked", PATIENCE, || {
-        parked(&machine, "hello-python") == 1
-    })?;
+    wait_until_parked(&machine, "hello-python")?;
     // Another function takes an idle sandbox, and leaves the parked one alone.
     assert_eq!(called_once(&machine, "hello-node")?, "repurposed");
     assert_eq!(called_once(&machine, "hello-python")?, "parked");
-    until("the next one is parked", PATIENCE, || {
-        parked(&machine, "hello-python") == 1
-    })?;
+    wait_until_parked(&machine, "hello-python")?;
 
     // What is called more takes its place.
     for _ in 0..6 {
         called_once(&machine, "hello-node")?;
     }
-    until("the other function is parked", PATIENCE, || {
-        parked(&machine, "hello-node") == 1
-    })?;
+    wait_until_parked(&machine, "hello-node")?;
     assert_eq!(called_once(&machine, "hello-node")?, "parked");
 
-    // One that is killed while it waits is replaced, and no call is lost.
-    until("it is parked again", PATIENCE, || {
-        parked(&machine, "hello-node") == 1
-    })?;
+    // One whose sandbox dies while it waits is given up, and the next call is served.
+    wait_until_parked(&machine, "hello-node")?;
     let all = machine.sandboxes()?;
     let held = all.iter().find(|one| one.state == "parked");
-    trenv_tests::crash(&[held.context("nothing is parked")?.init_pid]);
+    let held = held.context("nothing is parked")?.clone();
+    trenv_tests::crash(&[held.init_pid]);
+    until("the sandbox is given up", PATIENCE, || {
+        let now = machine.sandboxes().unwrap_or_default();
+        !now.iter().any(|one| one.id == held.id)
+    })?;
+    std::thread::sleep(SETTLED);
     assert_eq!(machine.call("hello-node")?.status, 200);
 
     // A provider that comes back ends what it did not park itself.
