@@ -203,8 +203,7 @@ impl Scheduler {
                     entry.called = false;
                     entry.state = State::Parked(Parked {
                         revision: Arc::clone(revision),
-                        tenancy: start.tenancy,
-                        spec: start.spec,
+                        start,
                         connection,
                     });
                     true
@@ -228,15 +227,11 @@ impl Scheduler {
     ) -> Result<Guard, StartError> {
         let Parked {
             revision,
-            tenancy,
-            spec,
+            start,
             connection,
         } = parked;
         let function = revision.function().to_string();
-        let start = ParkedStart {
-            tenancy: tenancy.clone(),
-            spec,
-        };
+        let tenancy = start.tenancy.clone();
         let resumed = self.ops.resume(&sandbox, &revision, start).await;
         let (steps, address) = match (resumed, self.address(&sandbox.id)) {
             (Ok(steps), Some(address)) => (steps, address),

@@ -9,8 +9,8 @@ use axum::body::Body;
 use hyper::client::conn::http1::SendRequest;
 use tokio_util::sync::CancellationToken;
 
-use super::SandboxRef;
 use super::parking::Demand;
+use super::{ParkedStart, SandboxRef};
 use crate::functions::{FunctionName, Revision};
 
 /// A connection to a function that may be used again, and since when it lies idle.
@@ -50,9 +50,7 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(super) struct Parked {
     pub revision: Arc<Revision>,
-    pub tenancy: String,
-    /// What the container's record shall say when it goes on.
-    pub spec: Vec<u8>,
+    pub start: ParkedStart,
     pub connection: Option<SendRequest<Body>>,
 }
 
@@ -111,7 +109,7 @@ impl Table {
         let entry = self.entries.get_mut(id)?;
         let tenancy = match std::mem::replace(&mut entry.state, State::Busy) {
             State::Serving(instance) => Some(instance.tenancy),
-            State::Parked(parked) => Some(parked.tenancy),
+            State::Parked(parked) => Some(parked.start.tenancy),
             State::Idle { .. } | State::Busy => None,
         };
         let sandbox = SandboxRef {
