@@ -109,15 +109,23 @@ impl ShimClient {
         Ok(twice!(self, list(context(QUICK), &request))?.sandboxes)
     }
 
-    /// Ends the tenancy of a sandbox, which has served no call if it is `unused`.
-    pub async fn reset(&self, sandbox: &str, unused: bool) -> Result<Vec<Step>> {
+    /// Ends the tenancy of a sandbox, which has served no call if it is `unused`. Tells also whether
+    /// the tenancy's root is ready for another one, for which `keep_root` asks.
+    pub async fn reset(
+        &self,
+        sandbox: &str,
+        unused: bool,
+        keep_root: bool,
+    ) -> Result<(Vec<Step>, bool)> {
         let mut request = proto::ResetRequest::new();
         request.unused = unused;
+        request.keep_root = keep_root;
         request.request_id = request_id();
         request.sandbox_id = sandbox.to_owned();
         let client = self.client().await?;
         let answer = client.reset(context(SLOW), &request).await;
-        Ok(steps(self.outcome(answer).await?.steps))
+        let answer = self.outcome(answer).await?;
+        Ok((steps(answer.steps), answer.root_kept))
     }
 
     /// Starts a tenancy from a template.

@@ -5,9 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod kept;
 mod look_up;
 mod mounts;
 
+pub use kept::{Keeper, KeptRoot};
 pub use look_up::look_up;
 pub use mounts::{bind, overlay_from_mounts, sync_upper, tmpfs};
 

@@ -9,7 +9,7 @@
 mod standing;
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use trenv_config::Config;
 use trenv_pool::{Pool, PoolError, PoolOptions, TemplateId, TemplateReader};
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
-use trenv_sandbox::rootfs::{Mount, look_up, overlay_from_mounts};
+use trenv_sandbox::rootfs::{Keeper, KeptRoot, Mount, RootfsError, look_up, overlay_from_mounts};
 use trenv_snapshot::Fingerprint;
 use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
 use trenv_snapshot::zygote::{ZygoteError, ZygoteRequest};
@@ -26,13 +26,11 @@ use trenv_snapshot::zygote::{ZygoteError, ZygoteRequest};
 use crate::error::{Result, ShimError, pool_error};
 use crate::reap::Unswept;
 use crate::sandbox::{Seat, TemplateRef, Tenancy};
-use standing::Standing;
+pub use standing::TenancyRoot;
+use standing::{Staged, Standing};
 
 /// Seats kept after tenancies have given them back.
 const SEATS_MAX: usize = 32;
-
-/// Roots kept mounted for tenancies to come, for each template.
-const STAGED_MAX: usize = 8;
 
 /// The templates that this shim uses. All methods may block.
 pub struct Templates {
@@ -44,6 +42,8 @@ pub struct Templates {
     /// Held while a zygote is built, so that none is built twice.
     building: Mutex<()>,
     next_seat: AtomicU64,
+    /// Holds the roots that more than one tenancy may have; made with the first of them.
+    keeper: Mutex<Option<Keeper>>,
 }
 
 impl Templates {
@@ -55,6 +55,7 @@ impl Templates {
             standing: Mutex::default(),
             building: Mutex::default(),
             next_seat: AtomicU64::new(0),
+            keeper: Mutex::default(),
         }
     }
 
@@ -183,29 +184,62 @@ impl Templates {
             kind: "prepared template",
             id: template.id.to_string(),
         })?;
-        let root = overlay_from_mounts(&rootfs)
-            .map_err(ShimError::engine("mount the root of a tenancy to come"))?;
+        let mounting = ShimError::engine("mount the root of a tenancy to come");
+        let root = self.keep(&rootfs).map_err(mounting)?;
         let opened = standing.method.zygote().opened().iter().map(String::as_str);
-        look_up(root.as_fd(), opened);
-        let mut staged = lock(&standing.staged);
-        staged.push_back((rootfs, root));
-        if staged.len() > STAGED_MAX {
-            staged.pop_front();
-        }
+        look_up(root.mount.as_fd(), opened);
+        standing.add_staged(Staged {
+            mounts: rootfs,
+            root,
+        });
         Ok(())
     }
 
-    /// The root of a tenancy: the one mounted ahead, or mounted now.
-    pub fn root(&self, template: TemplateRef, rootfs: &[Mount]) -> Result<OwnedFd> {
-        for standing in self.standing_by_any(template) {
-            let mut staged = lock(&standing.staged);
-            if let Some(at) = staged.iter().position(|(mounts, _)| mounts == rootfs)
-                && let Some((_, root)) = staged.remove(at)
-            {
-                return Ok(root);
+    /// A root that another tenancy may have after the first one.
+    fn keep(&self, mounts: &[Mount]) -> std::result::Result<TenancyRoot, RootfsError> {
+        let mount = overlay_from_mounts(mounts)?;
+        let mut keeper = lock(&self.keeper);
+        let keeper = match keeper.as_mut() {
+            Some(keeper) => keeper,
+            None => keeper.insert(Keeper::start()?),
+        };
+        let kept = keeper.keep(mounts, &mount)?;
+        let mount = kept.as_ref().map_or(Ok(mount), KeptRoot::mount)?;
+        Ok(TenancyRoot { mount, kept })
+    }
+
+    /// Makes the root of a tenancy that has ended the staged root of one to come, if nothing was
+    /// written to it; answers whether that is so.
+    pub fn stage_again(&self, template: TemplateRef, mounts: Vec<Mount>, kept: KeptRoot) -> bool {
+        if !kept.is_untouched() {
+            return false;
+        }
+        let Some(standing) = self.standing_by_any(template).next() else {
+            return false;
+        };
+        match kept.mount() {
+            Ok(mount) => {
+                let kept = Some(kept);
+                let root = TenancyRoot { mount, kept };
+                standing.add_staged(Staged { mounts, root });
+                true
+            }
+            Err(err) => {
+                tracing::warn!("A root is not used again: {err}");
+                false
             }
         }
-        overlay_from_mounts(rootfs).map_err(ShimError::engine("mount the tenancy's root"))
+    }
+
+    /// The root of a tenancy: the one mounted ahead, or mounted now.
+    pub fn root(&self, template: TemplateRef, rootfs: &[Mount]) -> Result<TenancyRoot> {
+        let mut standing = self.standing_by_any(template);
+        if let Some(staged) = standing.find_map(|standing| standing.take_staged(rootfs)) {
+            return Ok(staged);
+        }
+        let mount =
+            overlay_from_mounts(rootfs).map_err(ShimError::engine("mount the tenancy's root"))?;
+        Ok(TenancyRoot { mount, kept: None })
     }
 
     /// Lets the zygote learn from a tenancy that is about to end which pages its calls touched.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use trenv_sandbox_proto as proto;
 
-use super::{Function, Functions, Revision, RevisionState, Template, template_key};
+use super::{Function, Functions, Revision, RevisionState, Template, snapshot_of, template_key};
 use crate::containerd::ContainerdError;
 use crate::error::chain;
 use crate::instances::{ColdStart, SandboxRef, StartError, StartKind, owner_labels, refill_spares};
@@ -279,7 +279,9 @@ impl Functions {
                 this.delete_template(namespace, &template.id).await;
                 if let Ok(containerd) = this.host.namespace(namespace) {
                     while let Some(spare) = revision.take_spare() {
-                        let _ = containerd.remove_snapshot(&spare.tenancy).await;
+                        let _ = containerd
+                            .remove_snapshot(snapshot_of(&spare.tenancy))
+                            .await;
                     }
                     // Whatever refuses to go now goes with the lease, by containerd's collection.
                     let _ = containerd.remove_snapshot(&template.view).await;

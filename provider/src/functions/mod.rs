@@ -21,7 +21,9 @@ pub use key::{KeyParts, function_key, template_key};
 pub use process::Process;
 pub use recover::recover;
 pub use registry::{Function, FunctionError, Functions};
-pub use revision::{Revision, RevisionRecord, RevisionState, Spare, Template};
+pub use revision::{
+    Revision, RevisionRecord, RevisionState, Spare, Template, next_tenancy, snapshot_of,
+};
 pub use start_method::{Methods, StartMethod};
 pub use store::{Store, StoreError};
 

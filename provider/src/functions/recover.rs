@@ -10,7 +10,7 @@ use trenv_sandbox_proto::State;
 
 use super::registry::Inner;
 use super::store::FunctionRecord;
-use super::{Function, FunctionName, Functions, Revision, RevisionState, StoreError};
+use super::{Function, FunctionName, Functions, Revision, RevisionState, StoreError, snapshot_of};
 use crate::containerd::{ContainerdError, SnapshotKind};
 use crate::error::chain;
 use crate::instances::{OWNER_LABEL, SandboxOps, SandboxRef, read_address, refill_spares};
@@ -136,7 +136,11 @@ impl Functions {
             });
             match adopted {
                 Some((address, serving)) => {
-                    kept.extend(serving.iter().map(|(_, tenancy)| tenancy.clone()));
+                    kept.extend(
+                        serving
+                            .iter()
+                            .map(|(_, tenancy)| snapshot_of(tenancy).to_owned()),
+                    );
                     self.scheduler.adopt(&sandbox, address, serving);
                 }
                 None => {

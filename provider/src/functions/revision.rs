@@ -76,8 +76,8 @@ impl RevisionState {
     }
 }
 
-/// A writable snapshot made ahead of a tenancy, and the tenancy's spec. The snapshot's key is the
-/// tenancy's id.
+/// A writable snapshot made ahead of a tenancy, and the tenancy's spec. The snapshot's key is
+/// [`snapshot_of`] the tenancy's id.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Spare {
     pub tenancy: String,
@@ -186,8 +186,8 @@ impl Revision {
         self.spares.lock().unwrap_or_else(|e| e.into_inner()).len()
     }
 
-    /// A new tenancy's id: also the key of its writable snapshot and, with the revision's id in
-    /// it, what tells a later provider whose sandbox it finds.
+    /// The id of a new tenancy in a snapshot of its own, which is the snapshot's key too. With the
+    /// revision's id in it, it tells a later provider whose sandbox it finds.
     pub fn new_tenancy(&self) -> String {
         let unique = uuid::Uuid::new_v4().simple().to_string();
         format!("{}-{}", self.record.id, &unique[..12])
@@ -211,5 +211,39 @@ impl Revision {
             read_only: self.record.read_only,
             secrets: &self.record.secrets,
         }
+    }
+}
+
+/// The id of the tenancy that comes after `tenancy` in the same snapshot.
+pub fn next_tenancy(tenancy: &str) -> String {
+    let snapshot = snapshot_of(tenancy);
+    let number = tenancy[snapshot.len()..].strip_prefix('.');
+    let number = number
+        .and_then(|number| number.parse().ok())
+        .unwrap_or(0u64);
+    format!("{snapshot}.{}", number + 1)
+}
+
+/// The key of the writable snapshot in which a tenancy lives, or lived.
+pub fn snapshot_of(tenancy: &str) -> &str {
+    // The names in front may have dots of their own.
+    let unique = tenancy.rfind('-').unwrap_or(0);
+    let end = tenancy[unique..].find('.');
+    end.map_or(tenancy, |end| &tenancy[..unique + end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tenancies_of_one_snapshot_have_ids_of_their_own() {
+        let first = "some.function-0a1b2c-d3e4f5";
+        assert_eq!(snapshot_of(first), first);
+        let second = next_tenancy(first);
+        let third = next_tenancy(&second);
+        assert_eq!(second, "some.function-0a1b2c-d3e4f5.1");
+        assert_eq!(third, "some.function-0a1b2c-d3e4f5.2");
+        assert_eq!(snapshot_of(&third), first);
     }
 }

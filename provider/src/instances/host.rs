@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -14,7 +14,7 @@ use super::prepare::PrepareError;
 use super::scheduler::micros;
 use super::{ColdStart, ParkedStart, SandboxOps, SandboxRef, StartError, wait_ready};
 use crate::containerd::{Containerd, ContainerdError, Mount, Namespaced, NewContainer};
-use crate::functions::{Revision, Spare, StartMethod, Template};
+use crate::functions::{Revision, Spare, StartMethod, Template, next_tenancy, snapshot_of};
 use crate::logs::Logs;
 use crate::shim_client::{ShimClient, Step, wire_limits, wire_mounts};
 use crate::spec::{self, FunctionSpec};
@@ -28,8 +28,10 @@ const FUNCTION_LABEL: &str = "dev.trenv.function";
 const TENANCY_LABEL: &str = "dev.trenv.tenancy";
 const RUNTIME: &str = "io.containerd.trenv.v2";
 
-/// Writable snapshots kept ready for each revision.
+/// Writable snapshots made ready for each revision.
 const SPARES: usize = 2;
+/// As many at most, with those that tenancies have left as they were; the shim mounts no more.
+const SPARES_MAX: usize = 8;
 /// How long work that only prepares the next start, or tells of the last one, lets the call that
 /// caused it go first.
 pub const HOUSEKEEPING_PAUSE: Duration = Duration::from_millis(20);
@@ -49,6 +51,16 @@ pub struct Host {
     ready_timeout: Duration,
     shims: Mutex<HashMap<String, ShimClient>>,
     records: Mutex<HashMap<String, Arc<RecordOrder>>>,
+    /// By tenancy, the roots that may serve once more after it.
+    lent: Mutex<HashMap<String, Lent>>,
+}
+
+/// The root of a tenancy that was started from a template.
+#[derive(Debug)]
+struct Lent {
+    revision: Weak<Revision>,
+    template: Template,
+    mounts: Vec<Mount>,
 }
 
 /// Keeps the updates of one container's record in order, the newest last.
@@ -74,6 +86,7 @@ impl Host {
             ready_timeout,
             shims: Mutex::default(),
             records: Mutex::default(),
+            lent: Mutex::default(),
         }
     }
 
@@ -154,8 +167,21 @@ impl Host {
         });
     }
 
-    fn remove_snapshot_later(&self, namespace: &str, key: &str) {
-        let (containerd, key) = (self.namespace(namespace), key.to_owned());
+    fn lent(&self) -> MutexGuard<'_, HashMap<String, Lent>> {
+        self.lent.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The revision that can use the root once more.
+    fn taker(lent: &Lent) -> Option<Arc<Revision>> {
+        let revision = lent.revision.upgrade()?;
+        let wanted = !revision.retired()
+            && revision.spares() < SPARES_MAX
+            && revision.template().as_ref() == Some(&lent.template);
+        wanted.then_some(revision)
+    }
+
+    fn remove_snapshot_later(&self, namespace: &str, tenancy: &str) {
+        let (containerd, key) = (self.namespace(namespace), snapshot_of(tenancy).to_owned());
         tokio::spawn(async move {
             tokio::time::sleep(HOUSEKEEPING_PAUSE).await;
             remove_snapshot(containerd, &key).await;
@@ -176,7 +202,7 @@ impl Host {
             image: revision.record.image.name.clone(),
             runtime: RUNTIME.to_owned(),
             spec_json,
-            snapshot_key: tenancy.to_owned(),
+            snapshot_key: snapshot_of(tenancy).to_owned(),
             labels,
         }
     }
@@ -304,6 +330,12 @@ impl Host {
         match answer {
             Ok(taken) => {
                 steps.extend(taken_by_call(taken, called));
+                let lent = Lent {
+                    revision: Arc::downgrade(revision),
+                    template: template.clone(),
+                    mounts,
+                };
+                self.lent().insert(tenancy.clone(), lent);
                 refill_spares(self, revision);
                 let spec = spec_json;
                 Ok((ParkedStart { tenancy, spec }, steps))
@@ -330,7 +362,7 @@ impl Host {
         self.end_task(&containerd, &sandbox.id).await?;
         containerd.delete_container(&sandbox.id).await?;
         match tenancy {
-            Some(tenancy) => containerd.remove_snapshot(tenancy).await,
+            Some(tenancy) => containerd.remove_snapshot(snapshot_of(tenancy)).await,
             None => Ok(()),
         }
     }
@@ -365,8 +397,7 @@ impl SandboxOps for Host {
             tenancy,
             mounts,
             spec,
-        } = self
-            .take_or_make_spare(revision)
+        } = make_spare(&self.containerd, revision)
             .await
             .map_err(|err| failed(&name, err))?;
         let mut steps = vec![("snapshot".to_owned(), micros(begun.elapsed()))];
@@ -437,17 +468,25 @@ impl SandboxOps for Host {
         tenancy: &str,
         unused: bool,
     ) -> Result<Vec<Step>, StartError> {
+        let lent = self.lent().remove(tenancy);
+        let taker = lent.as_ref().and_then(Self::taker);
         let begun = Instant::now();
-        let steps = self
+        let (steps, root_kept) = self
             .shim(&sandbox.namespace)
-            .reset(&sandbox.id, unused)
+            .reset(&sandbox.id, unused, taker.is_some())
             .await
             .map_err(|err| failed(&sandbox.id, err))?;
         let steps = taken_by_call(steps, micros(begun.elapsed()));
         self.record_idle(sandbox);
         self.logs.end_tenancy(sandbox, function_of(tenancy));
-        // Only now is the old root file system detached.
-        self.remove_snapshot_later(&sandbox.namespace, tenancy);
+        match lent.zip(taker).filter(|_| root_kept) {
+            Some((lent, revision)) if Self::taker(&lent).is_some() => {
+                let next = next_tenancy(tenancy);
+                revision.add_spare(spare(&revision, next, lent.mounts));
+            }
+            // Nothing holds the old root file system any more.
+            _ => self.remove_snapshot_later(&sandbox.namespace, tenancy),
+        }
         Ok(steps)
     }
 
@@ -467,6 +506,7 @@ impl SandboxOps for Host {
             tokio::time::sleep(FREE_PAUSE).await;
         }
         if let Some(tenancy) = tenancy {
+            self.lent().remove(tenancy);
             self.logs.end_tenancy(sandbox, function_of(tenancy));
         }
         self.logs.remove(sandbox);
@@ -491,6 +531,11 @@ pub async fn make_spare(
         .namespace(&record.function.namespace)?
         .prepare_snapshot(&record.lease, &tenancy, &parent, owner_labels(revision))
         .await?;
+    Ok(spare(revision, tenancy, mounts))
+}
+
+fn spare(revision: &Revision, tenancy: String, mounts: Vec<Mount>) -> Spare {
+    let record = &revision.record;
     let spec = spec::function_spec(&FunctionSpec {
         function: &record.function.name,
         tenancy: &tenancy,
@@ -499,11 +544,11 @@ pub async fn make_spare(
         read_only: record.read_only,
         binds: &revision.binds,
     });
-    Ok(Spare {
+    Spare {
         tenancy,
         mounts,
         spec,
-    })
+    }
 }
 
 /// Tops up the snapshots made ahead of a revision with a template, off the call's path.
@@ -525,7 +570,7 @@ pub fn refill_spares(host: &Host, revision: &Arc<Revision>) {
                 Ok(spare) if revision.retired() => {
                     // It was made while the revision was retired.
                     let containerd = containerd.namespace(&revision.record.function.namespace);
-                    remove_snapshot(containerd, &spare.tenancy).await;
+                    remove_snapshot(containerd, snapshot_of(&spare.tenancy)).await;
                 }
                 Ok(spare) => {
                     // A root that is not mounted ahead is mounted at the start.

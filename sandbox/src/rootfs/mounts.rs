@@ -198,6 +198,19 @@ pub fn sync_upper(mounts: &[Mount]) -> Result<(), RootfsError> {
     Ok(())
 }
 
+/// The upper and the work directory of a root, where it is an overlay that has them.
+///
+/// # Errors
+/// When an option is unknown.
+pub(super) fn writable_layer(mounts: &[Mount]) -> Result<Option<(&str, &str)>, RootfsError> {
+    let [mount] = mounts else { return Ok(None) };
+    if mount.kind != "overlay" {
+        return Ok(None);
+    }
+    let options = parse(&mount.options)?;
+    Ok(options.upper.zip(options.work))
+}
+
 /// Whether overlayfs takes each lower directory by itself (kernel 6.8 and later). Such a kernel
 /// looks at the directory at once; others know no such option, and the oldest only say so when the
 /// overlay is made.

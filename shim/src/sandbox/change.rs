@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use trenv_sandbox::Rootfs;
 use trenv_sandbox::cgroup::Limits;
-use trenv_sandbox::rootfs::{Mount, sync_upper};
+use trenv_sandbox::rootfs::{KeptRoot, Mount, sync_upper};
 use trenv_sandbox_proto as proto;
 use trenv_snapshot::methods::Method;
 use trenv_snapshot::zygote::{Parked, StartRequest, Started, ZygoteError};
@@ -22,7 +22,7 @@ use crate::error::{Result, ShimError};
 use crate::reap::Exit;
 use crate::runc::blocking;
 use crate::stdio::{self, Overflow, ProcessEnds};
-use crate::template::start_error;
+use crate::template::{TenancyRoot, start_error};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 const DEADLINE_MAX: Duration = Duration::from_secs(300);
@@ -83,6 +83,15 @@ pub struct Held {
     plan: Arc<Plan>,
 }
 
+/// How a tenancy ends.
+#[derive(Debug, Clone, Copy, Default)]
+struct End {
+    /// It has served calls, from which the zygote learns.
+    called: bool,
+    /// Its root is kept for another tenancy, if nothing was written to it.
+    keep_root: bool,
+}
+
 /// A start that failed.
 enum Failed {
     /// Nothing has been changed yet.
@@ -106,8 +115,9 @@ struct NeededLinux {
 }
 
 impl SandboxContainer {
-    /// Ends the tenancy: Ready, Resetting, Idle. The zygote learns from one that was `called`.
-    pub async fn reset(self: &Arc<Self>, called: bool) -> Result<Steps> {
+    /// Ends the tenancy: Ready, Resetting, Idle. The zygote learns from one that was `called`. Answers
+    /// also whether the tenancy's root is staged again, which `keep_root` asks for.
+    pub async fn reset(self: &Arc<Self>, called: bool, keep_root: bool) -> Result<(Steps, bool)> {
         let from = match self.lock().phase {
             proto::State::PARKED => proto::State::PARKED,
             _ => proto::State::READY,
@@ -119,10 +129,11 @@ impl SandboxContainer {
             state.tenancy.take()
         };
         let mut steps = Steps::default();
-        match self.end_tenancy(tenancy, called, &mut steps).await {
-            Ok(()) => {
+        let end = End { called, keep_root };
+        match self.end_tenancy(tenancy, end, &mut steps).await {
+            Ok(root_kept) => {
                 self.settle(proto::State::IDLE, "the tenancy was ended", |_| {})?;
-                Ok(steps)
+                Ok((steps, root_kept))
             }
             Err(err) => {
                 self.die(Exit::now(137), "the reset failed").await;
@@ -205,7 +216,10 @@ impl SandboxContainer {
         steps.parts("dump", dumped.steps.iter().copied());
         let written = self.write_through(&tenancy, &mut steps).await;
         let ended = match written {
-            Ok(()) => self.end_tenancy(Some(tenancy), false, &mut steps).await,
+            Ok(()) => {
+                let end = End::default();
+                self.end_tenancy(Some(tenancy), end, &mut steps).await
+            }
             Err(err) => Err(err),
         };
         if let Err(err) = ended {
@@ -239,22 +253,31 @@ impl SandboxContainer {
         Ok(())
     }
 
-    /// Kills what is left of a tenancy and purges the sandbox.
+    /// Kills what is left of a tenancy and purges the sandbox; answers whether the root is staged again.
     async fn end_tenancy(
         self: &Arc<Self>,
         tenancy: Option<Tenancy>,
-        called: bool,
+        end: End,
         steps: &mut Steps,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let this = Arc::clone(self);
         let mut timed = std::mem::take(steps);
-        let (timed, seat) = blocking(move || {
-            let seat = tenancy.map(|tenancy| {
-                if called {
-                    this.all.templates.learn(&tenancy);
+        let (timed, seat, root_kept) = blocking(move || {
+            let templates = &this.all.templates;
+            if let Some(tenancy) = tenancy.as_ref().filter(|_| end.called) {
+                templates.learn(tenancy);
+            }
+            let (seat, root) = match tenancy {
+                Some(tenancy) => {
+                    let template = tenancy.seat.template;
+                    let root = template.zip(tenancy.kept_root);
+                    (
+                        Some(tenancy.seat),
+                        root.map(|(template, kept)| (template, tenancy.mounts, kept)),
+                    )
                 }
-                tenancy.seat
-            });
+                None => (None, None),
+            };
             timed.time("kill", || {
                 seat.as_ref().map_or(Ok(()), |seat| seat.kill_all())
             })?;
@@ -264,7 +287,11 @@ impl SandboxContainer {
                     .map_err(ShimError::engine("purge the sandbox"))
             })?;
             timed.parts("purge", parts.iter().map(|step| (step.name, step.took)));
-            Ok((timed, seat))
+            let root_kept = match root.filter(|_| end.keep_root) {
+                Some((template, mounts, kept)) => templates.stage_again(template, mounts, kept),
+                None => false,
+            };
+            Ok((timed, seat, root_kept))
         })
         .await?;
         *steps = timed;
@@ -283,7 +310,7 @@ impl SandboxContainer {
         }
         self.first.leave_streams(STREAMS_LIMIT);
         match self.lock().unfit {
-            None => Ok(()),
+            None => Ok(root_kept),
             Some(capability) => Err(ShimError::WrongState {
                 action: "use again",
                 id: self.id.clone(),
@@ -335,7 +362,7 @@ impl SandboxContainer {
             .time("cgroup", || self.seat_for(plan))
             .map_err(Failed::Before)?;
         self.lock().seats.push(Arc::clone(&seat));
-        let parts = steps
+        let (kept_root, parts) = steps
             .time("rootfs", || self.enter(plan))
             .map_err(Failed::Within)?;
         steps.parts("rootfs", parts);
@@ -352,6 +379,7 @@ impl SandboxContainer {
             root,
             stdio: identify(&ends.0),
             mounts: plan.rootfs.clone(),
+            kept_root,
             seccomp: plan.seccomp.clone(),
             restored: started.pids,
         };
@@ -368,10 +396,11 @@ impl SandboxContainer {
         Ok(seat)
     }
 
-    fn enter(&self, plan: &Plan) -> Result<Vec<(&'static str, Duration)>> {
+    fn enter(&self, plan: &Plan) -> Result<(Option<KeptRoot>, Vec<(&'static str, Duration)>)> {
         let begun = Instant::now();
+        let TenancyRoot { mount, kept } = self.all.templates.root(plan.template, &plan.rootfs)?;
         let root = Rootfs {
-            overlay: self.all.templates.root(plan.template, &plan.rootfs)?,
+            overlay: mount,
             parts: plan.root.parts()?,
             read_only: plan.root.read_only,
             hostname: plan.root.hostname.clone(),
@@ -384,7 +413,7 @@ impl SandboxContainer {
             .enter_rootfs(&root)
             .map_err(ShimError::engine("enter the root"))?;
         parts.extend(entered.iter().map(|step| (step.name, step.took)));
-        Ok(parts)
+        Ok((kept, parts))
     }
 
     fn start_tree(

@@ -69,13 +69,13 @@ impl proto::Sandbox for SandboxService {
         self.all
             .requests
             .once("Reset", &request.request_id.clone(), async move {
-                let steps = all
+                let (steps, root_kept) = all
                     .get(&request.sandbox_id)?
-                    .reset(!request.unused)
-                    .await?
-                    .into_proto();
+                    .reset(!request.unused, request.keep_root)
+                    .await?;
                 Ok(proto::ResetResponse {
-                    steps,
+                    steps: steps.into_proto(),
+                    root_kept,
                     ..proto::ResetResponse::default()
                 })
             })

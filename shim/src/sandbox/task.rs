@@ -41,6 +41,7 @@ impl SandboxContainer {
             root: running.root,
             stdio: running.stdio,
             mounts: waiting.mounts,
+            kept_root: None,
             seccomp: waiting.seccomp,
             restored: Vec::new(),
         };

@@ -11,7 +11,7 @@ use oci_spec::runtime::LinuxSeccomp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::value::RawValue;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
-use trenv_sandbox::rootfs::Mount;
+use trenv_sandbox::rootfs::{KeptRoot, Mount};
 use trenv_snapshot::TaskGroup;
 use trenv_snapshot::methods::{Method, StartMethod};
 use trenv_snapshot::zygote::{Agent, PreparedClone, StartRequest, Started};
@@ -343,6 +343,8 @@ pub struct Tenancy {
     pub stdio: [Option<(u64, u64)>; 3],
     /// The mounts of its root, for writing its upper layer through.
     pub mounts: Vec<Mount>,
+    /// By which another tenancy may have the root, if nothing is written to it.
+    pub kept_root: Option<KeptRoot>,
     pub seccomp: Option<Seccomp>,
     /// Host pids of a tree that came from a template, in the template's order.
     pub restored: Vec<i32>,

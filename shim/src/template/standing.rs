@@ -7,12 +7,15 @@ use std::sync::{Arc, Mutex};
 
 use trenv_pool::TemplateReader;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
-use trenv_sandbox::rootfs::Mount;
+use trenv_sandbox::rootfs::{KeptRoot, Mount};
 use trenv_snapshot::methods::StartMethod;
 
 use super::lock;
 use crate::reap::Unswept;
 use crate::sandbox::Seat;
+
+/// Roots kept mounted for tenancies to come, for each template.
+const STAGED_MAX: usize = 8;
 
 /// A template whose zygote stands.
 pub struct Standing {
@@ -23,8 +26,8 @@ pub struct Standing {
     pub seats: Mutex<Vec<Arc<Seat>>>,
     /// Held while seats are made ready.
     pub filling: Mutex<()>,
-    /// Roots mounted ahead, by the mounts they were made of.
-    pub staged: Mutex<VecDeque<(Vec<Mount>, OwnedFd)>>,
+    /// Roots mounted ahead.
+    pub staged: Mutex<VecDeque<Staged>>,
     /// Seats to keep ready, with a clone each.
     pub wanted: AtomicUsize,
     /// The layers, for building the zygote anew.
@@ -34,7 +37,39 @@ pub struct Standing {
     pub _unswept: Vec<Unswept>,
 }
 
+/// A root mounted ahead of a tenancy.
+pub struct Staged {
+    /// What it was made of.
+    pub mounts: Vec<Mount>,
+    pub root: TenancyRoot,
+}
+
+/// The root of one tenancy.
+#[derive(Debug)]
+pub struct TenancyRoot {
+    /// For the sandbox.
+    pub mount: OwnedFd,
+    /// By which another tenancy may have the root after this one.
+    pub kept: Option<KeptRoot>,
+}
+
 impl Standing {
+    /// Adds a root mounted ahead; of many that nobody asks for, the oldest goes.
+    pub fn add_staged(&self, staged: Staged) {
+        let mut all = lock(&self.staged);
+        all.push_back(staged);
+        if all.len() > STAGED_MAX {
+            all.pop_front();
+        }
+    }
+
+    /// Takes the root that was made ahead of these mounts.
+    pub fn take_staged(&self, mounts: &[Mount]) -> Option<TenancyRoot> {
+        let mut all = lock(&self.staged);
+        let at = all.iter().position(|staged| staged.mounts == mounts)?;
+        all.remove(at).map(|staged| staged.root)
+    }
+
     /// A seat whose agent lives, one with a clone if there is one; `true` when it has one.
     pub fn take_living(&self) -> Option<(Arc<Seat>, bool)> {
         let prepared = {
@@ -73,6 +108,7 @@ impl Standing {
 
     /// Ends the zygote and its seats, whoever still holds this.
     pub fn end(&self) {
+        lock(&self.staged).clear();
         for seat in std::mem::take(&mut *lock(&self.seats)) {
             if let Err(err) = seat.remove() {
                 tracing::warn!("A spare cgroup stays until the next sweep: {}", err.chain());

@@ -24,7 +24,7 @@ use tokio::task::JoinSet;
 use trenv_config::Config;
 
 use self::figures::{Report, Starts};
-use self::sandboxes::{Place, Stage};
+use self::sandboxes::{Place, Root, Stage};
 use super::start::machine;
 
 #[derive(Debug, Clone, clap::Args)]
@@ -166,41 +166,51 @@ async fn run(place: Place, options: &RestoreOptions) -> anyhow::Result<Report> {
 async fn single(stage: &Stage, options: &RestoreOptions, report: &mut Report, bar: &ProgressBar) {
     let pause = Duration::from_millis(options.pause_ms);
     let mut idle: VecDeque<&str> = stage.sandboxes.iter().map(String::as_str).collect();
+    let mut root = None;
     for _ in 0..options.starts {
         // One that failed has no sandbox any more.
         let Some(sandbox) = idle.pop_front() else {
             return;
         };
-        match turn(stage, sandbox, &mut report.single, pause).await {
-            Ok(()) => idle.push_back(sandbox),
+        match turn(stage, sandbox, root.take(), &mut report.single, pause).await {
+            Ok(next) => {
+                root = next;
+                idle.push_back(sandbox);
+            }
             Err(err) => report.fail(&err),
         }
         bar.inc(1);
     }
 }
 
-/// One start with all that belongs to it: root, pause, start, pause, reset, the root's end.
+/// One start with all that belongs to it: a root unless the last start left one, pause, start, pause,
+/// reset. Answers the root if it can be used again.
 async fn turn(
     stage: &Stage,
     sandbox: &str,
+    root: Option<Root>,
     starts: &mut Starts,
     pause: Duration,
-) -> anyhow::Result<()> {
-    let begun = Instant::now();
-    let root = stage
-        .make_root()
-        .await
-        .inspect_err(|_| starts.next_root.failed += 1)?;
-    starts.next_root.record(begun.elapsed());
+) -> anyhow::Result<Option<Root>> {
+    let root = match root {
+        Some(root) => root,
+        None => {
+            let begun = Instant::now();
+            let made = stage.make_root().await;
+            let root = made.inspect_err(|_| starts.next_root.failed += 1)?;
+            starts.next_root.record(begun.elapsed());
+            root
+        }
+    };
     tokio::time::sleep(pause / 2).await;
     let started = stage.start(sandbox, &root).await;
     let (took, steps) = started.inspect_err(|_| starts.repurpose.failed += 1)?;
     starts.record(took, &steps);
     tokio::time::sleep(pause / 2).await;
-    let reset = stage.reset(sandbox).await;
-    let (took, steps) = reset.inspect_err(|_| starts.reset.failed += 1)?;
+    let reset = stage.reset(sandbox, root).await;
+    let (took, steps, root) = reset.inspect_err(|_| starts.reset.failed += 1)?;
     starts.record_reset(took, &steps);
-    stage.remove_root(&root).await
+    Ok(root)
 }
 
 /// What the workers share.
@@ -250,17 +260,21 @@ async fn saturate(
 }
 
 async fn work(stage: Arc<Stage>, shared: Arc<Mutex<Shared>>, until: Instant) {
+    let mut root = None;
     while Instant::now() < until {
         // There are as many sandboxes as workers at least; one that failed is gone.
         let Some(sandbox) = lock(&shared).idle.pop_front() else {
             return;
         };
         let mut starts = Starts::default();
-        let done = turn(&stage, &sandbox, &mut starts, Duration::ZERO).await;
+        let done = turn(&stage, &sandbox, root.take(), &mut starts, Duration::ZERO).await;
         let mut shared = lock(&shared);
         shared.times.add(&starts);
         match done {
-            Ok(()) => shared.idle.push_back(sandbox),
+            Ok(next) => {
+                root = next;
+                shared.idle.push_back(sandbox);
+            }
             Err(err) => shared.failures.push(err),
         }
     }

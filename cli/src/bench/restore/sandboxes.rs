@@ -274,24 +274,30 @@ impl Stage {
         Ok((took, timed(answer.steps)))
     }
 
-    /// Ends the tenancy of a sandbox; how long that took, and the steps.
-    pub async fn reset(&self, sandbox: &str) -> anyhow::Result<(Duration, Timed)> {
+    /// Ends the tenancy of a sandbox; how long that took, and the steps. The root, if the tenancy left
+    /// it as it was, comes back for the next one.
+    pub async fn reset(
+        &self,
+        sandbox: &str,
+        root: Root,
+    ) -> anyhow::Result<(Duration, Timed, Option<Root>)> {
         let request = proto::ResetRequest {
             request_id: self.place.unique("reset"),
             sandbox_id: sandbox.to_owned(),
             unused: true,
+            keep_root: true,
             ..Default::default()
         };
         let begun = Instant::now();
         let answer = self.shim.reset(with_duration(CALL), &request).await;
         let took = begun.elapsed();
         let answer = answer.context("A reset failed")?;
-        Ok((took, timed(answer.steps)))
-    }
-
-    /// Removes the root of a tenancy that has ended.
-    pub async fn remove_root(&self, root: &Root) -> anyhow::Result<()> {
-        self.place.containerd.remove_snapshot(&root.key).await
+        let steps = timed(answer.steps);
+        if answer.root_kept {
+            return Ok((took, steps, Some(root)));
+        }
+        self.place.containerd.remove_snapshot(&root.key).await?;
+        Ok((took, steps, None))
     }
 }
 
