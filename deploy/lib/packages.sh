@@ -9,6 +9,8 @@ build_packages=(gcc libc6-dev protobuf-compiler mmdebstrap umoci jq git ca-certi
 # What the tests need besides.
 test_packages=(shellcheck procps golang-go python3 python3-numpy nodejs libjemalloc2 make ruby php-cli php-fpm
     nginx redis-server openjdk-17-jdk-headless)
+# What `cargo xtask vm` needs: the emulator, and what its VMs run of the machine's own root.
+vm_packages=(qemu-system-x86 kmod xz-utils zstd ndctl daxctl iproute2 criu)
 
 # The oldest compiler that the workspace accepts.
 oldest_rust() {
