@@ -27,6 +27,7 @@ pub struct Job {
     pub tmpfs: Vec<PathBuf>,
     /// Whether an NVDIMM is to be made `/dev/dax0.0`.
     pub nvdimm: bool,
+    pub rdma: bool,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]

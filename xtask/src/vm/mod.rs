@@ -58,6 +58,9 @@ pub struct Options {
     /// Size of the memory behind /dev/dax0.0 in MiB, a multiple of 16; 2 MiB of it describe it.
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(32..=65536))]
     dax_size: u64,
+    /// Have rxe0, RDMA in software, at 10.99.0.1 on the interface rdma0.
+    #[arg(long)]
+    rdma: bool,
     /// Memory in MiB; what is written to files takes its part.
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(512..=65536))]
     memory: u64,

@@ -54,10 +54,14 @@ pub fn run(options: &Options) -> anyhow::Result<u8> {
         share: share.clone(),
         tmpfs: options.tmpfs.clone(),
         nvdimm: options.dax == Some(Dax::Nvdimm),
+        rdma: options.rdma,
     };
     let mut wanted = modules::ROOT.to_vec();
     if job.nvdimm {
         wanted.extend(modules::NVDIMM);
+    }
+    if job.rdma {
+        wanted.extend(modules::RDMA);
     }
 
     let runs = super::cache()?.join("runs");

@@ -1,7 +1,7 @@
 //! Inside the VM: the first process. It mounts, loads, runs the command and turns the VM off.
 //!
-//! [`root`] goes from the initramfs to the machine's root file system, [`devices`] makes network and
-//! devdax, [`ports`] finds the way out, [`command`] runs the command and ends what it left.
+//! [`root`] goes from the initramfs to the machine's root file system, [`devices`] makes network,
+//! devdax and RDMA, [`ports`] finds the way out, [`command`] runs the command and ends what it left.
 
 mod command;
 mod devices;
@@ -53,6 +53,9 @@ fn perform(job: &Job) -> anyhow::Result<u8> {
     devices::network()?;
     if job.nvdimm {
         devices::devdax_of_nvdimm()?;
+    }
+    if job.rdma {
+        devices::rdma()?;
     }
     let status = command::run(job, stdout, stderr)?;
     root::leave(job)?;

@@ -1,13 +1,15 @@
 //! Kernels by name, kept in the cache once they are fetched or built.
 
 mod packages;
+mod patched;
 mod stock;
 mod vmlinux;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::ValueEnum;
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -18,6 +20,10 @@ pub enum Choice {
     /// Debian's linux-image of 6.12.
     #[value(name = "stock-6.12")]
     Stock612,
+    /// Debian's source of 6.1 with the patches of kernel-patch/series.
+    Patched,
+    /// The same with KASAN, lockdep and checks of memory management.
+    Debug,
 }
 
 /// A kernel that can be started.
@@ -32,6 +38,8 @@ pub fn image(choice: Choice) -> anyhow::Result<Image> {
     match choice {
         Choice::Stock => stock::image("6.1"),
         Choice::Stock612 => stock::image("6.12"),
+        Choice::Patched => patched::image(false),
+        Choice::Debug => patched::image(true),
     }
 }
 
@@ -40,6 +48,10 @@ pub fn headers(choice: Choice) -> anyhow::Result<PathBuf> {
     match choice {
         Choice::Stock => stock::headers("6.1"),
         Choice::Stock612 => stock::headers("6.12"),
+        Choice::Patched | Choice::Debug => bail!(
+            "Nothing is built against this kernel: the series has the driver built in. \
+             Headers are there for stock and stock-6.12"
+        ),
     }
 }
 
@@ -72,4 +84,20 @@ fn cached(name: &str, fill: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow:
 
 fn folder(name: &str) -> anyhow::Result<PathBuf> {
     Ok(super::cache()?.join("kernels").join(name))
+}
+
+/// Writes which modules need which; `folder` has them in `lib/modules`.
+fn depmod(folder: &Path, release: &str) -> anyhow::Result<()> {
+    let status = Command::new("depmod")
+        .arg("--basedir")
+        .args([folder.as_os_str(), release.as_ref()])
+        .status()
+        .context("Failed to run depmod; install kmod")?;
+    if !status.success() {
+        bail!(
+            "depmod failed on the modules in {}: {status}",
+            folder.display()
+        );
+    }
+    Ok(())
 }

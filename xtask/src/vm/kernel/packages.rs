@@ -29,6 +29,18 @@ pub fn newest(prefix: &str, suffix: &str) -> anyhow::Result<String> {
         })
 }
 
+/// The version of a package that apt would fetch.
+pub fn version(name: &str) -> anyhow::Result<String> {
+    let output = Command::new("apt-cache")
+        .args(["show", "--no-all-versions", name])
+        .output()
+        .context("Failed to run apt-cache; this kernel comes from Debian's packages")?;
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .find_map(|line| line.strip_prefix("Version: ").map(str::to_owned))
+        .with_context(|| format!("apt knows no package {name}; run apt-get update on Debian 12"))
+}
+
 /// `56` of `linux-image-6.1.0-56-amd64`, `117+deb12` of `linux-image-6.12.117+deb12-amd64`. Other
 /// flavours (`56-cloud`) have letters.
 fn numbers(text: &str) -> Option<Vec<u32>> {

@@ -2,9 +2,8 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use super::{Image, cached, packages, vmlinux};
 
@@ -18,15 +17,7 @@ pub fn image(series: &str) -> anyhow::Result<Image> {
             &folder.join("vmlinux"),
         )?;
         // The package leaves this to its installation.
-        let status = Command::new("depmod")
-            .arg("--basedir")
-            .args([folder.as_os_str(), release.as_ref()])
-            .status()
-            .context("Failed to run depmod; install kmod")?;
-        if !status.success() {
-            bail!("depmod failed on the modules of {package}: {status}");
-        }
-        Ok(())
+        super::depmod(folder, release)
     })?;
     Ok(Image {
         vmlinux: folder.join("vmlinux"),
