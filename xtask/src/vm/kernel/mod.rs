@@ -77,7 +77,11 @@ fn cached(name: &str, fill: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow:
         fs::remove_dir_all(&partial).with_context(context)?;
     }
     fs::create_dir_all(&partial).with_context(context)?;
-    fill(&partial).with_context(context)?;
+    if let Err(err) = fill(&partial) {
+        // What failed tells why by its output; its gigabytes would only stay.
+        let _ = fs::remove_dir_all(&partial);
+        return Err(err).with_context(context);
+    }
     fs::rename(&partial, &folder).with_context(context)?;
     Ok(folder)
 }

@@ -35,16 +35,7 @@ pub fn image(debug: bool) -> anyhow::Result<Image> {
         if debug { "debug" } else { "patched" },
         inputs.key(&version)?
     );
-    let folder = cached(&name, |folder| {
-        let built = build(&inputs, folder);
-        // Gigabytes that nobody needs afterwards.
-        let tree = folder.join("tree");
-        if tree.exists() && built.is_ok() {
-            fs::remove_dir_all(&tree)
-                .with_context(|| format!("Failed to remove {}", tree.display()))?;
-        }
-        built
-    })?;
+    let folder = cached(&name, |folder| build(&inputs, folder))?;
     let modules = folder.join("lib/modules");
     let release = fs::read_dir(&modules)
         .and_then(|mut entries| entries.next().transpose())
@@ -180,7 +171,9 @@ fn build(inputs: &Inputs, folder: &Path) -> anyhow::Result<()> {
     }
     // It has none of its own.
     fs::write(modules.join("modules.order"), "").context("Failed to write modules.order")?;
-    super::depmod(folder, release.trim())
+    super::depmod(folder, release.trim())?;
+    // Gigabytes that nobody needs afterwards.
+    fs::remove_dir_all(&tree).with_context(|| format!("Failed to remove {}", tree.display()))
 }
 
 fn make(tree: &Path, arguments: &[&str]) -> Command {
