@@ -378,7 +378,7 @@ struct pmm_device *pmm_device_register(int fd)
 	file = fget(fd);
 	if (!file)
 		return ERR_PTR(-EBADF);
-	dev = pmm_dax_device(file);
+	dev = file->f_mode & FMODE_READ ? pmm_dax_device(file) : ERR_PTR(-EACCES);
 	if (IS_ERR(dev)) {
 		fput(file);
 		return ERR_CAST(dev);

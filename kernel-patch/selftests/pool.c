@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "pool.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -64,6 +65,12 @@ bool pages_are(const struct pool *pool, const void *memory, unsigned long first,
 	return true;
 }
 
+static int failed(const char *what)
+{
+	printf("# %s: %s\n", what, strerror(errno));
+	return -1;
+}
+
 int pool_open(struct pool *pool, unsigned long count)
 {
 	struct pseudo_mm_register reg = { .size = sizeof(reg) };
@@ -73,10 +80,10 @@ int pool_open(struct pool *pool, unsigned long count)
 	pool->dax = open(path ? path : "/dev/dax0.0", O_RDWR | O_CLOEXEC);
 	pool->dev = open("/dev/pseudo_mm", O_RDWR | O_CLOEXEC);
 	if (pool->dax < 0 || pool->dev < 0)
-		return -1;
+		return failed(pool->dax < 0 ? "opening the pool" : "opening /dev/pseudo_mm");
 	pool->pages = mmap(NULL, count * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, pool->dax, 0);
 	if (pool->pages == MAP_FAILED)
-		return -1;
+		return failed("mapping the pool");
 	/* What a test that forks or is killed leaves must not match. */
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	pool->seed = ((uint64_t)now.tv_sec << 32) + now.tv_nsec;
@@ -84,7 +91,7 @@ int pool_open(struct pool *pool, unsigned long count)
 	for (unsigned long i = 0; i < count; i++)
 		page_fill(pool->pages + i * PAGE, pool->seed, i);
 	reg.dax_fd = pool->dax;
-	return ioctl(pool->dev, PSEUDO_MM_REGISTER, &reg);
+	return ioctl(pool->dev, PSEUDO_MM_REGISTER, &reg) ? failed("registering the pool") : 0;
 }
 
 void pool_close(struct pool *pool)

@@ -83,9 +83,10 @@ struct pseudo_mm_info {
  * @device_pages: out: pages of the device
  *
  * EPERM: the caller lacks CAP_SYS_ADMIN. EBUSY: this descriptor has a device
- * already. EBADF: no such descriptor. ENODEV: it is no device-dax, or its
- * driver is being unbound. EIO: the device's alignment is not one page; make
- * the namespace with "ndctl create-namespace -m devdax -a 4096".
+ * already. EBADF: no such descriptor. EACCES: it is not open for reading.
+ * ENODEV: it is no device-dax, or its driver is being unbound. EIO: the
+ * device's alignment is not one page; make the namespace with
+ * "ndctl create-namespace -m devdax -a 4096".
  */
 struct pseudo_mm_register {
 	__u32 size;
