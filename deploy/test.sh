@@ -113,12 +113,20 @@ main() {
     check "layers" cargo xtask layers
     check "licences" cargo xtask licences
     tests "crates" --workspace --exclude trenv-tests
+    virtual_machines
     if [ "${1:-}" = --quick ]; then
         skip "end to end" "--quick"
     else
         end_to_end
     fi
     report
+}
+
+# What this machine's kernel lacks, on Debian's kernels in QEMU; a minute or two.
+virtual_machines() {
+    step "Installing what virtual machines need" install_without_services "${vm_packages[@]}" ||
+        fail "Packages cannot be installed"
+    tests "virtual machines" -p xtask --features vm --test vm
 }
 
 # The whole, with the binaries just built, on a containerd and a provider of the tests' own.

@@ -9,6 +9,11 @@ build_packages=(gcc libc6-dev protobuf-compiler mmdebstrap umoci jq git ca-certi
 # What the tests need besides.
 test_packages=(shellcheck procps golang-go python3 python3-numpy nodejs libjemalloc2 make ruby php-cli php-fpm
     nginx redis-server openjdk-17-jdk-headless)
+# What `cargo xtask vm` needs: the emulator, and what its VMs run of the machine's own root.
+vm_packages=(qemu-system-x86 kmod xz-utils zstd ndctl daxctl iproute2
+    ibverbs-providers ibverbs-utils criu)
+# What building a kernel for them needs besides.
+kernel_packages=(make gcc flex bison bc libelf-dev libssl-dev patch)
 
 # The oldest compiler that the workspace accepts.
 oldest_rust() {

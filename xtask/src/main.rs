@@ -3,7 +3,7 @@
 //! One file per verb: [`check`] runs everything a change must pass before it is sent, [`layers`]
 //! checks that crates depend on each other in one direction only, [`licences`] that every
 //! dependency's licence is one that `deny.toml` allows, [`fuzz`] feeds parsers hostile input for a
-//! while. [`metadata`] is what `layers` and `licences` read.
+//! while. [`metadata`] is what `layers` and `licences` read. [`vm`] runs a command in a virtual machine.
 
 mod check;
 mod fuzz;
@@ -11,6 +11,9 @@ mod layers;
 mod licences;
 mod metadata;
 mod spdx;
+mod vm;
+
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
@@ -40,13 +43,18 @@ enum Verb {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// A command in a virtual machine, and the kernels for it.
+    #[command(subcommand)]
+    Vm(vm::Verb),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     match Arguments::parse().verb {
         Verb::Check { no_test } => check::run(!no_test),
         Verb::Layers => layers::run(),
         Verb::Licences => licences::run(),
         Verb::Fuzz { target, seconds } => fuzz::run(&target, seconds),
-    }
+        Verb::Vm(verb) => return vm::main(verb).map(ExitCode::from),
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
