@@ -181,17 +181,20 @@ TEST_F(access, direct_io_writes_and_reads)
 	char path[] = "pseudo_mm.direct.XXXXXX";
 	const char *folder = getenv("PSEUDO_MM_DISK");
 	char name[256];
+	ssize_t written;
 	int fd;
 
 	snprintf(name, sizeof(name), "%s/%s", folder ? folder : "/var/tmp", path);
 	fd = mkstemp(name);
 	ASSERT_LE(0, fd);
-	if (fcntl(fd, F_SETFL, O_DIRECT)) {
+	/* An overlay accepts the flag, and fails at the first write. */
+	written = fcntl(fd, F_SETFL, O_DIRECT) ? -1 : write(fd, page(self->at, 80), PAGE);
+	if (written < 0 && errno == EINVAL) {
 		unlink(name);
 		SKIP(return, "%s has no direct I/O; name a folder that has in PSEUDO_MM_DISK", name);
 	}
 	/* Pages of the pool as the source, and as the target: those get copies. */
-	ASSERT_EQ((ssize_t)(16 * PAGE), write(fd, page(self->at, 80), 16 * PAGE));
+	ASSERT_EQ((ssize_t)(16 * PAGE), pwrite(fd, page(self->at, 80), 16 * PAGE, 0));
 	ASSERT_EQ((ssize_t)(16 * PAGE), pread(fd, page(self->at, 100), 16 * PAGE, 0));
 	EXPECT_TRUE(pages_are(&self->pool, page(self->at, 100), POOL(80), 16));
 	close(fd);

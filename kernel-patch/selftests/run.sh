@@ -26,6 +26,7 @@ cleanup() {
 }
 trap cleanup EXIT
 mkdir "$disk/mnt"
+modprobe -qa loop ext4 || true
 truncate -s 32M "$disk/image"
 if mke2fs -q -F -t ext4 "$disk/image" 2>/dev/null && mount -o loop "$disk/image" "$disk/mnt" 2>/dev/null; then
     export PSEUDO_MM_DISK=$disk/mnt
