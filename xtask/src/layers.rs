@@ -12,12 +12,21 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("trenv-config", &[]),
     // Tests only.
     ("trenv-fuzz", &[]),
+    ("pseudo-mm-uapi", &[]),
     // Its command reads where the pool is.
-    ("trenv-pool", &["trenv-config", "trenv-fuzz"]),
+    (
+        "trenv-pool",
+        &["pseudo-mm-uapi", "trenv-config", "trenv-fuzz"],
+    ),
     ("trenv-restorer", &[]),
     (
         "trenv-snapshot",
-        &["trenv-fuzz", "trenv-pool", "trenv-restorer"],
+        &[
+            "pseudo-mm-uapi",
+            "trenv-fuzz",
+            "trenv-pool",
+            "trenv-restorer",
+        ],
     ),
     ("trenv-cni", &[]),
     ("trenv-sandbox", &["trenv-cni"]),

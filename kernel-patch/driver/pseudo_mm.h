@@ -1,0 +1,190 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the driver's files share.
+ *
+ * device.c: a registered pool, and its end. template.c: a template as a file.
+ * layout.c: what a template holds. attach.c: how it comes into a process.
+ * main.c, published.c: the two command sets.
+ *
+ * Locks, outer first: pmm_lock; a process's mmap_lock; the i_mmap lock of a
+ * template's inode. A template's own lock is a leaf, and is not needed once
+ * the template is sealed. pmm_fill (SRCU) is held while pool pages are read or
+ * mapped, so that the end of a device can wait for that.
+ */
+#ifndef PSEUDO_MM_INTERNAL_H
+#define PSEUDO_MM_INTERNAL_H
+
+#include <linux/fs.h>
+#include <linux/kref.h>
+#include <linux/list.h>
+#include <linux/memremap.h>
+#include <linux/mm.h>
+#include <linux/mutex.h>
+#include <linux/notifier.h>
+#include <linux/srcu.h>
+#include <linux/version.h>
+#include <uapi/linux/pseudo_mm.h>
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+static inline void pmm_vm_flags_set(struct vm_area_struct *vma, unsigned long flags)
+{
+	vma->vm_flags |= flags;
+}
+
+/* Before per-VMA locks the mmap_lock alone keeps faults out. */
+static inline void pmm_vma_start_write(struct vm_area_struct *vma)
+{
+}
+#else
+#define pmm_vm_flags_set vm_flags_set
+#define pmm_vma_start_write vma_start_write
+#endif
+
+struct device;
+struct pid;
+
+/* A run of frames of a device. */
+struct pmm_range {
+	unsigned long pfn;
+	unsigned long pages;
+};
+
+/**
+ * struct pmm_device - a device-dax that templates take pages from
+ * @ref: holders: descriptors of /dev/pseudo_mm, templates, the published set
+ * @dev: the device on the dax bus
+ * @owner: its driver's module, kept loaded
+ * @pgmap: keeps the frames' struct pages; NULL once the device is gone
+ * @unbind: hears of the end of the device
+ * @node: in the list of devices, under pmm_lock
+ * @templates: its templates, under pmm_lock
+ * @gone: no new mapping may be made; read under pmm_fill
+ * @pages: pages of the device
+ * @nr_ranges: how many runs they are in
+ * @ranges: the runs in order of the device's pages
+ */
+struct pmm_device {
+	struct kref ref;
+	struct device *dev;
+	struct module *owner;
+	struct dev_pagemap *pgmap;
+	struct notifier_block unbind;
+	struct list_head node;
+	struct list_head templates;
+	bool gone;
+	unsigned long pages;
+	unsigned int nr_ranges;
+	struct pmm_range ranges[];
+};
+
+struct pmm_map {
+	unsigned long start;
+	unsigned long end;
+	unsigned long prot;
+	unsigned long flags;
+	struct file *file;
+	unsigned long long offset;
+};
+
+struct pmm_extent {
+	unsigned long page;
+	unsigned long pages;
+	unsigned long device_page;
+};
+
+/**
+ * struct pmm_layout - what a template holds
+ * @maps: mappings by address, none overlaps
+ * @nr_maps: how many
+ * @max_maps: room in @maps
+ * @extents: runs of pool pages by address, each inside one mapping
+ * @nr_extents: how many
+ * @max_extents: room in @extents
+ * @pool_pages: pages of all extents
+ */
+struct pmm_layout {
+	struct pmm_map *maps;
+	unsigned int nr_maps;
+	unsigned int max_maps;
+	struct pmm_extent *extents;
+	unsigned int nr_extents;
+	unsigned int max_extents;
+	unsigned long pool_pages;
+};
+
+/**
+ * struct pmm_template - the private data of a template's file
+ * @id: its number
+ * @device: where its pages come from; NULL while it has none (published set)
+ * @node: in @device's list, under pmm_lock
+ * @all: in the list of all templates, under pmm_lock
+ * @mapping: of the template's inode; finds what maps the template
+ * @owner: the process that made it
+ * @lock: @layout and the step to @sealed
+ * @layout: does not change once @sealed
+ * @sealed: set with release, read with acquire
+ * @deleted: no further attach
+ * @attached: how often it was attached
+ */
+struct pmm_template {
+	u64 id;
+	struct pmm_device *device;
+	struct list_head node;
+	struct list_head all;
+	struct address_space *mapping;
+	struct pid *owner;
+	struct mutex lock;
+	struct pmm_layout layout;
+	bool sealed;
+	bool deleted;
+	atomic64_t attached;
+};
+
+extern struct mutex pmm_lock;
+extern struct srcu_struct pmm_fill;
+extern struct list_head pmm_templates;
+extern unsigned int pmm_max_templates;
+extern unsigned int pmm_max_maps;
+extern unsigned int pmm_max_extents;
+
+/* device.c */
+struct pmm_device *pmm_device_register(int fd);
+struct pmm_device *pmm_device_get(struct pmm_device *device);
+void pmm_device_put(struct pmm_device *device);
+unsigned long pmm_device_run(const struct pmm_device *device, unsigned long page,
+			     unsigned long *pages);
+
+/* template.c */
+struct file *pmm_template_create(struct pmm_device *device);
+int pmm_template_use_device(struct pmm_template *template, struct pmm_device *device);
+struct pmm_template *pmm_template_of(struct file *file);
+void pmm_template_seal(struct pmm_template *template);
+bool pmm_template_is_sealed(const struct pmm_template *template);
+unsigned int pmm_template_count(void);
+void pmm_template_stat(struct pmm_template *template, struct pseudo_mm_stat *stat);
+bool pmm_vma_is_template(const struct vm_area_struct *vma);
+
+/* layout.c */
+int pmm_layout_add(struct pmm_layout *layout, struct pmm_map *maps, unsigned int nr_maps,
+		   struct pmm_extent *extents, unsigned int nr_extents,
+		   unsigned long device_pages);
+int pmm_layout_copy(struct pmm_layout *to, const struct pmm_layout *from);
+void pmm_layout_free(struct pmm_layout *layout);
+const struct pmm_map *pmm_layout_map(const struct pmm_layout *layout, unsigned long start,
+				     unsigned long end);
+unsigned int pmm_layout_extent(const struct pmm_layout *layout, unsigned long page);
+void pmm_maps_free(struct pmm_map *maps, unsigned int count);
+int pmm_map_check(const struct pmm_map *map);
+
+/* attach.c */
+int pmm_template_mmap(struct file *file, struct vm_area_struct *vma);
+int pmm_attach(struct file *file, u64 *failed_at);
+
+/* main.c */
+long pmm_template_ioctl(struct file *file, unsigned int cmd, unsigned long arg);
+
+/* published.c */
+long pmm_published_ioctl(struct file *file, unsigned int cmd, void __user *arg);
+void pmm_published_exit(void);
+
+#endif

@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the tests share: a pool with distinct pages, and templates of it.
+ *
+ * Every word of every page says which page it belongs to and when it was
+ * written, so that a page at a wrong place or of an older test shows.
+ */
+#ifndef PSEUDO_MM_POOL_H
+#define PSEUDO_MM_POOL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#include <linux/pseudo_mm.h>
+
+#define PAGE 4096UL
+
+/* An address that nothing else uses. */
+#define BASE 0x200000000000UL
+
+struct pool {
+	int dax;
+	/* /dev/pseudo_mm with the pool registered */
+	int dev;
+	/* The pool's first pages, shared. */
+	char *pages;
+	unsigned long count;
+	uint64_t seed;
+};
+
+/* Opens the device named by PSEUDO_MM_DAX, or /dev/dax0.0, and fills @count pages. */
+int pool_open(struct pool *pool, unsigned long count);
+void pool_close(struct pool *pool);
+
+void page_fill(void *page, uint64_t seed, unsigned long number);
+bool page_is(const void *page, uint64_t seed, unsigned long number);
+bool page_is_zero(const void *page);
+/* Whether the memory is the pool's pages from @first on. */
+bool pages_are(const struct pool *pool, const void *memory, unsigned long first,
+	       unsigned long count);
+
+int template_create(const struct pool *pool);
+int template_add(int fd, const struct pseudo_mm_map *maps, unsigned int nr_maps,
+		 const struct pseudo_mm_extent *extents, unsigned int nr_extents);
+int template_seal(int fd);
+int template_attach(int fd, uint64_t *failed_at);
+int template_stat(int fd, struct pseudo_mm_stat *stat);
+int template_delete(int fd);
+
+/* A readable and writable private anonymous mapping of a template. */
+struct pseudo_mm_map map_anonymous(unsigned long start, unsigned long pages);
+
+/* A sealed template of one mapping at @start that has the pool's pages from @first on. */
+int template_simple(const struct pool *pool, unsigned long start, unsigned long first,
+		    unsigned long pages);
+
+/* A line of /proc/self/smaps for the area at @address, in kB, or -1. */
+long smaps_value(unsigned long address, const char *name);
+
+/* Runs @function in a child; its exit status, or 128 and the signal. */
+int in_child(int (*function)(void *), void *argument);
+
+#endif

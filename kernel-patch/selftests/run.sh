@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# run.sh [FILTER]: loads the module and runs every test program on this machine, as root.
+#
+# It needs the module and the programs built, and a device-dax of 4 KiB alignment whose bytes may be
+# lost: PSEUDO_MM_DAX, /dev/dax0.0 by default. The programs' TAP goes to standard output. A fault in
+# the kernel's log fails the run too.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+output=${OUTPUT:-$here}
+module=${PSEUDO_MM_MODULE:-$here/../driver/pseudo_mm.ko}
+export PSEUDO_MM_DAX=${PSEUDO_MM_DAX:-/dev/dax0.0}
+filter=${1:-}
+failed=()
+
+[[ -c $PSEUDO_MM_DAX ]] || {
+    echo "run.sh: $PSEUDO_MM_DAX is no device; name a device-dax in PSEUDO_MM_DAX" >&2
+    exit 2
+}
+
+# Direct I/O needs a file system that has it: a small one in a file.
+disk=$(mktemp -d /tmp/pseudo_mm.disk.XXXXXX)
+cleanup() {
+    umount "$disk/mnt" 2>/dev/null || true
+    rm -rf "$disk"
+}
+trap cleanup EXIT
+mkdir "$disk/mnt"
+modprobe -qa loop ext4 || true
+truncate -s 32M "$disk/image"
+if mke2fs -q -F -t ext4 "$disk/image" 2>/dev/null && mount -o loop "$disk/image" "$disk/mnt" 2>/dev/null; then
+    export PSEUDO_MM_DISK=$disk/mnt
+else
+    echo "# no ext4 on a loop device here: direct I/O is tried in /var/tmp"
+fi
+
+if [[ ! -e /dev/pseudo_mm ]]; then
+    insmod "$module"
+fi
+dmesg --clear 2>/dev/null || dmesg -c >/dev/null
+
+# What ends the device runs last.
+for program in abi_test attach_test memory_test access_test published_test unbind_test; do
+    echo "# == $program"
+    "$output/$program" ${filter:+"$filter"} || failed+=("$program")
+done
+
+echo "# == the kernel's log"
+if dmesg | grep -E 'BUG|WARNING|Oops|Bad rss|Bad page|KASAN|INFO: possible|hung task|rcu.*stall'; then
+    failed+=("the kernel's log")
+fi
+if grep -q '^pseudo_mm ' /proc/modules; then
+    echo "# == unloading"
+    rmmod pseudo_mm || failed+=("unloading the module")
+fi
+
+if ((${#failed[@]})); then
+    printf '# failed: %s\n' "${failed[@]}"
+    exit 1
+fi
+echo "# everything passed"

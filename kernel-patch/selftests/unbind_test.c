@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The pool's device goes away while it is mapped: what maps it ends, nobody
+ * reads wrong bytes, and nothing waits for ever.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "harness.h"
+#include "pool.h"
+
+#define PAGES 256UL
+
+FIXTURE(unbind) {
+	struct pool pool;
+	char name[64];
+	char driver[256];
+	int tmpl;
+	/* How many children have attached. */
+	int *attached;
+};
+
+static int write_name(const char *folder, const char *file, const char *name)
+{
+	char path[512];
+	ssize_t written;
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/%s", folder, file);
+	fd = open(path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	written = write(fd, name, strlen(name));
+	close(fd);
+	return written < 0 ? -1 : 0;
+}
+
+FIXTURE_SETUP(unbind)
+{
+	const char *dax = getenv("PSEUDO_MM_DAX") ?: "/dev/dax0.0";
+	char link[256];
+
+	ASSERT_EQ(0, pool_open(&self->pool, PAGES));
+	snprintf(self->name, sizeof(self->name), "%s", strrchr(dax, '/') + 1);
+	snprintf(link, sizeof(link), "/sys/bus/dax/devices/%s/driver", self->name);
+	ASSERT_TRUE(realpath(link, self->driver) != NULL);
+	self->tmpl = template_simple(&self->pool, BASE, 0, PAGES);
+	ASSERT_LE(0, self->tmpl);
+	self->attached = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, (void *)self->attached);
+	/* device-dax cannot be bound again while a file of its old self is open. */
+	munmap(self->pool.pages, PAGES * PAGE);
+	close(self->pool.dax);
+}
+
+FIXTURE_TEARDOWN(unbind)
+{
+	(void)write_name(self->driver, "bind", self->name);
+}
+
+/* Reads the template until it is ended; 1 if it ever sees something else. */
+static int read_for_ever(void *argument)
+{
+	const FIXTURE_DATA(unbind) *self = argument;
+
+	if (template_attach(self->tmpl, NULL))
+		return 2;
+	((char *)BASE)[5 * PAGE] ^= 1;
+	((char *)BASE)[5 * PAGE] ^= 1;
+	/* Nothing but the pool's bytes and its own: a zero would be a wrong byte. */
+	while (pages_are(&self->pool, (char *)BASE, 0, PAGES))
+		;
+	return 1;
+}
+
+static pid_t start(int (*function)(void *), void *argument)
+{
+	pid_t child = fork();
+
+	if (!child)
+		_exit(function(argument));
+	return child;
+}
+
+TEST_F(unbind, readers_are_killed_and_see_nothing_wrong)
+{
+	struct pseudo_mm_stat stat;
+	pid_t children[6];
+	int status;
+
+	for (int i = 0; i < 6; i++)
+		children[i] = start(read_for_ever, self);
+	do {
+		usleep(1000);
+		ASSERT_EQ(0, template_stat(self->tmpl, &stat));
+	} while (stat.mapped < 6);
+	ASSERT_EQ(0, write_name(self->driver, "unbind", self->name));
+	for (int i = 0; i < 6; i++) {
+		ASSERT_EQ(children[i], waitpid(children[i], &status, 0));
+		EXPECT_TRUE(WIFSIGNALED(status));
+		EXPECT_EQ(SIGKILL, WTERMSIG(status));
+	}
+	/* The template is there, and of no use. */
+	ASSERT_EQ(0, template_stat(self->tmpl, &stat));
+	EXPECT_TRUE(stat.state & PSEUDO_MM_STATE_GONE);
+	EXPECT_EQ(0ULL, stat.mapped);
+	EXPECT_EQ(-1, template_attach(self->tmpl, NULL));
+	EXPECT_EQ(ENODEV, errno);
+	EXPECT_EQ(MAP_FAILED, mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE, self->tmpl, BASE));
+	EXPECT_EQ(ENODEV, errno);
+	EXPECT_EQ(-1, template_create(&self->pool));
+	EXPECT_EQ(ENODEV, errno);
+}
+
+/* Ends the device that it maps itself. */
+static int unbind_while_mapping(void *argument)
+{
+	FIXTURE_DATA(unbind) *self = argument;
+
+	if (template_attach(self->tmpl, NULL))
+		return 2;
+	write_name(self->driver, "unbind", self->name);
+	return 3;
+}
+
+TEST_F(unbind, who_unbinds_may_map_it)
+{
+	EXPECT_EQ(128 + SIGKILL, in_child(unbind_while_mapping, self));
+	EXPECT_EQ(-1, template_attach(self->tmpl, NULL));
+	EXPECT_EQ(ENODEV, errno);
+}
+
+/* Attaches and forks all the time. */
+static int fork_for_ever(void *argument)
+{
+	const FIXTURE_DATA(unbind) *self = argument;
+
+	if (template_attach(self->tmpl, NULL))
+		return 2;
+	__atomic_add_fetch(self->attached, 1, __ATOMIC_RELAXED);
+	for (;;) {
+		pid_t child = fork();
+
+		if (!child)
+			_exit(pages_are(&self->pool, (char *)BASE, 0, 16) ? 0 : 1);
+		if (child > 0) {
+			int status;
+
+			waitpid(child, &status, 0);
+			/* A child may be killed, and must not have seen anything else. */
+			if (WIFEXITED(status) && WEXITSTATUS(status))
+				return 1;
+		}
+	}
+}
+
+TEST_F(unbind, forks_and_attaches_race_with_it)
+{
+	pid_t children[4];
+	int status;
+
+	for (int i = 0; i < 4; i++)
+		children[i] = start(fork_for_ever, self);
+	while (__atomic_load_n(self->attached, __ATOMIC_RELAXED) < 4)
+		usleep(1000);
+	ASSERT_EQ(0, write_name(self->driver, "unbind", self->name));
+	for (int i = 0; i < 4; i++) {
+		ASSERT_EQ(children[i], waitpid(children[i], &status, 0));
+		if (WIFEXITED(status))
+			TH_LOG("a child ended with %d", WEXITSTATUS(status));
+		EXPECT_TRUE(WIFSIGNALED(status));
+		EXPECT_EQ(SIGKILL, WTERMSIG(status));
+	}
+}
+
+/* Puts a page of the pool into a pipe and stays. */
+static int hold_in_pipe(void *argument)
+{
+	const FIXTURE_DATA(unbind) *self = argument;
+	struct iovec part = { (char *)BASE, PAGE };
+	int ends[2];
+
+	if (template_attach(self->tmpl, NULL) || pipe(ends) || vmsplice(ends[1], &part, 1, 0) != PAGE)
+		return 2;
+	pause();
+	return 3;
+}
+
+TEST_F(unbind, pages_in_a_pipe_go_with_their_holder)
+{
+	pid_t child = start(hold_in_pipe, self);
+	struct pseudo_mm_stat stat;
+	int status;
+
+	do {
+		usleep(1000);
+		ASSERT_EQ(0, template_stat(self->tmpl, &stat));
+	} while (stat.mapped < 1);
+	usleep(100000);
+	ASSERT_EQ(0, write_name(self->driver, "unbind", self->name));
+	ASSERT_EQ(child, waitpid(child, &status, 0));
+	EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+}
+
+TEST_F(unbind, the_device_can_come_back)
+{
+	int fd;
+
+	ASSERT_EQ(0, write_name(self->driver, "unbind", self->name));
+	ASSERT_EQ(0, write_name(self->driver, "bind", self->name));
+	/* A new descriptor has the new device; what was made of the old one stays dead. */
+	ASSERT_EQ(0, pool_open(&self->pool, PAGES));
+	EXPECT_EQ(-1, template_attach(self->tmpl, NULL));
+	EXPECT_EQ(ENODEV, errno);
+	fd = template_simple(&self->pool, BASE, 0, PAGES);
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, template_attach(fd, NULL));
+	EXPECT_TRUE(pages_are(&self->pool, (char *)BASE, 0, PAGES));
+}
+
+TEST_HARNESS_MAIN
