@@ -10,7 +10,7 @@ use super::region::{Program, Region};
 use super::shared::{Shared, When};
 use super::skeleton::{self, Fill};
 use super::{PlanError, credentials, files, generation, lineage, memory, thread, timers};
-use crate::lineage::Role;
+use crate::lineage::{Role, dies_alone};
 use crate::manifest::{Manifest, PAGE, Process};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
@@ -79,7 +79,7 @@ impl Tree<'_> {
         (0..kin.len())
             .filter(|index| match kin[*index].role {
                 Role::Process(process) => self.way(process) == Way::Loaded,
-                Role::Zombie(zombie) => !lineage::dies_alone(&self.manifest.zombies[zombie]),
+                Role::Zombie(zombie) => !dies_alone(&self.manifest.zombies[zombie]),
                 Role::StandIn => true,
             })
             .filter(|index| self.placement.host(*index) == host)
