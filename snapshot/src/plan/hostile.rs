@@ -46,7 +46,7 @@ fn rich() -> Manifest {
             pair: Some((9, side)),
             queue: vec![Queued {
                 data: vec![7; 5],
-                rights: vec![0, 7],
+                rights: vec![0, 2],
             }],
             ..socket.clone()
         })
