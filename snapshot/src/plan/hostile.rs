@@ -281,13 +281,36 @@ fn a_huge_mapping_is_planned_at_once() {
 #[test]
 fn references_to_nothing_are_refused() {
     type Change = fn(&mut Manifest);
-    let changes: [(&str, Change); 6] = [
+    let changes: [(&str, Change); 8] = [
         ("standard stream 3", |m| {
             m.objects[0].kind = ObjectKind::Stdio(3);
         }),
         ("seccomp filters", |m| m.filters = vec![Vec::new(); 9000]),
         ("resource limits", |m| {
             m.processes[0].limits = vec![(0, 0); 17];
+        }),
+        ("was killed by signal 11 and leads the session", |m| {
+            m.zombies.push(Zombie {
+                pid: 77,
+                parent: 0,
+                group: 77,
+                session: 77,
+                uid: 0,
+                status: 11,
+            });
+            let orphan = &mut m.processes[1];
+            (orphan.parent, orphan.group, orphan.session) = (None, 77, 77);
+        }),
+        ("SysV message queue -1", |m| {
+            m.message_queues.push(MessageQueue {
+                id: -1,
+                key: 0,
+                mode: 0,
+                uid: 0,
+                gid: 0,
+                room: 0,
+                messages: Vec::new(),
+            });
         }),
         ("main thread", |m| m.processes[0].threads[0].tid = 9),
         ("thread 2", |m| {
