@@ -7,7 +7,28 @@
 
 use std::collections::BTreeMap;
 
+use nix::libc;
+
 use crate::manifest::{Manifest, Process, Zombie};
+
+/// Signals that would leave a core, and have everyone who shares the memory stopped for it.
+const CORE_SIGNALS: [i32; 10] = [
+    libc::SIGQUIT,
+    libc::SIGILL,
+    libc::SIGTRAP,
+    libc::SIGABRT,
+    libc::SIGBUS,
+    libc::SIGFPE,
+    libc::SIGSEGV,
+    libc::SIGXCPU,
+    libc::SIGXFSZ,
+    libc::SIGSYS,
+];
+
+/// Whether a zombie has to be made with an address space of its own.
+pub fn dies_alone(zombie: &Zombie) -> bool {
+    CORE_SIGNALS.contains(&zombie.status)
+}
 
 /// Everyone that has to be made.
 #[derive(Debug)]
@@ -102,6 +123,7 @@ impl Lineage {
         for index in 0..places.len() {
             lineage.find_group(index, &places, &mut stand_ins)?;
         }
+        lineage.check_makers(zombies)?;
         Ok(lineage)
     }
 
@@ -263,6 +285,22 @@ impl Lineage {
                 return Err(format!(
                     "process {} is an orphan that its nearest subreaper has not adopted",
                     one.pid
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// One that has to die in an address space of its own cannot make others there.
+    fn check_makers(&self, zombies: &[Zombie]) -> Result<(), String> {
+        for (index, one) in self.kin.iter().enumerate() {
+            if let Role::Zombie(zombie) = one.role
+                && dies_alone(&zombies[zombie])
+                && self.made_by(index).next().is_some()
+            {
+                return Err(format!(
+                    "process {} was killed by signal {} and leads the session of orphans",
+                    one.pid, zombies[zombie].status
                 ));
             }
         }

@@ -6,16 +6,20 @@
 mod check;
 mod file_lock;
 mod memory_object;
+mod message_queue;
+mod queued;
 mod socket_file;
 
 use serde::{Deserialize, Serialize};
 
 pub use file_lock::{FileLock, LockHolder};
 pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject, SemaphoreSet};
+pub use message_queue::{MessageQueue, QueueMessage};
+pub use queued::Queued;
 pub use socket_file::SocketFile;
 
 /// Layout version of the encoded form.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// A page of memory.
 pub const PAGE: u64 = 4096;
@@ -46,6 +50,8 @@ pub struct Manifest {
     pub locks: Vec<FileLock>,
     /// SysV semaphores.
     pub semaphores: Vec<SemaphoreSet>,
+    /// SysV message queues.
+    pub message_queues: Vec<MessageQueue>,
     /// Contents of the sandbox's tmpfs mounts.
     pub tmpfs: Vec<TmpfsEntry>,
     /// Different seccomp filters, as BPF instructions of 8 bytes.
@@ -83,6 +89,10 @@ pub struct Process {
     pub habits: Habits,
     pub subreaper: u64,
     pub oom_score_adj: i32,
+    /// What a core dump of it holds (core(5)).
+    pub core_filter: u32,
+    /// Nice value of its session's autogroup (sched(7)).
+    pub autogroup: i32,
     /// The thread group's leader first.
     pub threads: Vec<Thread>,
 }
@@ -306,7 +316,8 @@ pub struct Watch {
     pub path: String,
 }
 
-/// A socket without a remote peer, or one end of a pair.
+/// A socket without a remote peer, or one end of a pair: of unix sockets, or of a TCP connection
+/// inside the sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Socket {
     pub domain: i32,
@@ -316,14 +327,15 @@ pub struct Socket {
     pub address: Vec<u8>,
     /// Backlog of a listener.
     pub listen: Option<i32>,
-    /// Remote address of a connected datagram socket that is no end of a pair.
+    /// Remote address of a TCP connection, or of a connected datagram socket that is no end of a pair.
     pub connected: Vec<u8>,
     /// Level, name and value of the options that differ from a fresh socket's.
     pub options: Vec<(i32, i32, Vec<u8>)>,
     /// Number of the pair and the end's side (0 or 1).
     pub pair: Option<(u64, u32)>,
-    /// Of an end of a pair: what waits to be read, record by record; all of a stream is one.
-    pub queue: Vec<Vec<u8>>,
+    /// Of an end of a pair: what waits to be read, record by record; a stream is parted only where
+    /// descriptors come with it.
+    pub queue: Vec<Queued>,
     /// 1 when nothing is received any more, 2 when nothing is sent, 3 for both.
     pub shutdown: u8,
     /// Of a unix socket with a path; none where the file has been removed.

@@ -24,3 +24,21 @@ fn processes_and_threads_keep_their_settings_and_filters() -> TestResult {
     }
     Ok(())
 }
+
+/// Core dump filter, adjustment of the out-of-memory score, nice value of the session: of both.
+const ADJUSTED: &str = "00000007 100 5 00000021 300 3";
+
+#[test]
+fn processes_keep_what_they_set_through_proc() -> TestResult {
+    let bed = Bed::new()?;
+    let program = format!("{}/tests/programs/adjusted.py", env!("CARGO_MANIFEST_DIR"));
+    let mut first = bed.run(&["/usr/bin/python3", &program])?;
+    assert_eq!(first.ask("check"), ADJUSTED);
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let mut agent = zygote.agent()?;
+    let mut instances = [bed.start(&mut agent)?, bed.start(&mut agent)?];
+    for instance in &mut instances {
+        assert_eq!(instance.ask("check"), ADJUSTED);
+    }
+    Ok(())
+}

@@ -141,11 +141,9 @@ fn a_restored_program_is_snapshotted_again() -> TestResult {
 fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult {
     let bed = Bed::new()?;
     for (state, reason) in [
-        ("tcp", "an established TCP connection to 127.0.0.1:"),
         ("hard-link", "is a deleted file that has another name"),
         ("large", "is a deleted file of more than 64 MiB"),
         ("removed", "is marked to be removed (IPC_RMID)"),
-        ("queue", "has SysV message queues"),
         ("lease", "has a lock of the kind LEASE"),
         ("timer", "which goes by the CPU time of a process"),
         ("inotify", "is an inotify that watches inode"),

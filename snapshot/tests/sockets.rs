@@ -27,19 +27,47 @@ fn unix_sockets_keep_their_connections_and_what_waits_in_them() -> TestResult {
 #[test]
 fn what_a_unix_socket_would_lose_is_refused() -> TestResult {
     let bed = Bed::new()?;
-    let program = bed.compile("sockets")?;
-    for (state, reason) in [
-        ("rights", "in which descriptors wait to be received"),
-        ("waiting", "not accepted yet"),
+    for (program, state, reason) in [
+        ("sockets", "waiting", "not accepted yet"),
+        ("rights", "epoll", "in which an epoll waits"),
+        ("rights", "pidfd", "in which a pidfd waits"),
+        (
+            "rights",
+            "nested",
+            "in which descriptors wait themselves waits",
+        ),
+        (
+            "rights",
+            "credentials",
+            "what the kernel tells about their sender",
+        ),
     ] {
+        let program = bed.compile(program)?;
         let directory = tempfile::tempdir()?;
         let place = directory.path().display().to_string();
         let mut instance = bed.run(&[&program, &place, state])?;
-        assert_eq!(instance.ask("are you"), "here");
+        let answer = instance.ask("are you");
         let err = bed.try_dump(&instance).err().ok_or("it was not refused")?;
         assert!(err.to_string().contains(reason), "{state}: {err}");
-        assert_eq!(instance.ask("are you"), "here");
+        assert_eq!(instance.ask("are you"), answer);
     }
+    Ok(())
+}
+
+#[test]
+fn open_files_that_wait_in_unix_sockets_are_received() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("rights")?;
+    let directory = tempfile::tempdir()?;
+    let place = directory.path().display().to_string();
+    let mut first = bed.run(&[&program, &place])?;
+    assert_eq!(first.ask("are you there"), "ok");
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let mut agent = zygote.agent()?;
+    let (mut one, other) = (bed.start(&mut agent)?, bed.start(&mut agent)?);
+    assert_eq!(one.ask("check"), "ok");
+    let again = bed.zygote(&bed.dump(other)?)?;
+    assert_eq!(bed.start(&mut again.agent()?)?.ask("check"), "ok");
     Ok(())
 }
 

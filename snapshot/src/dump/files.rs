@@ -1,5 +1,7 @@
 //! Descriptors: which processes share which open files, and what each open file is.
 
+mod passed;
+
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -11,6 +13,8 @@ use super::{
     same_file, socket_files, sockets,
 };
 use crate::manifest::{Descriptor, EpollTarget, FileLock, Object, ObjectKind, Process};
+
+use passed::Passed;
 
 const O_CLOEXEC: u32 = nix::libc::O_CLOEXEC as u32;
 
@@ -27,6 +31,30 @@ pub struct Files<'a> {
     by_link: BTreeMap<String, Vec<usize>>,
     sockets: sockets::Peers,
     locks: Vec<FileLock>,
+    /// What waits in unix sockets, not looked at yet.
+    passed: Vec<Passed>,
+    /// Descriptors of our own that `places` names.
+    kept: Vec<OwnedFd>,
+}
+
+/// A descriptor of the tree.
+#[derive(Debug, Clone, Copy)]
+struct Holder {
+    host: i32,
+    /// Pid inside the sandbox.
+    pid: i32,
+    number: i32,
+}
+
+/// How an open file is reached.
+struct Reached {
+    /// What leads to it in the tree.
+    holder: Holder,
+    /// Host pid and descriptor by which /proc tells of it.
+    place: (i32, i32),
+    copy: OwnedFd,
+    link: String,
+    info: Info,
 }
 
 impl<'a> Files<'a> {
@@ -44,6 +72,8 @@ impl<'a> Files<'a> {
             by_link: BTreeMap::new(),
             sockets: sockets::Peers::default(),
             locks: Vec::new(),
+            passed: Vec::new(),
+            kept: Vec::new(),
         }
     }
 
@@ -66,34 +96,49 @@ impl<'a> Files<'a> {
             }
         }
         numbers.sort_unstable();
+        let pid = self.ids.get(&host).copied().unwrap_or(host);
         let mut descriptors = Vec::new();
         for number in numbers {
             let info = Info::read(host, number)?;
             let link = proc_link(&format!("/proc/{host}/fd/{number}"))?;
-            let object = match self.known(&link, host, number)? {
+            let object = match self.known(&link, (host, number))? {
                 Some(object) => object,
-                None => self.add(link, host, number, &info, memory)?,
+                None => {
+                    let pidfd = self
+                        .pidfds
+                        .get(&host)
+                        .ok_or_else(|| DumpError::Refused(format!("process {host} came late")))?;
+                    let reached = Reached {
+                        holder: Holder { host, pid, number },
+                        place: (host, number),
+                        copy: descriptor_of(pidfd, number, host)?,
+                        link,
+                        info: info.clone(),
+                    };
+                    self.add(reached, memory)?
+                }
             };
-            self.find_locks(object, host, number, &info)?;
+            self.find_locks(object, pid, number, &info)?;
             descriptors.push(Descriptor {
                 number,
                 object,
                 close_on_exec: info.flags & O_CLOEXEC != 0,
             });
         }
+        self.look_at_passed(memory)?;
         Ok(descriptors)
     }
 
     fn find_locks(
         &mut self,
         object: usize,
-        host: i32,
+        pid: i32,
         number: i32,
         info: &Info,
     ) -> Result<(), DumpError> {
         let place = file_locks::Place {
             object,
-            pid: self.ids.get(&host).copied().unwrap_or(host),
+            pid,
             descriptor: number,
             access: info.flags & 3,
         };
@@ -122,8 +167,10 @@ impl<'a> Files<'a> {
     }
 
     /// All open files, after every process was looked at.
-    pub fn finish(self, processes: &[Process]) -> Result<Vec<Object>, DumpError> {
+    pub fn finish(mut self, processes: &[Process]) -> Result<Vec<Object>, DumpError> {
         self.sockets.pair()?;
+        self.sockets.connections.finish(&mut self.objects)?;
+        self.check_passed()?;
         sockets::check_ports(&self.objects)?;
         for (index, object) in self.objects.iter().enumerate() {
             let ObjectKind::Epoll { targets } = &object.kind else {
@@ -148,34 +195,29 @@ impl<'a> Files<'a> {
         Ok(self.objects)
     }
 
-    fn known(&self, link: &str, host: i32, number: i32) -> Result<Option<usize>, DumpError> {
+    fn known(&self, link: &str, place: (i32, i32)) -> Result<Option<usize>, DumpError> {
         for object in self.by_link.get(link).into_iter().flatten() {
             let (other, at) = self.places[*object];
-            if same_file((host, other), (number, at))? {
+            if same_file((place.0, other), (place.1, at))? {
                 return Ok(Some(*object));
             }
         }
         Ok(None)
     }
 
-    fn add(
-        &mut self,
-        link: String,
-        host: i32,
-        number: i32,
-        info: &Info,
-        memory: &mut MemoryObjects,
-    ) -> Result<usize, DumpError> {
-        let pidfd = self
-            .pidfds
-            .get(&host)
-            .ok_or_else(|| DumpError::Refused(format!("process {host} came late")))?;
-        let copy = descriptor_of(pidfd, number, host)?;
-        let pid = self.ids.get(&host).copied().unwrap_or(host);
+    fn add(&mut self, reached: Reached, memory: &mut MemoryObjects) -> Result<usize, DumpError> {
+        let Reached {
+            holder,
+            place,
+            copy,
+            link,
+            info,
+        } = reached;
+        let Holder { host, pid, number } = holder;
         let mut kind = match nameless(&link, &copy)? {
-            None => self.kind(&link, &copy, number, pid, info)?,
+            None => self.kind(&link, &copy, holder, &info)?,
             Some(file) => match other_name(&file, &link, host) {
-                Some(path) => self.kind(&path, &copy, number, pid, info)?,
+                Some(path) => self.kind(&path, &copy, holder, &info)?,
                 None => {
                     let what = format!("descriptor {number} of process {pid}");
                     ObjectKind::Nameless {
@@ -193,7 +235,7 @@ impl<'a> Files<'a> {
             flags: info.flags & !O_CLOEXEC,
             kind,
         });
-        self.places.push((host, number));
+        self.places.push(place);
         self.by_link.entry(link).or_default().push(index);
         Ok(index)
     }
@@ -202,10 +244,10 @@ impl<'a> Files<'a> {
         &mut self,
         link: &str,
         copy: &OwnedFd,
-        number: i32,
-        pid: i32,
+        holder: Holder,
         info: &Info,
     ) -> Result<ObjectKind, DumpError> {
+        let Holder { pid, number, .. } = holder;
         let refuse = |why: &str| {
             Err(DumpError::Refused(format!(
                 "descriptor {number} of process {pid} is {why} ({link})"
@@ -235,12 +277,15 @@ impl<'a> Files<'a> {
         if link.starts_with("socket:[") {
             let what = format!("descriptor {number} of process {pid}");
             let index = self.objects.len();
-            return Ok(ObjectKind::Socket(self.sockets.read(
-                copy,
-                meta.ino(),
-                index,
-                &what,
-            )?));
+            let (socket, queue) = self.sockets.read(copy, meta.ino(), index, &what)?;
+            if !queue.is_empty() {
+                self.passed.push(Passed {
+                    socket: index,
+                    holder,
+                    queue,
+                });
+            }
+            return Ok(ObjectKind::Socket(socket));
         }
         match link {
             "anon_inode:[eventfd]" => {
@@ -375,6 +420,7 @@ pub fn peek(pipe: &OwnedFd, queued: usize, size: u64) -> nix::Result<Vec<u8>> {
 }
 
 /// /proc/PID/fdinfo/N.
+#[derive(Clone)]
 struct Info {
     text: String,
     path: String,

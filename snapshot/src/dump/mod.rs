@@ -8,6 +8,7 @@
 //! sandbox's network namespace for the questions that only it can answer.
 
 mod caller;
+mod connections;
 mod fifo;
 mod file_locks;
 mod files;
@@ -372,6 +373,7 @@ fn capture(
         memory: Vec::new(),
         locks: Vec::new(),
         semaphores: sysv::semaphores()?,
+        message_queues: sysv::message_queues()?,
         tmpfs: Vec::new(),
         filters: Vec::new(),
     };

@@ -205,6 +205,8 @@ pub fn capture(
             .trim()
             .parse()
             .unwrap_or(0),
+        core_filter: core_filter(host)?,
+        autogroup: autogroup(host),
         threads: captured,
     })
 }
@@ -477,6 +479,21 @@ fn habits(caller: &mut Caller<'_>, pid: i32) -> Result<Habits, DumpError> {
         no_huge_pages: ask(libc::PR_GET_THP_DISABLE, 0)?,
         memory_failure: ask(libc::PR_MCE_KILL_GET, libc::PR_MCE_KILL_DEFAULT as u64)?,
     })
+}
+
+fn core_filter(host: i32) -> Result<u32, DumpError> {
+    let text = proc_text(&format!("/proc/{host}/coredump_filter"))?;
+    u32::from_str_radix(text.trim(), 16).map_err(|_| DumpError::Io {
+        doing: format!("reading /proc/{host}/coredump_filter"),
+        source: std::io::ErrorKind::InvalidData.into(),
+    })
+}
+
+/// The nice value of its session's autogroup; 0 where the kernel makes no such groups.
+fn autogroup(host: i32) -> i32 {
+    let text = proc_text(&format!("/proc/{host}/autogroup")).unwrap_or_default();
+    let nice = text.rsplit_once("nice").map(|(_, nice)| nice.trim());
+    nice.and_then(|nice| nice.parse().ok()).unwrap_or(0)
 }
 
 fn io_priority(tid: i32) -> Result<u32, DumpError> {

@@ -1,26 +1,47 @@
 //! Sockets: listeners, unconnected ones, and pairs inside the tree.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::libc;
 
 use super::DumpError;
-use super::unix_sockets::{self, Known};
+use super::connections::Connections;
+use super::unix_sockets::{self, Known, Waiting};
 use crate::manifest::{Object, ObjectKind, Socket};
 
-/// Options read and set again; a fresh socket has zero for each.
-const OPTIONS: [(i32, i32); 8] = [
+/// Options read, and set again where they differ from a fresh socket's.
+const OPTIONS: [(i32, i32); 24] = [
     (libc::SOL_SOCKET, libc::SO_REUSEADDR),
     (libc::SOL_SOCKET, libc::SO_REUSEPORT),
     (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
     (libc::SOL_SOCKET, libc::SO_BROADCAST),
     (libc::SOL_SOCKET, libc::SO_PASSCRED),
+    (libc::SOL_SOCKET, libc::SO_OOBINLINE),
+    (libc::SOL_SOCKET, libc::SO_LINGER),
+    (libc::SOL_SOCKET, libc::SO_RCVTIMEO),
+    (libc::SOL_SOCKET, libc::SO_SNDTIMEO),
+    (libc::SOL_SOCKET, libc::SO_RCVLOWAT),
     (libc::IPPROTO_TCP, libc::TCP_NODELAY),
+    (libc::IPPROTO_TCP, libc::TCP_CORK),
     (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
+    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
+    (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT),
+    (libc::IPPROTO_TCP, libc::TCP_LINGER2),
+    (libc::IPPROTO_TCP, libc::TCP_CONGESTION),
+    (libc::IPPROTO_IP, libc::IP_TOS),
+    (libc::IPPROTO_IP, libc::IP_TTL),
     (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
+    (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
 ];
+/// The longest of them, the name of a congestion control.
+const LONGEST_OPTION: usize = 16;
+/// Which buffer sizes were set by the program: bit 0 that of sending, bit 1 of receiving.
+const SO_BUF_LOCK: i32 = 72;
 
 /// Unix sockets of the tree, by inode, to find the two ends of each pair.
 #[derive(Default)]
@@ -28,7 +49,11 @@ pub struct Peers {
     /// By inode, as sock_diag(7) tells.
     known: Option<BTreeMap<u64, Known>>,
     objects: BTreeMap<u64, usize>,
+    pub connections: Connections,
 }
+
+/// A socket, and what waits in it to be read.
+pub type WithQueue = (Socket, Vec<Waiting>);
 
 impl Peers {
     /// Describes one socket, or refuses it by name.
@@ -38,10 +63,11 @@ impl Peers {
         inode: u64,
         object: usize,
         what: &str,
-    ) -> Result<Socket, DumpError> {
+    ) -> Result<WithQueue, DumpError> {
+        let mut queue = Vec::new();
         let doing = || format!("reading the socket that is {what}");
         let number = |level, name| {
-            option(fd, level, name)
+            option(fd, level, name, 4)
                 .map(|value| i32::from_ne_bytes(value.try_into().unwrap_or_default()))
                 .map_err(DumpError::errno(doing()))
         };
@@ -78,12 +104,12 @@ impl Peers {
                 if own.peer == 0 && kind != libc::SOCK_DGRAM && own.shutdown != 3 {
                     return refuse("a unix socket whose connection is not accepted yet".into());
                 }
-                socket.queue = unix_sockets::peek(fd, kind, what)?;
+                queue = unix_sockets::peek(fd, kind, what)?;
                 socket.shutdown = own.shutdown;
                 self.objects.insert(inode, object);
                 if own.peer != 0 && peer.peer != inode {
                     // A datagram socket whose peer hears others too.
-                    if !socket.queue.is_empty() {
+                    if !queue.is_empty() {
                         return refuse("a unix socket with datagrams not read yet".into());
                     }
                     socket.connected = remote;
@@ -99,10 +125,8 @@ impl Peers {
                 }
             }
             (_, libc::SOCK_STREAM, Some(remote)) => {
-                return refuse(format!(
-                    "an established TCP connection to {}",
-                    readable(&remote)
-                ));
+                socket.connected = remote;
+                self.connections.add(fd, inode, object, &mut socket, what)?;
             }
             (_, libc::SOCK_DGRAM, Some(remote)) => socket.connected = remote,
             (libc::AF_UNIX, _, None) => {
@@ -134,23 +158,11 @@ impl Peers {
                 i32::try_from(own.backlog).unwrap_or(i32::MAX)
             });
         }
-        for (level, name) in OPTIONS {
-            let fits = match level {
-                libc::IPPROTO_TCP => internet && kind == libc::SOCK_STREAM,
-                libc::IPPROTO_IPV6 => domain == libc::AF_INET6,
-                _ => true,
-            };
-            if fits
-                && let Ok(value) = option(fd, level, name)
-                && value.iter().any(|byte| *byte != 0)
-            {
-                socket.options.push((level, name, value));
-            }
-        }
-        Ok(socket)
+        socket.options = options(fd, &socket).map_err(DumpError::errno(doing()))?;
+        Ok((socket, queue))
     }
 
-    /// Checks that both ends of every connection are in the tree.
+    /// Checks that both ends of every connection of unix sockets are in the tree.
     pub fn pair(&self) -> Result<(), DumpError> {
         for inode in self.objects.keys() {
             let known = self.known.as_ref().and_then(|known| known.get(inode));
@@ -186,6 +198,7 @@ pub fn check_ports(objects: &[Object]) -> Result<(), DumpError> {
                 if socket.kind == libc::SOCK_STREAM
                     && matches!(socket.domain, libc::AF_INET | libc::AF_INET6)
                     && socket.listen.is_some() == listening
+                    && socket.connected.is_empty()
                     && !socket.address.is_empty() =>
             {
                 Some(port(&socket.address))
@@ -203,9 +216,42 @@ pub fn check_ports(objects: &[Object]) -> Result<(), DumpError> {
     Ok(())
 }
 
-fn option(fd: &OwnedFd, level: i32, name: i32) -> nix::Result<Vec<u8>> {
-    let mut value = vec![0u8; 4];
-    let mut length = 4;
+/// The options in which a socket differs from a fresh one.
+fn options(fd: &OwnedFd, socket: &Socket) -> nix::Result<Vec<(i32, i32, Vec<u8>)>> {
+    // SAFETY: takes numbers only, and gives a descriptor of our own.
+    let fresh = unsafe {
+        let close_on_exec = socket.kind | libc::SOCK_CLOEXEC;
+        let made = libc::socket(socket.domain, close_on_exec, socket.protocol);
+        OwnedFd::from_raw_fd(Errno::result(made)?)
+    };
+    let mut changed = Vec::new();
+    for (level, name) in OPTIONS {
+        // A level or an option may not be this kind's.
+        if let Ok(value) = option(fd, level, name, LONGEST_OPTION)
+            && option(&fresh, level, name, LONGEST_OPTION).is_ok_and(|usual| usual != value)
+        {
+            changed.push((level, name, value));
+        }
+    }
+    let locked = option(fd, libc::SOL_SOCKET, SO_BUF_LOCK, 4).unwrap_or_default();
+    for (bit, asked, set) in [
+        (1, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE),
+        (2, libc::SO_RCVBUF, libc::SO_RCVBUFFORCE),
+    ] {
+        if locked.first().is_some_and(|locked| locked & bit != 0) {
+            let size = option(fd, libc::SOL_SOCKET, asked, 4)?;
+            // The kernel doubles what is set.
+            let half = i32::from_ne_bytes(size.try_into().unwrap_or_default()) / 2;
+            changed.push((libc::SOL_SOCKET, set, half.to_ne_bytes().to_vec()));
+        }
+    }
+    Ok(changed)
+}
+
+/// Reads an option of at most `room` bytes.
+pub fn option(fd: &OwnedFd, level: i32, name: i32, room: usize) -> nix::Result<Vec<u8>> {
+    let mut value = vec![0u8; room];
+    let mut length = room as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` bytes to `value`.
     let result = unsafe {
         libc::getsockopt(
@@ -217,7 +263,28 @@ fn option(fd: &OwnedFd, level: i32, name: i32) -> nix::Result<Vec<u8>> {
         )
     };
     Errno::result(result)?;
+    value.truncate(length as usize);
     Ok(value)
+}
+
+pub fn set_option(fd: &OwnedFd, level: i32, name: i32, value: &[u8]) -> nix::Result<()> {
+    let length = value.len() as libc::socklen_t;
+    // SAFETY: the kernel reads `length` bytes of `value`.
+    let result =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), length) };
+    Errno::result(result).map(|_| ())
+}
+
+/// What poll(2) says at once of input, ends and errors.
+pub fn poll(fd: &OwnedFd) -> nix::Result<i16> {
+    let mut poll = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN | libc::POLLRDHUP,
+        revents: 0,
+    };
+    // SAFETY: one entry, which outlives the call.
+    Errno::result(unsafe { libc::poll(&raw mut poll, 1, 0) })?;
+    Ok(poll.revents)
 }
 
 type NameCall = unsafe extern "C" fn(i32, *mut libc::sockaddr, *mut libc::socklen_t) -> libc::c_int;
@@ -238,7 +305,7 @@ fn port(address: &[u8]) -> u16 {
         .map_or(0, |bytes| u16::from_be_bytes([bytes[0], bytes[1]]))
 }
 
-fn readable(address: &[u8]) -> String {
+pub fn readable(address: &[u8]) -> String {
     match address {
         [2, 0, _, _, a, b, c, d, ..] => format!("{a}.{b}.{c}.{d}:{}", port(address)),
         [10, 0, _, _, _, _, _, _, host @ ..] if host.len() >= 16 => {
@@ -254,19 +321,9 @@ fn backlog(fd: &OwnedFd, what: &str) -> Result<i32, DumpError> {
     // struct tcp_info: for a listener tcpi_unacked is the queue's length and tcpi_sacked its limit.
     const UNACKED: usize = 24;
     const SACKED: usize = 28;
-    let mut info = [0u8; 232];
-    let mut length = 232;
-    // SAFETY: the kernel writes at most `length` bytes to `info`.
-    let result = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            info.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    };
-    Errno::result(result).map_err(DumpError::errno(format!("reading {what}")))?;
+    let mut info = option(fd, libc::IPPROTO_TCP, libc::TCP_INFO, 232)
+        .map_err(DumpError::errno(format!("reading {what}")))?;
+    info.resize(232, 0);
     let word = |at: usize| i32::from_ne_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]);
     if word(UNACKED) > 0 {
         return Err(DumpError::Refused(format!(
@@ -287,24 +344,27 @@ mod tests {
         let port_wanted = listener.local_addr().unwrap().port();
         let socket = Peers::default()
             .read(&listener.into(), 1, 0, "descriptor 3")
-            .unwrap();
+            .unwrap()
+            .0;
         assert_eq!(port(&socket.address), port_wanted);
         assert_eq!(socket.listen, Some(128));
     }
 
     #[test]
-    fn an_established_connection_is_refused_by_its_address() {
+    fn a_connection_with_one_end_is_refused_by_its_address() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let stream = std::net::TcpStream::connect(address).unwrap();
-        let err = Peers::default()
-            .read(&stream.into(), 1, 0, "descriptor 3")
-            .unwrap_err();
-        assert!(
-            err.to_string()
-                .contains(&format!("connection to {address}")),
-            "{err}"
-        );
+        let _other = listener.accept().unwrap();
+        let mut peers = Peers::default();
+        let read = peers.read(&stream.into(), 1, 0, "descriptor 3");
+        let mut objects = [Object {
+            flags: 2,
+            kind: ObjectKind::Socket(read.unwrap().0),
+        }];
+        let err = peers.connections.finish(&mut objects).unwrap_err();
+        let expected = format!("connection to {address} outside of the function");
+        assert!(err.to_string().contains(&expected), "{err}");
     }
 
     #[test]
@@ -319,7 +379,7 @@ mod tests {
         let mut peers = Peers::default();
         let objects = [listener.into(), OwnedFd::from(accepted)].map(|fd| Object {
             flags: 2,
-            kind: ObjectKind::Socket(peers.read(&fd, 1, 0, "descriptor 3").unwrap()),
+            kind: ObjectKind::Socket(peers.read(&fd, 1, 0, "descriptor 3").unwrap().0),
         });
         let err = check_ports(&objects).unwrap_err().to_string();
         assert!(err.contains("TCP connection"), "{err}");
@@ -337,8 +397,8 @@ mod tests {
         };
         let (a, b) = (OwnedFd::from(a), OwnedFd::from(b));
         let mut peers = Peers::default();
-        let first = peers.read(&a, inode(&a), 0, "a").unwrap().pair.unwrap();
-        let second = peers.read(&b, inode(&b), 1, "b").unwrap().pair.unwrap();
+        let first = peers.read(&a, inode(&a), 0, "a").unwrap().0.pair.unwrap();
+        let second = peers.read(&b, inode(&b), 1, "b").unwrap().0.pair.unwrap();
         assert_eq!(first.0, second.0);
         assert_ne!(first.1, second.1);
     }

@@ -1,4 +1,5 @@
-//! SysV shared memory and semaphores of the sandbox's IPC namespace (sysvipc(7)), attached or not.
+//! SysV shared memory, attached or not, semaphores and message queues of the sandbox's IPC namespace
+//! (sysvipc(7)).
 //!
 //! What cannot be seen from outside is lost: who used one last and when, and what SEM_UNDO would undo.
 
@@ -10,7 +11,7 @@ use nix::sched::CloneFlags;
 
 use super::memory_objects::mapped_file;
 use super::{DumpError, proc_text};
-use crate::manifest::SemaphoreSet;
+use crate::manifest::{MessageQueue, QueueMessage, SemaphoreSet};
 
 /// Bits of a segment's mode in /proc/sysvipc/shm (shmctl(2)).
 const SHM_DEST: u32 = 0o1000;
@@ -66,9 +67,6 @@ pub fn segments() -> Result<Vec<Segment>, DumpError> {
 
 /// The semaphores of the namespace that this thread is in.
 pub fn semaphores() -> Result<Vec<SemaphoreSet>, DumpError> {
-    if table("msg")?.next().is_some() {
-        return Err(DumpError::Refused("it has SysV message queues".into()));
-    }
     let mut all = Vec::new();
     for line in table("sem")? {
         // key semid perms nsems uid gid cuid cgid
@@ -88,6 +86,51 @@ pub fn semaphores() -> Result<Vec<SemaphoreSet>, DumpError> {
         });
     }
     Ok(all)
+}
+
+/// The message queues of the namespace that this thread is in.
+pub fn message_queues() -> Result<Vec<MessageQueue>, DumpError> {
+    let mut all = Vec::new();
+    for line in table("msg")? {
+        // key msqid perms cbytes qnum lspid lrpid uid gid
+        let (id, count) = (line.number(1)? as i32, line.number(4)?);
+        let doing = || DumpError::errno(format!("reading SysV message queue {id}"));
+        // SAFETY: IPC_STAT writes a msqid_ds, for which all zeroes are a value.
+        let about = unsafe {
+            let mut about: libc::msqid_ds = std::mem::zeroed();
+            Errno::result(libc::msgctl(id, libc::IPC_STAT, &raw mut about)).map_err(doing())?;
+            about
+        };
+        let mut messages = Vec::new();
+        for index in 0..count {
+            messages.push(message(id, index, line.number(3)? as usize).map_err(doing())?);
+        }
+        all.push(MessageQueue {
+            id,
+            key: line.number(0)? as i32,
+            mode: line.octal(2)? & 0o777,
+            uid: line.number(7)? as u32,
+            gid: line.number(8)? as u32,
+            room: about.msg_qbytes,
+            messages,
+        });
+    }
+    Ok(all)
+}
+
+/// Copies a message, at most `room` bytes of it, and leaves it where it is.
+fn message(id: i32, index: i64, room: usize) -> nix::Result<QueueMessage> {
+    // struct msgbuf: the type, then the text.
+    let mut buffer = vec![0u8; 8 + room];
+    let how = libc::MSG_COPY | libc::IPC_NOWAIT;
+    // SAFETY: the kernel writes the type and at most `room` bytes.
+    let got = unsafe { libc::msgrcv(id, buffer.as_mut_ptr().cast(), room, index, how) };
+    let length = Errno::result(got)?.unsigned_abs();
+    let kind = buffer.first_chunk().copied().unwrap_or_default();
+    Ok(QueueMessage {
+        kind: i64::from_ne_bytes(kind),
+        text: buffer[8..8 + length].to_vec(),
+    })
 }
 
 /// Reaches the file of a segment by attaching it for a moment.

@@ -24,6 +24,23 @@ const PTRACE_PEEKSIGINFO_SHARED: u32 = 1;
 const PTRACE_O_SUSPEND_SECCOMP: i32 = 1 << 21;
 const NT_X86_XSTATE: usize = 0x202;
 
+/// Calls that a stop ends with EINTR (signal(7)), receiving ones where they have a timeout.
+const TOLD_BY_EINTR: [i64; 11] = [
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_semop,
+    libc::SYS_semtimedop,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_read,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+];
+/// ERESTARTNOHAND (kernel: include/linux/errno.h).
+const RESTART_WITHOUT_HANDLER: i64 = -514;
+
 /// A thread held by ptrace, as it was when it stopped.
 #[derive(Debug)]
 pub struct Tracee {
@@ -62,12 +79,38 @@ impl Tracee {
         let registers = ptrace::getregs(tid)?;
         let mut blocked = 0u64;
         request(PTRACE_GETSIGMASK, tid, 8, (&raw mut blocked).cast())?;
-        Ok(Some(Self {
+        let mut stopped = Self {
             tid,
             registers,
             blocked,
             disturbed: false,
-        }))
+        };
+        stopped.forget_interruption()?;
+        Ok(Some(stopped))
+    }
+
+    /// Some calls tell of a stop by EINTR, though they have done nothing. Where it is the dump's stop
+    /// alone, the call is made again, by the kernel or in a restored thread.
+    fn forget_interruption(&mut self) -> io::Result<()> {
+        let call = self.registers.orig_rax as i64;
+        let interrupted = self.registers.rax as i64 == -i64::from(libc::EINTR);
+        if !interrupted || !TOLD_BY_EINTR.contains(&call) {
+            return Ok(());
+        }
+        for shared in [false, true] {
+            for info in self.pending(shared)? {
+                let number = info
+                    .first_chunk()
+                    .map_or(0, |bytes| i32::from_ne_bytes(*bytes));
+                let bit = 1u64.checked_shl(number.wrapping_sub(1) as u32).unwrap_or(0);
+                if bit & !self.blocked != 0 {
+                    return Ok(());
+                }
+            }
+        }
+        self.registers.rax = RESTART_WITHOUT_HANDLER as u64;
+        self.disturbed = true;
+        Ok(())
     }
 
     #[must_use]
@@ -111,12 +154,7 @@ impl Tracee {
         // ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK (kernel: include/linux/errno.h).
         // The last one's state lives in the kernel and is lost; the original call with its relative
         // timeout is made again.
-        // semop(2) is never made again by the kernel, though it has done nothing.
-        let semop = matches!(r.orig_rax as i64, libc::SYS_semop | libc::SYS_semtimedop);
-        if r.orig_rax as i64 >= 0
-            && (matches!(r.rax as i64, -512 | -513 | -514 | -516)
-                || semop && r.rax as i64 == -i64::from(libc::EINTR))
-        {
+        if r.orig_rax as i64 >= 0 && matches!(r.rax as i64, -512 | -513 | -514 | -516) {
             registers.rax = r.orig_rax;
             registers.rip = r.rip.wrapping_sub(2);
         }

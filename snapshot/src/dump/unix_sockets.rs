@@ -1,7 +1,7 @@
 //! Unix sockets: their peers, and what waits in them to be read.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -25,53 +25,65 @@ const MOST_QUEUED: usize = 16 << 20;
 /// Longest datagram.
 const LONGEST: usize = 4 << 20;
 
-/// Copies what waits in a connected socket without taking it: one piece for each record, or all of a
-/// stream as one.
-pub fn peek(fd: &OwnedFd, kind: i32, what: &str) -> Result<Vec<Vec<u8>>, DumpError> {
+/// What waits in a socket, with the descriptors that come with it.
+#[derive(Debug, Default)]
+pub struct Waiting {
+    pub data: Vec<u8>,
+    pub rights: Vec<OwnedFd>,
+}
+
+/// Copies what waits in a connected socket without taking it: one piece for each record; of a stream
+/// all that is between descriptors.
+pub fn peek(fd: &OwnedFd, kind: i32, what: &str) -> Result<Vec<Waiting>, DumpError> {
     let mut queued: i32 = 0;
     // SAFETY: FIONREAD writes one int.
     let asked = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut queued) };
     Errno::result(asked).map_err(DumpError::errno(format!("reading {what}")))?;
-    if queued == 0 && kind != libc::SOCK_DGRAM {
+    let polled = super::sockets::poll(fd).map_err(DumpError::errno(format!("reading {what}")))?;
+    // A record may be empty; without any, an end would be told, or an error lost.
+    let empty_record = kind != libc::SOCK_STREAM && polled == libc::POLLIN;
+    if queued == 0 && !empty_record {
         return Ok(Vec::new());
     }
     let before = peek_offset(fd).map_err(DumpError::errno(format!("reading {what}")))?;
     set_peek_offset(fd, 0).map_err(DumpError::errno(format!("reading {what}")))?;
     let records = peek_all(fd, kind, queued as usize, what);
     set_peek_offset(fd, before).map_err(DumpError::errno(format!("leaving {what} as it was")))?;
-    let records = records?;
-    if kind == libc::SOCK_STREAM {
-        return Ok(vec![records.concat()]);
-    }
-    Ok(records)
+    records
 }
 
-fn peek_all(fd: &OwnedFd, kind: i32, queued: usize, what: &str) -> Result<Vec<Vec<u8>>, DumpError> {
-    let mut records: Vec<Vec<u8>> = Vec::new();
+fn peek_all(fd: &OwnedFd, kind: i32, queued: usize, what: &str) -> Result<Vec<Waiting>, DumpError> {
+    let mut records: Vec<Waiting> = Vec::new();
     let mut total = 0;
     let stream = kind == libc::SOCK_STREAM;
     let mut buffer = vec![0u8; if stream { queued } else { LONGEST }];
     while !stream || total < queued {
-        let Some((length, control)) =
-            peek_one(fd, &mut buffer).map_err(DumpError::errno(format!("reading {what}")))?
-        else {
+        let Some((length, rights)) = peek_one(fd, &mut buffer, what)? else {
             break;
         };
-        if control {
-            return Err(DumpError::Refused(format!(
-                "{what} is a unix socket in which descriptors wait to be received"
-            )));
-        }
-        if length == 0 && kind != libc::SOCK_DGRAM {
+        if length == 0 && rights.is_empty() && kind != libc::SOCK_DGRAM && total >= queued {
             break;
         }
-        total += length;
-        if length > buffer.len() || total > MOST_QUEUED {
+        if length > buffer.len() || total + length > MOST_QUEUED {
             return Err(DumpError::Refused(format!(
                 "{what} is a unix socket with more than {MOST_QUEUED} bytes not read yet"
             )));
         }
-        records.push(buffer[..length].to_vec());
+        let mut data = buffer[..length].to_vec();
+        if stream && !rights.is_empty() {
+            let doing = format!("looking for the descriptors in {what}");
+            let plain = without_rights(fd, total, length).map_err(DumpError::errno(doing))?;
+            let rest = data.split_off(plain);
+            if plain > 0 {
+                records.push(Waiting {
+                    data,
+                    rights: Vec::new(),
+                });
+            }
+            data = rest;
+        }
+        total += length;
+        records.push(Waiting { data, rights });
     }
     if stream && total < queued {
         return Err(DumpError::Refused(format!(
@@ -81,31 +93,109 @@ fn peek_all(fd: &OwnedFd, kind: i32, queued: usize, what: &str) -> Result<Vec<Ve
     Ok(records)
 }
 
-/// The next record, or the next part of a stream, and whether descriptors come with it.
-fn peek_one(fd: &OwnedFd, buffer: &mut [u8]) -> nix::Result<Option<(usize, bool)>> {
-    let mut part = libc::iovec {
+/// How many bytes of a piece of a stream, `length` at offset `from`, lie before those with which
+/// descriptors were sent: a read ends with these, but it may begin earlier.
+fn without_rights(fd: &OwnedFd, from: usize, length: usize) -> nix::Result<usize> {
+    set_peek_offset(fd, from as i32)?;
+    // The kernel copies what was sent at once as a whole. The last byte has no place to be copied to,
+    // so what it was sent with is left out.
+    let mut buffer = vec![0u8; length - 1];
+    let mut parts = [
+        libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        },
+        libc::iovec {
+            iov_base: std::ptr::without_provenance_mut(1),
+            iov_len: 1,
+        },
+    ];
+    let plain = match receive(fd, &mut parts, &mut []) {
+        Ok(got) => got.map_or(0, |(plain, ..)| plain),
+        Err(Errno::EFAULT) => 0,
+        Err(errno) => return Err(errno),
+    };
+    set_peek_offset(fd, (from + length) as i32)?;
+    Ok(plain.min(length))
+}
+
+/// The next record, or the next part of a stream, and the descriptors that come with it.
+fn peek_one(
+    fd: &OwnedFd,
+    buffer: &mut [u8],
+    what: &str,
+) -> Result<Option<(usize, Vec<OwnedFd>)>, DumpError> {
+    let mut control = [0u64; 256];
+    let part = libc::iovec {
         iov_base: buffer.as_mut_ptr().cast(),
         iov_len: buffer.len(),
     };
+    let got = receive(fd, &mut [part], &mut control);
+    let Some((length, flags, filled)) = got.map_err(DumpError::errno(format!("reading {what}")))?
+    else {
+        return Ok(None);
+    };
+    let mut rights = Vec::new();
+    let mut other = flags & libc::MSG_CTRUNC != 0;
+    let bytes: Vec<u8> = control.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let mut messages = &bytes[..filled.min(bytes.len())];
+    // struct cmsghdr: length with itself, level, type.
+    while let Some(head) = messages.first_chunk::<16>() {
+        let length = u64::from_ne_bytes(*head.first_chunk().unwrap_or(&[0; 8])) as usize;
+        let level_and_type = [libc::SOL_SOCKET, libc::SCM_RIGHTS].map(i32::to_ne_bytes);
+        let Some(data) = messages.get(16..length) else {
+            break;
+        };
+        if head[8..] == level_and_type.concat() {
+            for number in data.chunks_exact(4) {
+                let number = i32::from_ne_bytes([number[0], number[1], number[2], number[3]]);
+                // SAFETY: the kernel has just made this descriptor for this call.
+                rights.push(unsafe { OwnedFd::from_raw_fd(number) });
+            }
+        } else {
+            other = true;
+        }
+        messages = messages
+            .get(length.next_multiple_of(8)..)
+            .unwrap_or_default();
+    }
+    if other {
+        return Err(DumpError::Refused(format!(
+            "{what} is a unix socket in which messages wait with what the kernel tells about their \
+             sender (SO_PASSCRED and the like)"
+        )));
+    }
+    Ok(Some((length, rights)))
+}
+
+/// Peeks without waiting: length, flags, and bytes of control data.
+fn receive(
+    fd: &OwnedFd,
+    parts: &mut [libc::iovec],
+    control: &mut [u64],
+) -> nix::Result<Option<(usize, i32, usize)>> {
     // SAFETY: all zeroes is an empty message.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    let how = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_TRUNC;
-    // SAFETY: writes at most the buffer's length; without room for control data descriptors are not
-    // received but only told of (MSG_CTRUNC).
+    message.msg_iov = parts.as_mut_ptr();
+    message.msg_iovlen = parts.len();
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(control);
+    let how = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_TRUNC | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: writes at most the lengths of parts and control; to an address that is not mapped the
+    // kernel does not write but fails.
     let got = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, how) };
     match Errno::result(got) {
         Ok(got) => Ok(Some((
             got.unsigned_abs(),
-            message.msg_flags & libc::MSG_CTRUNC != 0,
+            message.msg_flags,
+            message.msg_controllen,
         ))),
         Err(Errno::EAGAIN) => Ok(None),
         Err(errno) => Err(errno),
     }
 }
 
-fn peek_offset(fd: &OwnedFd) -> nix::Result<i32> {
+pub fn peek_offset(fd: &OwnedFd) -> nix::Result<i32> {
     let (mut value, mut length) = (0i32, 4);
     // SAFETY: writes one int.
     let result = unsafe {
@@ -120,7 +210,7 @@ fn peek_offset(fd: &OwnedFd) -> nix::Result<i32> {
     Errno::result(result).map(|_| value)
 }
 
-fn set_peek_offset(fd: &OwnedFd, value: i32) -> nix::Result<()> {
+pub fn set_peek_offset(fd: &OwnedFd, value: i32) -> nix::Result<()> {
     // SAFETY: reads one int.
     let result = unsafe {
         libc::setsockopt(

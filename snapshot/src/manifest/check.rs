@@ -6,7 +6,7 @@ use nix::libc;
 
 use super::{
     ADDRESS_END, MCL_FUTURE, MCL_ONFAULT, Manifest, ManifestError, ObjectKind, PAGE, Process,
-    file_lock, memory_object, socket_file,
+    file_lock, memory_object, message_queue, queued, socket_file,
 };
 use crate::lineage::Lineage;
 
@@ -96,6 +96,8 @@ impl Manifest {
         memory_object::check(self)?;
         file_lock::check(self)?;
         socket_file::check(self)?;
+        queued::check(self)?;
+        message_queue::check(self)?;
         Lineage::of(self).map_err(|what| ManifestError::Invalid { what })?;
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Open files: made by the tree's root for everyone, then put in place by each process.
 
+mod connections;
 mod fifo;
 mod file_locks;
 
@@ -42,6 +43,8 @@ pub fn make(
     program: &mut Program,
 ) -> Result<(), PlanError> {
     let mut pairs: BTreeMap<u64, [Option<usize>; 2]> = BTreeMap::new();
+    // Before anybody listens at their addresses.
+    connections::make(manifest, control, region, program);
     for (index, object) in manifest.objects.iter().enumerate() {
         let at = place(control, index);
         let flags = u64::from(object.flags);
@@ -134,6 +137,7 @@ pub fn make(
                 program.call(libc::SYS_inotify_init1, [nonblocking]).into(0);
                 move_to(at, program);
             }
+            ObjectKind::Socket(socket) if socket.is_connection() => {}
             ObjectKind::Socket(socket) => match socket.pair {
                 Some((pair, side)) => {
                     pairs.entry(pair).or_default()[side as usize & 1] = Some(index);
@@ -154,10 +158,21 @@ pub fn make(
             connect(socket, place(control, index), region, program);
         }
     }
-    for ends in pairs.values() {
-        make_pair(manifest, *ends, control, region, program)?;
-    }
+    connections::finish(manifest, control, region, program);
     fifo::make(manifest, control, region, program);
+    // What is passed has to be there before.
+    let holds_rights = |ends: &[Option<usize>; 2]| {
+        ends.iter()
+            .flatten()
+            .any(|end| match &manifest.objects[*end].kind {
+                ObjectKind::Socket(socket) => socket.holds_rights(),
+                _ => false,
+            })
+    };
+    let (last, first): (Vec<_>, Vec<_>) = pairs.into_values().partition(holds_rights);
+    for ends in first.into_iter().chain(last) {
+        make_pair(manifest, ends, control, region, program)?;
+    }
     file_locks::of_open_files(manifest, control, region, program);
     Ok(())
 }
@@ -183,25 +198,20 @@ fn make_socket(
         )
         .into(0);
     move_to(at, program);
-    let set = |level: i32, name: i32, value: &[u8], region: &mut Region, program: &mut Program| {
-        let bytes = region.put(value, 8);
-        let args = [at, level as u64, name as u64, bytes, value.len() as u64];
-        program.call(libc::SYS_setsockopt, args);
-    };
-    for (level, name, value) in &socket.options {
-        set(*level, *name, value, region, program);
-    }
+    sockets::set_options(socket, at, &[], region, program);
     let internet = matches!(socket.domain, libc::AF_INET | libc::AF_INET6);
     let reuse = (libc::SOL_SOCKET, libc::SO_REUSEADDR);
     let had_reuse = socket
         .options
         .iter()
         .any(|(level, name, _)| (*level, *name) == reuse);
+    let borrows = internet && !had_reuse && !socket.address.is_empty();
     if !socket.address.is_empty() {
         program.about(region.sentence(format!("binding to {}", describe(&socket.address))));
-        if internet && !had_reuse {
-            // What a connection of the sandbox's last function left in TIME_WAIT must not matter.
-            set(reuse.0, reuse.1, &1i32.to_ne_bytes(), region, program);
+        if borrows {
+            // Connections at this port must not matter: the tree's own, and those that the sandbox's
+            // last function left in TIME_WAIT.
+            sockets::set(at, reuse, &1i32.to_ne_bytes(), region, program);
         }
         if socket.domain == libc::AF_UNIX && socket.address.get(2).is_some_and(|byte| *byte != 0) {
             // The socket's file is part of the file system; a new socket needs the name free.
@@ -213,12 +223,12 @@ fn make_socket(
         let address = region.put(&socket.address, 8);
         program.call(libc::SYS_bind, [at, address, socket.address.len() as u64]);
         sockets::give_file(socket, region, program);
-        if internet && !had_reuse {
-            set(reuse.0, reuse.1, &0i32.to_ne_bytes(), region, program);
-        }
     }
     if let Some(backlog) = socket.listen {
         program.call(libc::SYS_listen, [at, backlog as u64]);
+    }
+    if borrows {
+        sockets::set(at, reuse, &0i32.to_ne_bytes(), region, program);
     }
     if internet {
         connect(socket, at, region, program);
@@ -306,7 +316,7 @@ fn make_pair(
             for (slot, end) in [0, 1].into_iter().zip(ends) {
                 if let Some(ObjectKind::Socket(socket)) = end.map(|end| &manifest.objects[end].kind)
                 {
-                    sockets::fill(socket, 1 - slot, region, program);
+                    sockets::fill(socket, 1 - slot, control, region, program);
                 }
             }
             for (slot, end) in [0, 1].into_iter().zip(ends) {
@@ -323,6 +333,9 @@ fn make_pair(
             let at = place(control, end);
             let flags = manifest.objects[end].flags & SETTABLE;
             program.call(libc::SYS_dup3, [0, at, 0]).from(0, slot);
+            if let ObjectKind::Socket(socket) = &manifest.objects[end].kind {
+                sockets::set_options(socket, at, &[], region, program);
+            }
             if flags != 0 {
                 program.call(
                     libc::SYS_fcntl,

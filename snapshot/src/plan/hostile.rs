@@ -8,9 +8,9 @@ use super::Plan;
 use super::skeleton::Fill;
 use super::tests::sample;
 use crate::manifest::{
-    EpollTarget, FileLock, LockHolder, Manifest, MemoryKind, MemoryObject, Object, ObjectKind,
-    PosixTimer, SemaphoreSet, SignalAction, Socket, SocketFile, TmpfsEntry, TmpfsKind, Watch,
-    Zombie,
+    EpollTarget, FileLock, LockHolder, Manifest, MemoryKind, MemoryObject, MessageQueue, Object,
+    ObjectKind, PosixTimer, QueueMessage, Queued, SemaphoreSet, SignalAction, Socket, SocketFile,
+    TmpfsEntry, TmpfsKind, Watch, Zombie,
 };
 
 const INPUTS: u64 = 200_000;
@@ -44,7 +44,24 @@ fn rich() -> Manifest {
             listen: None,
             options: Vec::new(),
             pair: Some((9, side)),
-            queue: vec![vec![7; 5]],
+            queue: vec![Queued {
+                data: vec![7; 5],
+                rights: vec![0, 2],
+            }],
+            ..socket.clone()
+        })
+    };
+    let connection = |side: u8| {
+        let address = |port| vec![2, 0, 31, port, 127, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0];
+        ObjectKind::Socket(Socket {
+            address: address(side),
+            connected: address(1 - side),
+            listen: None,
+            pair: Some((11, u32::from(side))),
+            queue: vec![Queued {
+                data: vec![8; 9],
+                rights: Vec::new(),
+            }],
             ..socket.clone()
         })
     };
@@ -61,6 +78,8 @@ fn rich() -> Manifest {
         end(true),
         pair(0),
         pair(1),
+        connection(0),
+        connection(1),
         ObjectKind::Socket(socket.clone()),
         ObjectKind::Socket(Socket {
             domain: 1,
@@ -124,6 +143,18 @@ fn rich() -> Manifest {
         uid: 0,
         gid: 0,
         values: vec![1, 2],
+    });
+    manifest.message_queues.push(MessageQueue {
+        id: 3,
+        key: 4,
+        mode: 0o600,
+        uid: 1,
+        gid: 1,
+        room: 16_384,
+        messages: vec![QueueMessage {
+            kind: 5,
+            text: vec![6; 7],
+        }],
     });
     let root = manifest.processes[0].pid;
     manifest.zombies.push(Zombie {
@@ -250,13 +281,36 @@ fn a_huge_mapping_is_planned_at_once() {
 #[test]
 fn references_to_nothing_are_refused() {
     type Change = fn(&mut Manifest);
-    let changes: [(&str, Change); 6] = [
+    let changes: [(&str, Change); 8] = [
         ("standard stream 3", |m| {
             m.objects[0].kind = ObjectKind::Stdio(3);
         }),
         ("seccomp filters", |m| m.filters = vec![Vec::new(); 9000]),
         ("resource limits", |m| {
             m.processes[0].limits = vec![(0, 0); 17];
+        }),
+        ("was killed by signal 11 and leads the session", |m| {
+            m.zombies.push(Zombie {
+                pid: 77,
+                parent: 0,
+                group: 77,
+                session: 77,
+                uid: 0,
+                status: 11,
+            });
+            let orphan = &mut m.processes[1];
+            (orphan.parent, orphan.group, orphan.session) = (None, 77, 77);
+        }),
+        ("SysV message queue -1", |m| {
+            m.message_queues.push(MessageQueue {
+                id: -1,
+                key: 0,
+                mode: 0,
+                uid: 0,
+                gid: 0,
+                room: 0,
+                messages: Vec::new(),
+            });
         }),
         ("main thread", |m| m.processes[0].threads[0].tid = 9),
         ("thread 2", |m| {

@@ -9,32 +9,13 @@ use super::PlanError;
 use super::layout::Way;
 use super::process::{Tree, Words, program_of};
 use super::region::{Program, Region};
-use crate::lineage::{Kin, Lineage, Role};
+use crate::lineage::{Kin, Lineage, Role, dies_alone};
 use crate::manifest::{Manifest, Zombie};
 
 /// Queued at a group's leader by each that enters the group; it must not end before, nor go on.
 const JOINED: u64 = 63;
 /// How long it waits for that, in seconds.
 const PATIENCE: u64 = 10;
-
-/// Signals that would leave a core, and have everyone who shares the memory stopped for it.
-const CORE_SIGNALS: [i32; 10] = [
-    libc::SIGQUIT,
-    libc::SIGILL,
-    libc::SIGTRAP,
-    libc::SIGABRT,
-    libc::SIGBUS,
-    libc::SIGFPE,
-    libc::SIGSEGV,
-    libc::SIGXCPU,
-    libc::SIGXFSZ,
-    libc::SIGSYS,
-];
-
-/// Whether a zombie has to be made with an address space of its own.
-pub fn dies_alone(zombie: &Zombie) -> bool {
-    CORE_SIGNALS.contains(&zombie.status)
-}
 
 /// Gives each stand-in without a number one that nobody in the tree has, and finds one for the
 /// process between clone and root.
@@ -149,12 +130,6 @@ fn make(
             ),
             Role::Zombie(zombie) => {
                 let zombie = &tree.manifest.zombies[zombie];
-                if dies_alone(zombie) && lineage.made_by(child).next().is_some() {
-                    return Err(PlanError::Unsupported(format!(
-                        "process {pid} was killed by signal {} and leads the session of orphans",
-                        zombie.status
-                    )));
-                }
                 let its = end_of(child, Some(zombie), tree, words, region)?;
                 (its, !dies_alone(zombie))
             }

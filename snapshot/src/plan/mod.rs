@@ -79,7 +79,7 @@ pub struct Plan {
     pub processes: usize,
     /// Pid of the root in the sandbox.
     pub root_pid: i32,
-    /// The root's, which it inherits from the clone.
+    /// The lowest of the tree's processes, which inherit it from the clone.
     pub oom_score_adj: i32,
     /// Where the zygote holds the stored pages of each process.
     pub stored: Vec<Stored>,
@@ -217,7 +217,7 @@ impl Plan {
             sentences,
             processes: manifest.processes.len(),
             root_pid: manifest.processes[0].pid,
-            oom_score_adj: manifest.processes[0].oom_score_adj,
+            oom_score_adj: process::lowest_oom_score_adj(manifest),
             stored: stored(manifest, &placement),
             file_pages: file_pages(manifest, &placement),
             tables: programs.tables,

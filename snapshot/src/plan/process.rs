@@ -10,7 +10,7 @@ use super::region::{Program, Region};
 use super::shared::{Shared, When};
 use super::skeleton::{self, Fill};
 use super::{PlanError, credentials, files, generation, lineage, memory, thread, timers};
-use crate::lineage::Role;
+use crate::lineage::{Role, dies_alone};
 use crate::manifest::{Manifest, PAGE, Process};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
@@ -55,6 +55,7 @@ pub struct Tree<'a> {
 #[derive(Debug)]
 pub struct Own {
     limits: Vec<(u64, u64)>,
+    core_filter: u32,
     capabilities: u64,
     /// The kernel takes a process into the time namespace of its children when it executes a program
     /// (fs/exec.c, exec_task_namespaces; from 6.2).
@@ -78,7 +79,7 @@ impl Tree<'_> {
         (0..kin.len())
             .filter(|index| match kin[*index].role {
                 Role::Process(process) => self.way(process) == Way::Loaded,
-                Role::Zombie(zombie) => !lineage::dies_alone(&self.manifest.zombies[zombie]),
+                Role::Zombie(zombie) => !dies_alone(&self.manifest.zombies[zombie]),
                 Role::StandIn => true,
             })
             .filter(|index| self.placement.host(*index) == host)
@@ -273,6 +274,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     program.verb(verb::MARK, [mark::MEMORY]);
     files::install(manifest, process, control, region, program);
     program.verb(verb::MARK, [mark::FILES]);
+    adjust(index, tree, region, program);
     settle(process, &tree.own.limits, region, program);
 
     let shared = credentials::share_filters(&process.threads);
@@ -397,6 +399,48 @@ fn advise_about_forks(process: &Process, region: &mut Region, program: &mut Prog
     }
 }
 
+/// What a process tells the kernel through files of /proc.
+fn adjust(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
+    let (process, processes) = (tree.process(index), &tree.manifest.processes);
+    let pid = process.pid;
+    let mut write = |name: &str, text: String| {
+        program.about(region.sentence(format!("setting {name} of process {pid}")));
+        let path = region.put_text(&format!("/proc/self/{name}"));
+        let (here, write_only) = (libc::AT_FDCWD as u64, libc::O_WRONLY as u64);
+        program
+            .call(libc::SYS_openat, [here, path, write_only, 0])
+            .into(0);
+        let (bytes, length) = (region.put(text.as_bytes(), 1), text.len() as u64);
+        program
+            .call(libc::SYS_write, [0, bytes, length])
+            .from(0, 0)
+            .exactly(length);
+        program.call(libc::SYS_close, [0]).from(0, 0);
+    };
+    if process.core_filter != tree.own.core_filter {
+        write("coredump_filter", format!("{:#x}", process.core_filter));
+    }
+    if process.oom_score_adj != lowest_oom_score_adj(tree.manifest) {
+        write("oom_score_adj", process.oom_score_adj.to_string());
+    }
+    // One of a session speaks for all of it.
+    let first = processes
+        .iter()
+        .position(|other| other.session == process.session);
+    if process.autogroup != 0 && first == Some(index) {
+        write("autogroup", process.autogroup.to_string());
+    }
+}
+
+/// What everyone inherits: raising it takes no capability.
+pub fn lowest_oom_score_adj(manifest: &Manifest) -> i32 {
+    let processes = manifest.processes.iter();
+    processes
+        .map(|process| process.oom_score_adj)
+        .min()
+        .unwrap_or(0)
+}
+
 /// What a process has once: signal actions, timers, limits, working directory.
 fn settle(
     process: &Process,
@@ -484,6 +528,10 @@ impl Own {
             .ok_or_else(|| PlanError::Unsupported("/proc does not tell capabilities".into()))?;
         Ok(Self {
             limits: own_limits(),
+            core_filter: std::fs::read_to_string("/proc/self/coredump_filter")
+                .ok()
+                .and_then(|text| u32::from_str_radix(text.trim(), 16).ok())
+                .ok_or_else(|| PlanError::Unsupported("/proc tells no core dump filter".into()))?,
             capabilities,
             exec_enters_clock: kernel_is_from(6, 2),
             chosen_timers: crate::dump::timers::ids_can_be_chosen(),

@@ -9,45 +9,103 @@ use crate::manifest::{Manifest, ObjectKind, Socket};
 const ROOM: usize = 64 << 10;
 /// The value that gives a fresh socket's room: the kernel doubles it.
 const FRESH: u64 = 106_496;
+/// Which buffer sizes were set by the program.
+const SO_BUF_LOCK: i32 = 72;
 
 /// Puts what waited at an end there again, sent from the other, in slot `from`.
-pub fn fill(socket: &Socket, from: u8, region: &mut Region, program: &mut Program) {
+pub fn fill(socket: &Socket, from: u8, control: u64, region: &mut Region, program: &mut Program) {
     if socket.queue.is_empty() {
         return;
     }
-    let bytes: usize = socket.queue.iter().map(Vec::len).sum();
-    program.about(region.sentence(format!("putting {bytes} bytes into a unix socket")));
-    let room = |value: u64, region: &mut Region, program: &mut Program| {
+    let bytes: usize = socket.queue.iter().map(|one| one.data.len()).sum();
+    program.about(region.sentence(format!("putting {bytes} bytes into a socket")));
+    let set = |name: i32, value: u64, region: &mut Region, program: &mut Program| {
         let value = region.put_words(&[value]);
-        let (level, name) = (libc::SOL_SOCKET as u64, libc::SO_SNDBUFFORCE as u64);
+        let (level, name) = (libc::SOL_SOCKET as u64, name as u64);
         program
             .call(libc::SYS_setsockopt, [0, level, name, value, 4])
-            .from(0, from);
+            .from(0, from)
+            .or_not();
     };
     let more = bytes + socket.queue.len() * 1024 > ROOM;
     if more {
         let enough = bytes * 2 + socket.queue.len() * 4096;
-        room(enough as u64, region, program);
+        set(libc::SO_SNDBUFFORCE, enough as u64, region, program);
     }
     for record in &socket.queue {
-        let data = region.put(record, 8);
-        let length = record.len() as u64;
+        let data = region.put(&record.data, 8);
+        let length = record.data.len() as u64;
         let at_once = libc::MSG_DONTWAIT as u64;
-        program
-            .call(libc::SYS_sendto, [0, data, length, at_once, 0, 0])
-            .from(0, from)
-            .exactly(length);
+        if record.rights.is_empty() {
+            program.call(libc::SYS_sendto, [0, data, length, at_once, 0, 0]);
+        } else {
+            let message = with_rights(&record.rights, (data, length), control, region);
+            program.call(libc::SYS_sendmsg, [0, message, at_once]);
+        }
+        program.from(0, from).exactly(length);
     }
     if more {
-        room(FRESH, region, program);
+        if socket.domain == libc::AF_UNIX {
+            set(libc::SO_SNDBUFFORCE, FRESH, region, program);
+        }
+        // The size was not the program's choice; kernels before 5.14 need not know.
+        set(SO_BUF_LOCK, 0, region, program);
     }
+}
+
+/// A `struct msghdr` that passes open files with bytes; its address.
+fn with_rights(
+    rights: &[usize],
+    (data, length): (u64, u64),
+    control: u64,
+    region: &mut Region,
+) -> u64 {
+    let part = region.put_words(&[data, length]);
+    // struct cmsghdr: length with itself, level, type; then the descriptors.
+    let size = 16 + 4 * rights.len() as u64;
+    let mut head = size.to_ne_bytes().to_vec();
+    head.extend(libc::SOL_SOCKET.to_ne_bytes());
+    head.extend(libc::SCM_RIGHTS.to_ne_bytes());
+    for object in rights {
+        head.extend((super::files::place(control, *object) as i32).to_ne_bytes());
+    }
+    let head = region.put(&head, 8);
+    // Name and its length, parts and their number, control data and its length, flags.
+    region.put_words(&[0, 0, part, 1, head, size, 0])
+}
+
+/// Sets the options in which a socket differed from a fresh one, but those `left` for later.
+pub fn set_options(
+    socket: &Socket,
+    at: u64,
+    left: &[(i32, i32)],
+    region: &mut Region,
+    program: &mut Program,
+) {
+    for (level, name, value) in &socket.options {
+        if !left.contains(&(*level, *name)) {
+            set(at, (*level, *name), value, region, program);
+        }
+    }
+}
+
+pub fn set(
+    at: u64,
+    (level, name): (i32, i32),
+    value: &[u8],
+    region: &mut Region,
+    program: &mut Program,
+) {
+    let bytes = region.put(value, 8);
+    let args = [at, level as u64, name as u64, bytes, value.len() as u64];
+    program.call(libc::SYS_setsockopt, args);
 }
 
 /// Shuts down the end in `slot` as it was.
 pub fn shut(socket: &Socket, slot: u8, region: &mut Region, program: &mut Program) {
     for (bit, how) in [(1, libc::SHUT_RD), (2, libc::SHUT_WR)] {
         if socket.shutdown & bit != 0 {
-            program.about(region.sentence("shutting down a unix socket".into()));
+            program.about(region.sentence("shutting down a socket".into()));
             program
                 .call(libc::SYS_shutdown, [0, how as u64])
                 .from(0, slot);

@@ -1,4 +1,4 @@
-//! SysV shared memory and semaphores, made by the tree's root in the sandbox's IPC namespace with the
+//! SysV shared memory, semaphores and message queues, made by the tree's root in the sandbox's IPC namespace with the
 //! ids that they had.
 
 use nix::libc;
@@ -6,7 +6,7 @@ use trenv_restorer::wire::fd;
 
 use super::process::Tree;
 use super::region::{Program, Region};
-use crate::manifest::{Manifest, Mapping, MemoryKind};
+use crate::manifest::{Manifest, Mapping, MemoryKind, MessageQueue};
 
 /// fsconfig(2).
 const FSCONFIG_CMD_CREATE: u64 = 6;
@@ -32,7 +32,8 @@ pub fn make(
             _ => None,
         })
         .collect();
-    if segments.is_empty() && manifest.semaphores.is_empty() {
+    let none = manifest.semaphores.is_empty() && manifest.message_queues.is_empty();
+    if segments.is_empty() && none {
         return;
     }
     // The sandbox's own /proc/sys may not be written to.
@@ -89,7 +90,32 @@ pub fn make(
         let owner = (set.uid, set.gid, set.mode);
         give(libc::SYS_semctl, set.id, owner, region, program);
     }
+    for queue in &manifest.message_queues {
+        make_queue(queue, region, program);
+    }
     program.call(libc::SYS_close, [0]).from(0, PROC);
+}
+
+fn make_queue(queue: &MessageQueue, region: &mut Region, program: &mut Program) {
+    let id = queue.id as u64;
+    program.about(region.sentence(format!("making SysV message queue {id}")));
+    choose("msg", queue.id, region, program);
+    let how = (NEW as u32 | queue.mode) as u64;
+    let key = u64::from(queue.key as u32);
+    program.call(libc::SYS_msgget, [key, how]).exactly(id);
+    // struct msqid64_ds: ipc64_perm of 48 bytes, three times, then bytes, messages, most bytes.
+    let mut wanted = permissions(queue.uid, queue.gid, queue.mode);
+    wanted[88..96].copy_from_slice(&queue.room.to_ne_bytes());
+    let wanted = region.put(&wanted, 8);
+    let set = libc::IPC_SET as u64;
+    program.call(libc::SYS_msgctl, [id, set, wanted]);
+    for message in &queue.messages {
+        let mut bytes = message.kind.to_ne_bytes().to_vec();
+        bytes.extend(&message.text);
+        let (at, length) = (region.put(&bytes, 8), message.text.len() as u64);
+        let at_once = libc::IPC_NOWAIT as u64;
+        program.call(libc::SYS_msgsnd, [id, at, length, at_once]);
+    }
 }
 
 /// Maps a segment into a process.
@@ -138,16 +164,20 @@ fn give(
     if (uid, gid) == (0, 0) {
         return;
     }
-    // struct ipc64_perm begins shmid64_ds and semid64_ds: key, uid, gid, cuid, cgid, mode.
-    let mut bytes: Vec<u8> = [0, uid, gid, 0, 0, mode]
-        .iter()
-        .flat_map(|word: &u32| word.to_ne_bytes())
-        .collect();
-    bytes.resize(256, 0);
+    let bytes = permissions(uid, gid, mode);
     let wanted = region.put(&bytes, 8);
     let (id, set) = (id as u64, libc::IPC_SET as u64);
     match call {
         libc::SYS_semctl => program.call(call, [id, 0, set, wanted]),
         _ => program.call(call, [id, set, wanted]),
     };
+}
+
+/// What a `struct shmid64_ds`, `semid64_ds` or `msqid64_ds` begins with, and zeroes.
+fn permissions(uid: u32, gid: u32, mode: u32) -> Vec<u8> {
+    // struct ipc64_perm: key, uid, gid, cuid, cgid, mode.
+    let words = [0, uid, gid, 0, 0, mode];
+    let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    bytes.resize(256, 0);
+    bytes
 }

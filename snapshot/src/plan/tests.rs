@@ -53,6 +53,8 @@ fn process(pid: i32, parent: Option<usize>, own: Vec<Mapping>) -> Process {
         habits: crate::manifest::Habits::default(),
         subreaper: 0,
         oom_score_adj: 0,
+        core_filter: 0x33,
+        autogroup: 0,
         threads: vec![Thread {
             tid: pid,
             name: "x".into(),
@@ -111,6 +113,7 @@ pub fn sample() -> (Manifest, Vec<Extent>) {
         memory: shared::sample::objects(),
         locks: Vec::new(),
         semaphores: Vec::new(),
+        message_queues: Vec::new(),
         tmpfs: Vec::new(),
         filters: vec![vec![6]],
     };

@@ -194,6 +194,11 @@ impl Bed {
 
     /// Dumps an instance; where it is refused, the instance goes on.
     pub fn try_dump(&self, instance: &Instance) -> Made<Dumped> {
+        Self::dump_to(&self.pool, instance)
+    }
+
+    /// Dumps an instance into a pool.
+    pub fn dump_to(pool: &Pool, instance: &Instance) -> Made<Dumped> {
         let mut tree = children(instance.root);
         tree.extend(children(instance.init));
         while let Some(pid) = tree.pop() {
@@ -209,7 +214,7 @@ impl Bed {
         };
         Ok(dump(
             &request,
-            self.pool.begin(&format!("test {}", instance.root))?,
+            pool.begin(&format!("test {}", instance.root))?,
         )?)
     }
 
@@ -358,18 +363,26 @@ impl Instance {
 
     /// Writes to port 8080, from inside the sandbox's network namespace, and reads until the end.
     pub fn talk(&self, request: &str) -> Made<String> {
-        let (init, request) = (self.init, request.to_owned());
-        let asked = std::thread::spawn(move || -> std::io::Result<String> {
+        let mut stream = self.connect()?;
+        stream.write_all(request.as_bytes())?;
+        let mut answer = String::new();
+        std::io::Read::read_to_string(&mut stream, &mut answer)?;
+        Ok(answer)
+    }
+
+    /// Connects to port 8080 from inside the sandbox's network namespace.
+    pub fn connect(&self) -> Made<std::net::TcpStream> {
+        let init = self.init;
+        let connected = std::thread::spawn(move || -> std::io::Result<std::net::TcpStream> {
             let network = File::open(format!("/proc/{init}/ns/net"))?;
             nix::sched::setns(&network, nix::sched::CloneFlags::CLONE_NEWNET)?;
-            let mut stream = std::net::TcpStream::connect("127.0.0.1:8080")?;
+            let stream = std::net::TcpStream::connect("127.0.0.1:8080")?;
             stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-            stream.write_all(request.as_bytes())?;
-            let mut answer = String::new();
-            std::io::Read::read_to_string(&mut stream, &mut answer)?;
-            Ok(answer)
+            Ok(stream)
         });
-        Ok(asked.join().map_err(|_| "the asking thread failed")??)
+        Ok(connected
+            .join()
+            .map_err(|_| "the connecting thread failed")??)
     }
 }
 

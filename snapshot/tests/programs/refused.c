@@ -1,6 +1,5 @@
 // Brings itself into the state that its argument names, then answers each line with that name.
 #define _GNU_SOURCE
-#include <arpa/inet.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
@@ -8,27 +7,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/inotify.h>
-#include <sys/msg.h>
 #include <sys/shm.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
-static int tcp(void) {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
-    socklen_t length = sizeof address;
-    int listener = socket(AF_INET, SOCK_STREAM, 0), client = socket(AF_INET, SOCK_STREAM, 0);
-    if (bind(listener, (void *)&address, length) || listen(listener, 1)) return -1;
-    getsockname(listener, (void *)&address, &length);
-    if (connect(client, (void *)&address, length)) return -1;
-    return accept(listener, 0, 0);
-}
-
 int main(int count, char **arguments) {
     const char *state = count > 1 ? arguments[1] : "";
     int failed = 0;
-    if (!strcmp(state, "tcp")) failed = tcp() < 0;
     char here[300];
     snprintf(here, sizeof here, "%.250s-%d", arguments[0], getpid());
     if (!strcmp(state, "hard-link")) {
@@ -45,7 +31,6 @@ int main(int count, char **arguments) {
         int id = shmget(IPC_PRIVATE, 4096, 0600);
         failed = shmat(id, 0, 0) == (void *)-1 || shmctl(id, IPC_RMID, 0);
     }
-    if (!strcmp(state, "queue")) failed = msgget(IPC_PRIVATE, 0600) < 0;
     if (!strcmp(state, "lease"))
         failed = fcntl(open(here, O_RDONLY | O_CREAT, 0600), F_SETLEASE, F_RDLCK);
     if (!strcmp(state, "timer")) {

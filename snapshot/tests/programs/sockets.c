@@ -1,5 +1,5 @@
 // Unix sockets in every state of connection. "check" answers with the number of those that are right.
-// Argument: a directory of its own; "rights", "waiting" as second for what is refused.
+// Argument: a directory of its own; "waiting" as second for what is refused.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -59,15 +59,6 @@ int main(int count, char **arguments) {
     write(half[0], "last words", 10), shutdown(half[0], SHUT_WR);
     write(gone[0], "farewell", 8), close(gone[0]);
     if (!strcmp(state, "waiting")) connected(SOCK_STREAM, "stream");
-    if (!strcmp(state, "rights")) {
-        union { char room[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control = {0};
-        struct iovec part = {"f", 1};
-        struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
-        struct cmsghdr *head = CMSG_FIRSTHDR(&message);
-        *head = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
-        memcpy(CMSG_DATA(head), &(int){1}, sizeof(int));
-        if (sendmsg(half[1], &message, 0) != 1) return 5;
-    }
     char line[64];
     while (read(0, line, sizeof line) > 0) {
         if (strncmp(line, "check", 5)) {

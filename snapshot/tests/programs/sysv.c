@@ -1,6 +1,6 @@
 // A parent and a child with SysV shared memory and semaphores: a segment with a key, one without
-// that the child attaches read-only too, one that nobody has attached, and two sets of semaphores,
-// at one of which the child waits. Ids are no first ones. Each line makes both add one to a counter;
+// that the child attaches read-only too, one that nobody has attached, two sets of semaphores, at one
+// of which the child waits, and two queues with messages. Ids are no first ones. Each line makes both add one to a counter;
 // the answer is "COUNT ok", or what is wrong.
 #define _GNU_SOURCE
 #include <errno.h>
@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ipc.h>
+#include <sys/msg.h>
 #include <sys/sem.h>
 #include <sys/shm.h>
 #include <unistd.h>
@@ -15,8 +16,16 @@
 #define CHECK(what) do { if (!(what)) return #what; } while (0)
 enum { PAGE = 4096, KEY = 0x7e41 };
 
-static int keyed, plain, alone, turns, values;
+static int keyed, plain, alone, turns, values, queue, small;
+struct message { long kind; char text[300]; };
 static char *shared, *other;
+
+static const char *fill(struct message *big) {
+    struct message none = {.kind = 7}, one = {.kind = 4, .text = "one"}, other = {.kind = 4, .text = "other"};
+    CHECK(!msgsnd(queue, big, 300, 0) && !msgsnd(queue, &one, 3, 0));
+    CHECK(!msgsnd(queue, &none, 0, 0) && !msgsnd(queue, &other, 5, 0));
+    return 0;
+}
 
 static const char *look(void) {
     struct shmid_ds about;
@@ -31,7 +40,22 @@ static const char *look(void) {
     CHECK(at != (void *)-1 && !strcmp(at, "alone") && !shmdt(at));
     CHECK(!semctl(values, 0, GETALL, got) && got[0] == 3 && got[1] == 0 && got[2] == 300);
     CHECK(!semctl(values, 0, IPC_STAT, &set) && set.sem_nsems == 3 && set.sem_perm.gid == 13);
-    return 0;
+    struct msqid_ds about_queue;
+    CHECK(msgget(KEY, 0) == queue && !msgctl(queue, IPC_STAT, &about_queue));
+    CHECK(about_queue.msg_qnum == 4 && about_queue.msg_cbytes == 300 + 3 + 0 + 5);
+    CHECK(!msgctl(small, IPC_STAT, &about_queue) && about_queue.msg_qbytes == 64 && about_queue.msg_qnum == 0);
+    CHECK(about_queue.msg_perm.uid == 12 && (about_queue.msg_perm.mode & 0777) == 0620);
+    // By their order, and by their kinds; each goes back to where it was.
+    struct message big = {0}, none = {0}, one = {0};
+    CHECK(msgrcv(queue, &big, sizeof big.text, 0, IPC_NOWAIT) == 300 && big.kind == 9 && big.text[299] == 'b');
+    CHECK(msgrcv(queue, &one, sizeof one.text, 0, IPC_NOWAIT) == 3 && one.kind == 4 && !memcmp(one.text, "one", 3));
+    CHECK(!msgsnd(queue, &one, 3, 0));
+    CHECK(msgrcv(queue, &none, sizeof none.text, 7, IPC_NOWAIT) == 0 && none.kind == 7);
+    CHECK(msgrcv(queue, &one, sizeof one.text, -8, IPC_NOWAIT) == 5 && one.kind == 4 && !memcmp(one.text, "other", 5));
+    CHECK(!msgsnd(queue, &one, 5, 0));
+    CHECK(msgrcv(queue, &one, sizeof one.text, 0, IPC_NOWAIT) == 3 && !memcmp(one.text, "one", 3));
+    CHECK(msgrcv(queue, &one, sizeof one.text, 0, IPC_NOWAIT) == 5 && !memcmp(one.text, "other", 5));
+    return fill(&big);
 }
 
 static int change(int which, int by) {
@@ -55,12 +79,18 @@ int main(int argc, char **argv) {
     for (int i = 0; i < 3; i++) {
         shmctl(shmget(IPC_PRIVATE, PAGE, 0600), IPC_RMID, 0);
         semctl(semget(IPC_PRIVATE, 1, 0600), 0, IPC_RMID);
+        msgctl(msgget(IPC_PRIVATE, 0600), IPC_RMID, 0);
     }
     keyed = shmget(KEY, 3 * PAGE + 5, IPC_CREAT | 0600);
     plain = shmget(IPC_PRIVATE, 64 * PAGE, 0600);
     alone = shmget(IPC_PRIVATE, PAGE, 0600);
     turns = semget(IPC_PRIVATE, 2, 0600);
     values = semget(KEY, 3, IPC_CREAT | 0644);
+    queue = msgget(KEY, IPC_CREAT | 0600), small = msgget(IPC_PRIVATE, 0600);
+    struct message big = {.kind = 9};
+    memset(big.text, 'b', sizeof big.text);
+    struct msqid_ds about_small = {.msg_qbytes = 64, .msg_perm = {.uid = 12, .mode = 0620}};
+    if (fill(&big) || msgctl(small, IPC_SET, &about_small)) return 4;
     unsigned short first[3] = {3, 0, 300};
     semctl(values, 0, SETALL, first);
     struct shmid_ds about = {.shm_perm = {.uid = 12, .mode = 0640}};
