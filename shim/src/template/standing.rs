@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Instant;
 
 use trenv_pool::TemplateReader;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
@@ -21,6 +22,10 @@ pub struct Standing {
     pub zygote_cgroup: TenancyCgroup,
     pub limits: Mutex<Limits>,
     pub seats: Mutex<Vec<Arc<Seat>>>,
+    /// All that were made, those of tenancies too.
+    pub made: Mutex<Vec<Weak<Seat>>>,
+    /// When a start last began.
+    pub last_used: Mutex<Instant>,
     /// Held while seats are made ready.
     pub filling: Mutex<()>,
     /// Roots mounted ahead, by the mounts they were made of.
@@ -69,6 +74,27 @@ impl Standing {
     pub fn prepared(&self) -> usize {
         let seats = lock(&self.seats);
         seats.iter().filter(|seat| seat.is_prepared()).count()
+    }
+
+    /// Notes a new seat.
+    pub fn note(&self, seat: &Arc<Seat>) {
+        let mut made = lock(&self.made);
+        made.retain(|seat| seat.strong_count() > 0);
+        made.push(Arc::downgrade(seat));
+    }
+
+    /// Whether a seat's clones come from this zygote, and not from one that stood here before.
+    pub fn made_seat(&self, seat: &Seat) -> bool {
+        seat.starts_by(&self.method)
+    }
+
+    /// Memory that goes when this ends; what instances share with the zygote stays theirs.
+    pub fn held_bytes(&self) -> u64 {
+        let charged = self.zygote_cgroup.stats().map(|stats| stats.memory_bytes);
+        // Without a memory controller the kernel tells nothing of a group.
+        let zygote = charged.ok().filter(|bytes| *bytes > 0);
+        let zygote = zygote.or_else(|| self.method.zygote().resident_bytes().ok());
+        zygote.unwrap_or(0) + self.method.held_bytes()
     }
 
     /// Ends the zygote and its seats, whoever still holds this.
