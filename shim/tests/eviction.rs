@@ -7,6 +7,8 @@ mod support;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use support::service::{Service, Template, seated, start_request};
 use support::{Containerd, TRENV, containerd_with, hierarchies};
 
@@ -35,6 +37,15 @@ fn counted(log: &Path, name: &str) -> u32 {
         last = words[1].parse().unwrap();
     }
     last
+}
+
+/// Pid 1 of a sandbox.
+fn init_of(containerd: &Containerd, sandbox: &str) -> Pid {
+    let list = containerd.ctr(&["task", "ls"]);
+    let mut lines = list.lines().map(str::split_whitespace);
+    let mut words = lines.find(|words| words.clone().next() == Some(sandbox));
+    let pid = words.as_mut().and_then(|words| words.nth(1));
+    Pid::from_raw(pid.unwrap().parse().unwrap())
 }
 
 /// Three functions as templates, and as many idle sandboxes.
@@ -224,6 +235,32 @@ fn without_memory_nothing_is_kept_and_every_start_is_right() {
     stage.containerd.until("all are evicted", none);
     let logs = stage.containerd.logs();
     assert!(logs.contains("MiB of memory are available"), "{logs}");
+    stage.end();
+}
+
+#[test]
+fn a_template_stays_while_a_start_from_it_is_under_way() {
+    let settings = format!("[template]\nmemory_floor = {}\n", 1u64 << 60);
+    let Some(stage) = Stage::new("evictuse", &settings) else {
+        return;
+    };
+    let init = init_of(&stage.containerd, NAMES[0]);
+    // The start waits for pid 1 once it has its seat, and before it needs a clone.
+    kill(init, Signal::SIGSTOP).unwrap();
+    std::thread::scope(|scope| {
+        let start = scope.spawn(|| stage.start(0, "ann-held", ""));
+        let stands = || stage.standing() == ["ann"];
+        stage.containerd.until("the zygote is built", stands);
+        // Meanwhile memory is looked at, and found wanting.
+        stage.turn(1, "bob-passes", "");
+        let bob_gone = || stage.standing() == ["ann"];
+        stage.containerd.until("the other is evicted", bob_gone);
+        kill(init, Signal::SIGCONT).unwrap();
+        start.join().unwrap();
+    });
+    let none = || stage.standing().is_empty();
+    stage.containerd.until("all are evicted", none);
+    stage.goes_on(0);
     stage.end();
 }
 
