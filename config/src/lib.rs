@@ -90,8 +90,6 @@ pub struct Template {
     /// Bytes of memory that shall stay available on the machine; below them zygotes are evicted. 0:
     /// they never are for that reason.
     pub memory_floor: u64,
-    /// Whether zygotes hold memory on huge pages where it fills them.
-    pub huge_pages: bool,
 }
 
 /// The REST service.
@@ -179,7 +177,6 @@ impl Default for Template {
         Self {
             memory_limit: 0,
             memory_floor: 256 << 20,
-            huge_pages: true,
         }
     }
 }

@@ -108,6 +108,14 @@ impl Templates {
             .map_err(ShimError::engine("look at the zygote"))
     }
 
+    /// How long the clones took that were made since this was asked last.
+    pub fn clone_times(&self, template: &TemplateRef) -> Vec<Duration> {
+        let standing = lock(&self.standing).get(template).cloned();
+        standing.map_or_else(Vec::new, |standing| {
+            lock(&standing.clone_times).drain(..).collect()
+        })
+    }
+
     /// A seat whose agent can clone the template, ready or made now; `true` when a clone waits in it.
     /// The template is not evicted before the claim is dropped.
     pub fn seat(
@@ -367,6 +375,7 @@ impl Templates {
                     limits: Mutex::new(limits.clone()),
                     seats: Mutex::default(),
                     made: Mutex::default(),
+                    clone_times: Mutex::default(),
                     last_used: Mutex::new(Instant::now()),
                     filling: Mutex::default(),
                     staged: Mutex::default(),
@@ -418,8 +427,12 @@ impl Templates {
                     self.make_seat(template, standing, &limits)?
                 }
             };
+            let begun = Instant::now();
             match seat.prepare() {
-                Ok(()) => lock(&standing.seats).push(seat),
+                Ok(()) => {
+                    standing.note_clone(begun.elapsed());
+                    lock(&standing.seats).push(seat);
+                }
                 Err(err) => {
                     // The first error is the one to report.
                     let _ = seat.remove();

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use trenv_pool::TemplateReader;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
@@ -15,6 +15,9 @@ use super::lock;
 use crate::reap::Unswept;
 use crate::sandbox::Seat;
 
+/// Times of clones that are kept until somebody asks.
+const CLONE_TIMES: usize = 256;
+
 /// A template whose zygote stands.
 pub struct Standing {
     /// What its start method needs once: its zygote above all.
@@ -24,6 +27,8 @@ pub struct Standing {
     pub seats: Mutex<Vec<Arc<Seat>>>,
     /// All that were made, those of tenancies too.
     pub made: Mutex<Vec<Weak<Seat>>>,
+    /// How long the clones took that were made lately, in order.
+    pub clone_times: Mutex<VecDeque<Duration>>,
     /// When a start last began.
     pub last_used: Mutex<Instant>,
     /// Held while seats are made ready.
@@ -81,6 +86,15 @@ impl Standing {
         let mut made = lock(&self.made);
         made.retain(|seat| seat.strong_count() > 0);
         made.push(Arc::downgrade(seat));
+    }
+
+    /// Notes how long a clone took to be made.
+    pub fn note_clone(&self, took: Duration) {
+        let mut times = lock(&self.clone_times);
+        if times.len() == CLONE_TIMES {
+            times.pop_front();
+        }
+        times.push_back(took);
     }
 
     /// Whether a seat's clones come from this zygote, and not from one that stood here before.
