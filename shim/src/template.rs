@@ -1,10 +1,10 @@
 //! Templates on this host: their zygotes, the seats kept ready for them, and dumps.
 //!
 //! A template's zygote is built by `Prepare` or at its first start, and stands until the template
-//! is deleted or replaced, or memory is short ([`eviction`]). Seats (a tenancy cgroup, with an agent and a clone of the zygote in it)
-//! are made off the call's path and used again after a tenancy, since moving a task between cgroups
-//! of version 1 takes long. Only as many seats as shall be ready have a clone, since a clone holds
-//! a copy of what calls write.
+//! is deleted or replaced, or memory is short ([`eviction`]). Seats (a tenancy cgroup, with an agent
+//! and a clone of the zygote in it) are made off the call's path and used again after a tenancy, since
+//! moving a task between cgroups of version 1 takes long. Only as many seats as shall be ready have a
+//! clone, since a clone holds a copy of what calls write.
 
 mod eviction;
 mod pressure;
@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use trenv_config::Config;
-use trenv_pool::{Pool, PoolError, PoolOptions, Source, TemplateId, TemplateReader};
+use trenv_pool::{Pool, PoolError, PoolOptions, TemplateId, TemplateReader};
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::{Mount, look_up, overlay_from_mounts};
 use trenv_snapshot::Fingerprint;
@@ -28,8 +28,8 @@ use trenv_snapshot::zygote::{ZygoteError, ZygoteRequest};
 use crate::error::{Result, ShimError, pool_error};
 use crate::reap::Unswept;
 use crate::sandbox::{Seat, TemplateRef, Tenancy};
-use eviction::Reason;
 pub use eviction::{Claim, guard_memory};
+use eviction::{Reason, bytes_of};
 use standing::Standing;
 
 /// Seats kept after tenancies have given them back.
@@ -548,13 +548,6 @@ fn is_gone(source: &(dyn std::error::Error + 'static)) -> bool {
         source.downcast_ref(),
         Some(ZygoteError::Gone | ZygoteError::Io { .. })
     )
-}
-
-/// Memory that a template's pages take in a zygote: the pool has equal ones once.
-fn bytes_of(template: &TemplateReader) -> u64 {
-    let extents = template.extents().iter();
-    let stored = extents.filter(|extent| extent.source != Source::Zero);
-    stored.map(|extent| extent.pages).sum::<u64>() * trenv_pool::PAGE_SIZE as u64
 }
 
 /// Whether a zygote ended while it was built: only the kernel, for want of memory, or somebody's

@@ -14,6 +14,8 @@ use std::fmt;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use trenv_pool::{Source, TemplateReader};
+
 use super::pressure::{Stalls, available};
 use super::standing::Standing;
 use super::{Templates, lock};
@@ -161,6 +163,13 @@ impl Standing {
             seat.leave_zygote();
         }
     }
+}
+
+/// Memory that a template's pages take in a zygote: the pool has equal ones once.
+pub fn bytes_of(template: &TemplateReader) -> u64 {
+    let extents = template.extents().iter();
+    let stored = extents.filter(|extent| extent.source != Source::Zero);
+    stored.map(|extent| extent.pages).sum::<u64>() * trenv_pool::PAGE_SIZE as u64
 }
 
 /// Evicts templates when memory gets short, for as long as the shim lives.
