@@ -31,6 +31,7 @@ pub struct Config {
     pub pool: Pool,
     pub network: Network,
     pub sandbox: Sandbox,
+    pub template: Template,
     pub provider: Provider,
 }
 
@@ -79,6 +80,18 @@ pub struct Sandbox {
     pub spare_agents: usize,
 }
 
+/// What the shim keeps of templates, to start functions from.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Template {
+    /// Bytes that the zygotes of a namespace, with what other start methods keep in memory, may take
+    /// together; 0: as many as there are.
+    pub memory_limit: u64,
+    /// Bytes of memory that shall stay available on the machine; below them zygotes are evicted. 0:
+    /// they never are for that reason.
+    pub memory_floor: u64,
+}
+
 /// The REST service.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -114,6 +127,7 @@ impl Default for Config {
             pool: Pool::default(),
             network: Network::default(),
             sandbox: Sandbox::default(),
+            template: Template::default(),
             provider: Provider::default(),
         }
     }
@@ -154,6 +168,15 @@ impl Default for Sandbox {
         Self {
             cgroup_parent: "trenv".into(),
             spare_agents: 2,
+        }
+    }
+}
+
+impl Default for Template {
+    fn default() -> Self {
+        Self {
+            memory_limit: 0,
+            memory_floor: 256 << 20,
         }
     }
 }

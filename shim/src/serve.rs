@@ -24,7 +24,7 @@ use crate::sandbox::Sandboxes;
 use crate::start::{LISTENER_FD, READY_FD};
 use crate::stdio::{Owner, Uris};
 use crate::task::{Container, TaskService, Tasks};
-use crate::{logging, reap, sandbox, start};
+use crate::{logging, reap, sandbox, start, template};
 
 /// After this long a promised container is not waited for any more.
 /// Connections that may wait to be accepted.
@@ -89,6 +89,7 @@ async fn serve(flags: &Flags, config: Config) -> anyhow::Result<Flock<File>> {
     // A closed log fifo or client must be an error to the writer, never a signal to the shim.
     let _ = signal(SignalKind::pipe())?;
     tokio::spawn(reap::sweep_orphans());
+    tokio::spawn(template::guard_memory(Arc::clone(&shim.sandboxes)));
 
     let mut server = server(&shim)?;
     server.start().await.context("Failed to serve")?;

@@ -1,11 +1,13 @@
 //! Templates on this host: their zygotes, the seats kept ready for them, and dumps.
 //!
 //! A template's zygote is built by `Prepare` or at its first start, and stands until the template
-//! is deleted or replaced. Seats (a tenancy cgroup, with an agent and a clone of the zygote in it)
-//! are made off the call's path and used again after a tenancy, since moving a task between cgroups
-//! of version 1 takes long. Only as many seats as shall be ready have a clone, since a clone holds
-//! a copy of what calls write.
+//! is deleted or replaced, or memory is short ([`eviction`]). Seats (a tenancy cgroup, with an agent
+//! and a clone of the zygote in it) are made off the call's path and used again after a tenancy, since
+//! moving a task between cgroups of version 1 takes long. Only as many seats as shall be ready have a
+//! clone, since a clone holds a copy of what calls write.
 
+mod eviction;
+mod pressure;
 mod standing;
 
 use std::collections::HashMap;
@@ -26,6 +28,8 @@ use trenv_snapshot::zygote::{ZygoteError, ZygoteRequest};
 use crate::error::{Result, ShimError, pool_error};
 use crate::reap::Unswept;
 use crate::sandbox::{Seat, TemplateRef, Tenancy};
+pub use eviction::{Claim, guard_memory};
+use eviction::{Reason, bytes_of};
 pub use standing::TenancyRoot;
 use standing::{Staged, Standing};
 
@@ -41,6 +45,8 @@ pub struct Templates {
     standing: Mutex<HashMap<TemplateRef, Arc<Standing>>>,
     /// Held while a zygote is built, so that none is built twice.
     building: Mutex<()>,
+    /// Held while templates are evicted.
+    evicting: Mutex<()>,
     next_seat: AtomicU64,
     /// Holds the roots that more than one tenancy may have; made with the first of them.
     keeper: Mutex<Option<Keeper>>,
@@ -54,6 +60,7 @@ impl Templates {
             pool: Mutex::default(),
             standing: Mutex::default(),
             building: Mutex::default(),
+            evicting: Mutex::default(),
             next_seat: AtomicU64::new(0),
             keeper: Mutex::default(),
         }
@@ -102,15 +109,26 @@ impl Templates {
             .map_err(ShimError::engine("look at the zygote"))
     }
 
+    /// How long the clones took that were made since this was asked last.
+    pub fn clone_times(&self, template: &TemplateRef) -> Vec<Duration> {
+        let standing = lock(&self.standing).get(template).cloned();
+        standing.map_or_else(Vec::new, |standing| {
+            lock(&standing.clone_times).drain(..).collect()
+        })
+    }
+
     /// A seat whose agent can clone the template, ready or made now; `true` when a clone waits in it.
+    /// The template is not evicted before the claim is dropped.
     pub fn seat(
         &self,
         template: TemplateRef,
         active: &[Mount],
         limits: &Limits,
-    ) -> Result<(Arc<Seat>, bool)> {
+    ) -> Result<(Arc<Seat>, bool, Claim)> {
         let rootfs = layers_only(active);
-        let standing = self.stand(template, &rootfs, limits, self.config.sandbox.spare_agents)?;
+        let mut standing =
+            self.stand(template, &rootfs, limits, self.config.sandbox.spare_agents)?;
+        *lock(&standing.last_used) = Instant::now();
         let (seat, was_ready) = match standing.take_living() {
             Some(found) => found,
             None => match self.make_seat(template, &standing, limits) {
@@ -122,14 +140,14 @@ impl Templates {
                     // Somebody killed the zygote: build it anew, once.
                     self.forget(template);
                     let wanted = standing.wanted.load(Ordering::Relaxed);
-                    let standing = self.stand(template, &rootfs, limits, wanted)?;
+                    standing = self.stand(template, &rootfs, limits, wanted)?;
                     (self.make_seat(template, &standing, limits)?, false)
                 }
                 Err(err) => return Err(err),
             },
         };
         seat.limit(limits)?;
-        Ok((seat, was_ready))
+        Ok((seat, was_ready, Claim::of(standing)))
     }
 
     /// Takes an empty seat back after a tenancy.
@@ -139,6 +157,7 @@ impl Templates {
             .template
             .and_then(|template| lock(&self.standing).get(&template).cloned());
         if let Some(standing) = standing
+            && standing.made_seat(&seat)
             && lock(&standing.seats).len() < SEATS_MAX.max(standing.wanted.load(Ordering::Relaxed))
             && seat
                 .cgroup
@@ -248,6 +267,8 @@ impl Templates {
             .seat
             .template
             .and_then(|template| lock(&self.standing).get(&template).cloned());
+        // Pages of another zygote would all be others.
+        let standing = standing.filter(|standing| standing.made_seat(&tenancy.seat));
         let Some(standing) = standing else { return };
         match standing.method.learn(&tenancy.restored) {
             Ok(false) => {}
@@ -331,7 +352,15 @@ impl Templates {
         if let Some(standing) = known() {
             return Ok(standing);
         }
-        let built = Arc::new(self.build(template, rootfs, limits, wanted)?);
+        let built = match self.build(template, rootfs, limits, wanted) {
+            Err(ShimError::Engine { source, .. })
+                if was_killed(source.as_ref()) && self.evict(&Reason::Unbuilt, false) =>
+            {
+                self.build(template, rootfs, limits, wanted)
+            }
+            built => built,
+        };
+        let built = Arc::new(built?);
         lock(&self.standing).insert(template, Arc::clone(&built));
         Ok(built)
     }
@@ -344,6 +373,7 @@ impl Templates {
         wanted: usize,
     ) -> Result<Standing> {
         let reader = self.reader(template)?;
+        self.make_room(bytes_of(&reader), false);
         let root =
             overlay_from_mounts(rootfs).map_err(ShimError::engine("mount the zygote's layers"))?;
         let number = self.next_seat.fetch_add(1, Ordering::Relaxed);
@@ -378,6 +408,9 @@ impl Templates {
                     zygote_cgroup: cgroup,
                     limits: Mutex::new(limits.clone()),
                     seats: Mutex::default(),
+                    made: Mutex::default(),
+                    clone_times: Mutex::default(),
+                    last_used: Mutex::new(Instant::now()),
                     filling: Mutex::default(),
                     staged: Mutex::default(),
                     wanted: AtomicUsize::new(wanted),
@@ -428,8 +461,12 @@ impl Templates {
                     self.make_seat(template, standing, &limits)?
                 }
             };
+            let begun = Instant::now();
             match seat.prepare() {
-                Ok(()) => lock(&standing.seats).push(seat),
+                Ok(()) => {
+                    standing.note_clone(begun.elapsed());
+                    lock(&standing.seats).push(seat);
+                }
                 Err(err) => {
                     // The first error is the one to report.
                     let _ = seat.remove();
@@ -463,7 +500,9 @@ impl Templates {
         let method = Arc::clone(&standing.method);
         let seat = Seat::with_agent(cgroup, template, method, limits.clone(), agent);
         seat.groups()?;
-        Ok(Arc::new(seat))
+        let seat = Arc::new(seat);
+        standing.note(&seat);
+        Ok(seat)
     }
 
     /// The template, prepared for whatever start method: a root serves all.
@@ -543,6 +582,12 @@ fn is_gone(source: &(dyn std::error::Error + 'static)) -> bool {
         source.downcast_ref(),
         Some(ZygoteError::Gone | ZygoteError::Io { .. })
     )
+}
+
+/// Whether a zygote ended while it was built: only the kernel, for want of memory, or somebody's
+/// signal ends one.
+fn was_killed(source: &(dyn std::error::Error + 'static)) -> bool {
+    matches!(source.downcast_ref(), Some(ZygoteError::Gone))
 }
 
 fn zygote_error(action: &'static str) -> impl FnOnce(ZygoteError) -> ShimError {

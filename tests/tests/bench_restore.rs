@@ -58,6 +58,7 @@ fn the_benchmark_measures_the_restore_and_leaves_nothing() -> anyhow::Result<()>
             "--pause-ms=50",
             "--concurrency=2",
             "--seconds=1",
+            "--attach=5",
         ],
     )?;
     let report: Value = serde_json::from_str(&text)?;
@@ -65,6 +66,8 @@ fn the_benchmark_measures_the_restore_and_leaves_nothing() -> anyhow::Result<()>
     assert_eq!(report["subject"]["threads"], 8, "{report:#}");
     let stored = report["subject"]["stored_bytes"].as_u64();
     assert!(stored >= Some(8 << 20), "{report:#}");
+    let made = report["attach"]["n"].as_u64();
+    assert!(made >= Some(5), "{report:#}");
     assert_eq!(report["single"]["repurpose"]["n"], 6, "{report:#}");
     for part in ["single", "saturation"] {
         let part = &report[part];

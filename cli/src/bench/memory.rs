@@ -124,6 +124,19 @@ pub fn holders(template: &str) -> anyhow::Result<Vec<i32>> {
         .collect())
 }
 
+/// What the largest of these processes has on huge pages.
+pub fn huge_kb(pids: &[i32]) -> u64 {
+    let rollups = pids
+        .iter()
+        .filter_map(|pid| Process::new(*pid).ok()?.smaps_rollup().ok());
+    let huge = rollups.map(|rollup| {
+        let maps = rollup.memory_map_rollup.into_iter();
+        let kb = maps.filter_map(|map| map.extension.map.get("AnonHugePages").copied());
+        kb.sum::<u64>() / 1024
+    });
+    huge.max().unwrap_or(0)
+}
+
 fn usage(process: &Process) -> Usage {
     let Ok(rollup) = process.smaps_rollup() else {
         return Usage::default();

@@ -22,7 +22,7 @@ use crate::error::{Result, ShimError};
 use crate::reap::Exit;
 use crate::runc::blocking;
 use crate::stdio::{self, Overflow, ProcessEnds};
-use crate::template::{TenancyRoot, start_error};
+use crate::template::{Claim, TenancyRoot, start_error};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 const DEADLINE_MAX: Duration = Duration::from_secs(300);
@@ -358,7 +358,7 @@ impl SandboxContainer {
         until: Instant,
     ) -> std::result::Result<(Steps, Tenancy, Option<Parked>), Failed> {
         let mut steps = Steps::default();
-        let seat = steps
+        let (seat, _claim) = steps
             .time("cgroup", || self.seat_for(plan))
             .map_err(Failed::Before)?;
         self.lock().seats.push(Arc::clone(&seat));
@@ -386,14 +386,14 @@ impl SandboxContainer {
         Ok((steps, tenancy, parked))
     }
 
-    fn seat_for(&self, plan: &Plan) -> Result<Arc<Seat>> {
+    fn seat_for(&self, plan: &Plan) -> Result<(Arc<Seat>, Claim)> {
         let templates = &self.all.templates;
         let template = templates.resolve(plan.template)?;
-        let (seat, prepared) = templates.seat(template, &plan.rootfs, &plan.limits)?;
+        let (seat, prepared, claim) = templates.seat(template, &plan.rootfs, &plan.limits)?;
         if !prepared {
             tracing::info!("No clone of {} waits: one is made now", template.id);
         }
-        Ok(seat)
+        Ok((seat, claim))
     }
 
     fn enter(&self, plan: &Plan) -> Result<(Option<KeptRoot>, Vec<(&'static str, Duration)>)> {

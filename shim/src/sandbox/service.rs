@@ -144,18 +144,21 @@ impl proto::Sandbox for SandboxService {
                 let limits = limits_of(request.limits.as_ref());
                 let seats = request.spares as usize;
                 let begun = std::time::Instant::now();
-                let resident_bytes = blocking(move || {
+                let (resident_bytes, clones) = blocking(move || {
                     let template = all.templates.resolve(template)?;
-                    all.templates.prepare(template, &rootfs, &limits, seats)
+                    let bytes = all.templates.prepare(template, &rootfs, &limits, seats)?;
+                    Ok((bytes, all.templates.clone_times(&template)))
                 })
                 .await?;
-                let took = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+                let step = |name: &str, took: Duration| proto::Step {
+                    name: name.into(),
+                    microseconds: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+                    ..proto::Step::default()
+                };
+                let whole = step("prepare", begun.elapsed());
+                let clones = clones.into_iter().map(|took| step("prepare.clone", took));
                 Ok(proto::PrepareResponse {
-                    steps: vec![proto::Step {
-                        name: "prepare".into(),
-                        microseconds: took,
-                        ..proto::Step::default()
-                    }],
+                    steps: std::iter::once(whole).chain(clones).collect(),
                     resident_bytes,
                     ..proto::PrepareResponse::default()
                 })

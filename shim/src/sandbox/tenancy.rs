@@ -97,6 +97,17 @@ impl Seat {
         lock(&self.agent).as_ref().is_some_and(Agent::lives)
     }
 
+    /// Whether its clones are made and started by this, and nothing that was built later.
+    pub fn starts_by(&self, method: &Arc<dyn StartMethod>) -> bool {
+        let own = self.method.as_ref();
+        own.is_some_and(|own| Arc::ptr_eq(own, method))
+    }
+
+    /// Ends the agent, and so its hold on the zygote's memory; the tenancy goes on.
+    pub fn leave_zygote(&self) {
+        drop(lock(&self.agent).take());
+    }
+
     /// Sets the tenancy's limits, unless the cgroup has them already.
     pub fn limit(&self, limits: &Limits) -> Result<()> {
         let mut known = lock(&self.limits);
@@ -193,9 +204,11 @@ impl Seat {
             .cgroup
             .pids()
             .map_err(ShimError::engine("list the tenancy's processes"))?;
+        // The pid of one that has been ended may come again.
+        let agent = self.agent_pid.filter(|_| lock(&self.agent).is_some());
         Ok(pids
             .into_iter()
-            .filter(|pid| Some(*pid) != self.agent_pid)
+            .filter(|pid| Some(*pid) != agent)
             .map(i32::cast_unsigned)
             .collect())
     }

@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
 
 use trenv_pool::TemplateReader;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
@@ -16,6 +17,8 @@ use crate::sandbox::Seat;
 
 /// Roots kept mounted for tenancies to come, for each template.
 const STAGED_MAX: usize = 8;
+/// Times of clones that are kept until somebody asks.
+const CLONE_TIMES: usize = 256;
 
 /// A template whose zygote stands.
 pub struct Standing {
@@ -24,6 +27,12 @@ pub struct Standing {
     pub zygote_cgroup: TenancyCgroup,
     pub limits: Mutex<Limits>,
     pub seats: Mutex<Vec<Arc<Seat>>>,
+    /// All that were made, those of tenancies too.
+    pub made: Mutex<Vec<Weak<Seat>>>,
+    /// How long the clones took that were made lately, in order.
+    pub clone_times: Mutex<VecDeque<Duration>>,
+    /// When a start last began.
+    pub last_used: Mutex<Instant>,
     /// Held while seats are made ready.
     pub filling: Mutex<()>,
     /// Roots mounted ahead.
@@ -104,6 +113,36 @@ impl Standing {
     pub fn prepared(&self) -> usize {
         let seats = lock(&self.seats);
         seats.iter().filter(|seat| seat.is_prepared()).count()
+    }
+
+    /// Notes a new seat.
+    pub fn note(&self, seat: &Arc<Seat>) {
+        let mut made = lock(&self.made);
+        made.retain(|seat| seat.strong_count() > 0);
+        made.push(Arc::downgrade(seat));
+    }
+
+    /// Notes how long a clone took to be made.
+    pub fn note_clone(&self, took: Duration) {
+        let mut times = lock(&self.clone_times);
+        if times.len() == CLONE_TIMES {
+            times.pop_front();
+        }
+        times.push_back(took);
+    }
+
+    /// Whether a seat's clones come from this zygote, and not from one that stood here before.
+    pub fn made_seat(&self, seat: &Seat) -> bool {
+        seat.starts_by(&self.method)
+    }
+
+    /// Memory that goes when this ends; what instances share with the zygote stays theirs.
+    pub fn held_bytes(&self) -> u64 {
+        let charged = self.zygote_cgroup.stats().map(|stats| stats.memory_bytes);
+        // Without a memory controller the kernel tells nothing of a group.
+        let zygote = charged.ok().filter(|bytes| *bytes > 0);
+        let zygote = zygote.or_else(|| self.method.zygote().resident_bytes().ok());
+        zygote.unwrap_or(0) + self.method.held_bytes()
     }
 
     /// Ends the zygote and its seats, whoever still holds this.

@@ -29,6 +29,11 @@ pub struct Containerd {
 
 /// `None`, with a loud line, where the machine cannot run these tests.
 pub fn containerd(name: &str) -> Option<Containerd> {
+    containerd_with(name, "")
+}
+
+/// The same, with more lines in trenv's configuration.
+pub fn containerd_with(name: &str, settings: &str) -> Option<Containerd> {
     let missing = if !nix::unistd::geteuid().is_root() {
         Some("root")
     } else {
@@ -40,7 +45,7 @@ pub fn containerd(name: &str) -> Option<Containerd> {
         eprintln!("SKIPPED: {name} needs {missing}");
         return None;
     }
-    Some(Containerd::start(name))
+    Some(Containerd::start(name, settings))
 }
 
 /// Where the workspace's binaries are.
@@ -65,7 +70,7 @@ fn run(command: &mut Command) -> String {
 }
 
 impl Containerd {
-    fn start(name: &str) -> Self {
+    fn start(name: &str, settings: &str) -> Self {
         let directory = TempDir::with_prefix("trenv-shim-").unwrap();
         let mut this = Self {
             directory,
@@ -75,7 +80,7 @@ impl Containerd {
         std::fs::create_dir(this.path("bin")).unwrap();
         let shim = env!("CARGO_BIN_EXE_containerd-shim-trenv-v2");
         std::os::unix::fs::symlink(shim, this.path("bin/containerd-shim-trenv-v2")).unwrap();
-        this.write_config();
+        this.write_config(settings);
         this.build_image();
         this.launch();
         this.ctr(&[
@@ -110,11 +115,11 @@ impl Containerd {
         format!("trenv-test-{}-{}", self.name, std::process::id())
     }
 
-    fn write_config(&self) {
+    fn write_config(&self, settings: &str) {
         let trenv = format!(
             "state_dir = {:?}\nrun_dir = {:?}\nlibexec_dir = {:?}\n[pool]\nsize = 268435456\n\
              [network]\nbridge = \"trt{}\"\nsubnet = \"10.{}.0.0/16\"\nspare = 1\n\
-             [sandbox]\ncgroup_parent = {:?}\n",
+             [sandbox]\ncgroup_parent = {:?}\n{settings}",
             self.path("trenv-state"),
             self.path("trenv-run"),
             binaries(),

@@ -72,4 +72,8 @@ impl StartMethod for Copy {
     fn resident_bytes(&self) -> Result<u64, ZygoteError> {
         self.skeleton.resident_bytes()
     }
+
+    fn held_bytes(&self) -> u64 {
+        self.skeleton.image.mapped().length()
+    }
 }

@@ -51,4 +51,8 @@ impl StartMethod for Lazy {
     fn resident_bytes(&self) -> Result<u64, ZygoteError> {
         self.watched.skeleton.resident_bytes()
     }
+
+    fn held_bytes(&self) -> u64 {
+        self.watched.skeleton.image.mapped().length()
+    }
 }

@@ -181,6 +181,12 @@ pub trait StartMethod: fmt::Debug + Send + Sync {
     /// # Errors
     /// When /proc cannot be read.
     fn resident_bytes(&self) -> Result<u64, ZygoteError>;
+
+    /// The part of it that is neither a zygote's nor can be read from a disk again: it goes when
+    /// this, and the instances that need it, have gone.
+    fn held_bytes(&self) -> u64 {
+        0
+    }
 }
 
 #[cfg(test)]

@@ -116,6 +116,10 @@ impl StartMethod for Reap {
         let file = set.file.as_ref().map_or(0, |file| file.mapped.length());
         Ok(self.watched.skeleton.resident_bytes()? + file)
     }
+
+    fn held_bytes(&self) -> u64 {
+        self.watched.skeleton.image.mapped().length()
+    }
 }
 
 #[cfg(test)]

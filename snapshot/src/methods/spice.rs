@@ -143,6 +143,12 @@ impl StartMethod for Spice {
         let file = layout.file.as_ref().map_or(0, |file| file.mapped.length());
         Ok(self.watched.skeleton.resident_bytes()? + file)
     }
+
+    fn held_bytes(&self) -> u64 {
+        let layout = lock(&self.layout);
+        let file = layout.file.as_ref().map_or(0, |file| file.mapped.length());
+        self.watched.skeleton.image.mapped().length() + file
+    }
 }
 
 #[cfg(test)]

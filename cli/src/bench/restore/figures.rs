@@ -20,6 +20,8 @@ pub struct Report {
     /// One start after another, with a pause between.
     pub single: Starts,
     pub saturation: Saturation,
+    /// A clone of the zygote, made ahead of a start: a process with all of the template's memory.
+    pub attach: Series,
     /// Why starts failed, each reason once.
     pub failures: Vec<String>,
 }
@@ -32,6 +34,8 @@ pub struct Subject {
     pub image_bytes: u64,
     pub stored_bytes: u64,
     pub zygote_bytes: u64,
+    /// What of them lies on huge pages.
+    pub zygote_huge_bytes: u64,
 }
 
 /// Starts and the resets after them.
@@ -149,6 +153,9 @@ impl std::fmt::Display for Report {
         let mut table = Table::new(["WHAT", "P50", "P90", "P99", "N", "FAILED"]);
         self.single.rows(&mut table, "single");
         self.saturation.times.rows(&mut table, "saturated");
+        if self.attach.count() > 0 {
+            table.row(series_row("a clone, made ahead".into(), &self.attach));
+        }
         write!(f, "{table}")?;
         let loaded = &self.saturation;
         writeln!(

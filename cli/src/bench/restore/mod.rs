@@ -50,6 +50,9 @@ pub struct RestoreOptions {
     /// Seconds of saturation; 0 leaves it out
     #[arg(long, default_value_t = 10)]
     pub seconds: u64,
+    /// Clones made one after another, to measure what giving the memory to one costs; 0 leaves it out
+    #[arg(long, default_value_t = 100)]
+    pub attach: u32,
     /// Clones of the template kept waiting; 0: as many as the setting sandbox.spare_agents says
     #[arg(long, default_value_t = 8)]
     pub spares: u32,
@@ -154,9 +157,16 @@ async fn run(place: Place, options: &RestoreOptions) -> anyhow::Result<Report> {
     };
     bar.set_message("single");
     single(&stage, options, &mut report, &bar).await;
+    let stage = Arc::new(stage);
     if options.seconds > 0 {
         bar.set_message("saturated");
-        saturate(Arc::new(stage), options, &mut report).await?;
+        saturate(Arc::clone(&stage), options, &mut report).await?;
+    }
+    if options.attach > 0 {
+        bar.set_message("attaching");
+        for took in stage.clones(options.spares, options.attach).await? {
+            report.attach.record(took);
+        }
     }
     bar.finish_and_clear();
     Ok(report)

@@ -13,6 +13,7 @@ use trenv_pool::TemplateId;
 use trenv_sandbox_proto as proto;
 use ttrpc::context::with_duration;
 
+use super::super::memory;
 use super::containerd::Containerd;
 use super::figures::Subject;
 use super::{RestoreOptions, spec, subject};
@@ -48,6 +49,8 @@ pub struct Stage {
     shim: proto::SandboxClient,
     template: String,
     generation: u64,
+    /// The layers, for making the template ready again.
+    view: Vec<proto::Mount>,
     spec: String,
     pub sandboxes: Vec<String>,
     pub subject: Subject,
@@ -142,16 +145,18 @@ impl Place {
         let made = made.context("The benchmark's program was not snapshotted")?;
         self.containerd.commit(&tenancy, LAYER).await?;
         let view = self.containerd.view(VIEW, LAYER).await?;
+        let view = wire(&view);
         let request = proto::PrepareRequest {
             request_id: self.unique("prepare"),
             template_id: made.template_id.clone(),
             generation: made.generation,
-            rootfs: wire(&view),
+            rootfs: view.clone(),
             spares: options.spares,
             ..Default::default()
         };
         let ready = shim.prepare(with_duration(CALL), &request).await;
         let ready = ready.context("The benchmark's template was not made ready")?;
+        let holders = memory::holders(&made.template_id)?;
         let mut sandboxes = vec![FIRST.to_owned()];
         while sandboxes.len() < options.sandboxes {
             let id = format!("trenv-bench-{}", sandboxes.len());
@@ -163,6 +168,7 @@ impl Place {
             shim,
             template: made.template_id,
             generation: made.generation,
+            view,
             spec: spec.to_string(),
             sandboxes,
             subject: Subject {
@@ -171,6 +177,7 @@ impl Place {
                 image_bytes: made.image_bytes,
                 stored_bytes: made.stored_bytes,
                 zygote_bytes: ready.resident_bytes,
+                zygote_huge_bytes: memory::huge_kb(&holders) << 10,
             },
         })
     }
@@ -238,6 +245,31 @@ impl Place {
 }
 
 impl Stage {
+    /// Has the shim make this many clones more than wait for starts; how long each took.
+    pub async fn clones(&self, waiting: u32, more: u32) -> anyhow::Result<Vec<Duration>> {
+        // The first answer tells of those that were made beside starts.
+        self.prepare(waiting).await?;
+        self.prepare(waiting + more).await
+    }
+
+    /// Has this many clones wait; how long those took that were made since the last time.
+    async fn prepare(&self, spares: u32) -> anyhow::Result<Vec<Duration>> {
+        let request = proto::PrepareRequest {
+            request_id: self.place.unique("clones"),
+            template_id: self.template.clone(),
+            generation: self.generation,
+            rootfs: self.view.clone(),
+            spares,
+            ..Default::default()
+        };
+        let ready = self.shim.prepare(with_duration(CALL), &request).await;
+        let steps = timed(ready.context("No clones were made")?.steps);
+        let clones = steps
+            .into_iter()
+            .filter(|(name, _)| name.ends_with(".clone"));
+        Ok(clones.map(|(_, took)| took).collect())
+    }
+
     /// Makes the root of a tenancy to come: a writable snapshot, mounted ahead by the shim.
     pub async fn make_root(&self) -> anyhow::Result<Root> {
         let key = self.place.unique("tenancy");

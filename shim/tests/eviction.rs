@@ -1,0 +1,290 @@
+//! Templates that give their memory up when it is short, and come back from the pool.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use support::service::{Service, Template, seated, start_request};
+use support::{Containerd, TRENV, containerd_with, hierarchies};
+
+const NAMES: [&str; 3] = ["ann", "bob", "cid"];
+
+/// Has 8 MiB of its own, and counts under its name.
+fn counter(name: &str) -> String {
+    format!(
+        "x=x; n=0; while [ $n -lt 23 ]; do x=$x$x; n=$((n+1)); done
+         i=0; while :; do i=$((i+1)); echo {name} $i ${{#x}}; sleep 0.1; done"
+    )
+}
+
+fn log_of(containerd: &Containerd, sandbox: &str) -> PathBuf {
+    containerd.path(&format!("{sandbox}.log"))
+}
+
+/// What a function has counted to, in a log that only it has written.
+fn counted(log: &Path, name: &str) -> u32 {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let mut last = 0;
+    for line in whole.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        assert_eq!((words[0], words[2]), (name, "8388608"), "{line}");
+        last = words[1].parse().unwrap();
+    }
+    last
+}
+
+/// Pid 1 of a sandbox.
+fn init_of(containerd: &Containerd, sandbox: &str) -> Pid {
+    let list = containerd.ctr(&["task", "ls"]);
+    let mut lines = list.lines().map(str::split_whitespace);
+    let mut words = lines.find(|words| words.clone().next() == Some(sandbox));
+    let pid = words.as_mut().and_then(|words| words.nth(1));
+    Pid::from_raw(pid.unwrap().parse().unwrap())
+}
+
+/// Three functions as templates, and as many idle sandboxes.
+struct Stage {
+    containerd: Containerd,
+    service: Service,
+    templates: Vec<Template>,
+}
+
+impl Stage {
+    fn new(name: &str, settings: &str) -> Option<Self> {
+        let containerd = containerd_with(name, settings)?;
+        for name in NAMES {
+            let uri = format!("file://{}", log_of(&containerd, name).display());
+            let script = counter(name);
+            let first = ["run", "-d", "--log-uri", &uri, "--runtime", TRENV];
+            let cold = ["--annotation", "dev.trenv.sandbox=function"];
+            let program = [support::IMAGE, name, "/bin/sh", "-c", &script];
+            containerd.ctr(&[&first[..], &cold, &program].concat());
+        }
+        let service = Service::connect(&containerd);
+        let templates = NAMES.map(|name| {
+            let log = log_of(&containerd, name);
+            containerd.until("the function counts", || counted(&log, name) >= 3);
+            service.snapshot(&containerd, name)
+        });
+        Some(Self {
+            containerd,
+            service,
+            templates: templates.into(),
+        })
+    }
+
+    /// Starts function `index` in its sandbox by a start method, and sees it count.
+    fn start(&self, index: usize, tenancy: &str, method: &str) {
+        let name = NAMES[index];
+        let log = log_of(&self.containerd, name);
+        std::fs::write(&log, "").unwrap();
+        let mut request = start_request(&self.containerd, name, tenancy, &self.templates[index]);
+        request.method = method.into();
+        self.service
+            .repurpose(&request)
+            .unwrap_or_else(|err| panic!("{tenancy}: {err}\n{}", self.containerd.logs()));
+        self.goes_on(index);
+    }
+
+    /// Sees that a function goes on counting.
+    fn goes_on(&self, index: usize) {
+        let log = log_of(&self.containerd, NAMES[index]);
+        let before = counted(&log, NAMES[index]);
+        self.containerd.until("the function counts", || {
+            counted(&log, NAMES[index]) > before + 1
+        });
+    }
+
+    fn reset(&self, index: usize, request: &str) {
+        self.service
+            .reset(NAMES[index], request)
+            .unwrap_or_else(|err| panic!("{request}: {err}\n{}", self.containerd.logs()));
+    }
+
+    /// One tenancy of a function, from start to end.
+    fn turn(&self, index: usize, tenancy: &str, method: &str) {
+        self.start(index, tenancy, method);
+        self.reset(index, tenancy);
+    }
+
+    /// The cgroup of all zygotes, where the kernel counts memory.
+    fn zygotes_memory(&self) -> PathBuf {
+        let group = format!("{}/default/zygotes", self.containerd.cgroup_parent());
+        hierarchies()
+            .into_iter()
+            .map(|one| one.join(&group))
+            .find(|group| group.join("memory.stat").exists())
+            .unwrap()
+    }
+
+    /// Processes in the cgroups of tenancies that are in no sandbox: agents and waiting clones, all
+    /// of which have a zygote's memory.
+    fn outside_of_sandboxes(&self) -> Vec<i32> {
+        let mut pids = seated(&self.containerd);
+        pids.retain(|pid| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let inside = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+            inside.is_some_and(|pids| pids.split_whitespace().count() == 1)
+        });
+        pids
+    }
+
+    /// The functions whose zygotes stand, one for each zygote.
+    fn standing(&self) -> Vec<&'static str> {
+        let all: BTreeSet<String> = hierarchies()
+            .into_iter()
+            .map(|one| one.join(self.containerd.cgroup_parent()))
+            .filter_map(|parent| std::fs::read_dir(parent.join("default/zygotes")).ok())
+            .flat_map(|groups| groups.flatten())
+            .filter(|group| group.path().is_dir())
+            .map(|group| group.file_name().to_string_lossy().into_owned())
+            .collect();
+        let mut names: Vec<&str> = all
+            .iter()
+            .map(|group| {
+                let of = |template: &Template| group.starts_with(&template.id[..16]);
+                NAMES[self.templates.iter().position(of).unwrap()]
+            })
+            .collect();
+        names.sort_unstable();
+        names
+    }
+
+    fn end(self) {
+        for name in NAMES {
+            self.containerd.remove(name);
+        }
+        drop(self.service);
+        self.containerd.assert_clean();
+    }
+}
+
+#[test]
+fn of_too_many_templates_those_unused_for_longest_go_and_come_back() {
+    // Two have room.
+    let Some(stage) = Stage::new("evictlimit", "[template]\nmemory_limit = 37748736\n") else {
+        return;
+    };
+    for round in 0..3 {
+        for (index, name) in NAMES.into_iter().enumerate() {
+            stage.turn(index, &format!("{name}-{round}"), "");
+            assert!(stage.standing().len() <= 2, "{:?}", stage.standing());
+        }
+    }
+    assert_eq!(
+        stage.standing(),
+        ["bob", "cid"],
+        "{}",
+        stage.containerd.logs()
+    );
+    // The one used last stays, however often the other was used before.
+    stage.turn(1, "bob-again", "");
+    stage.turn(0, "ann-again", "");
+    assert_eq!(stage.standing(), ["ann", "bob"]);
+
+    // What was made for another start method is one more.
+    stage.turn(0, "ann-copied", "copy");
+    assert_eq!(stage.standing(), ["ann", "ann"]);
+    stage.turn(1, "bob-paged", "lazy");
+    stage.turn(2, "cid-last", "");
+    assert_eq!(stage.standing(), ["bob", "cid"]);
+    assert!(
+        stage
+            .containerd
+            .logs()
+            .contains("template.memory_limit is 36 MiB")
+    );
+    stage.end();
+}
+
+#[test]
+fn without_memory_nothing_is_kept_and_every_start_is_right() {
+    // More than any machine has available.
+    let settings = format!("[template]\nmemory_floor = {}\n", 1u64 << 60);
+    let Some(stage) = Stage::new("evictfloor", &settings) else {
+        return;
+    };
+    // An instance goes on without its zygote, and so does one whose pages are served.
+    stage.start(0, "ann-kept", "");
+    stage.start(1, "bob-kept", "lazy");
+    stage.start(2, "cid-kept", "copy");
+    let none = || stage.standing().is_empty();
+    stage.containerd.until("all are evicted", none);
+    assert_eq!(stage.outside_of_sandboxes(), [0; 0]);
+    for index in 0..3 {
+        stage.goes_on(index);
+        stage.reset(index, &format!("kept-{index}"));
+    }
+    // Starts at the same time, each of which makes room for its own zygote.
+    std::thread::scope(|scope| {
+        for (index, name) in NAMES.into_iter().enumerate() {
+            let stage = &stage;
+            scope.spawn(move || {
+                for round in 0..4 {
+                    stage.turn(index, &format!("{name}-{round}"), "");
+                }
+            });
+        }
+    });
+    stage.containerd.until("all are evicted", none);
+    let logs = stage.containerd.logs();
+    assert!(logs.contains("MiB of memory are available"), "{logs}");
+    stage.end();
+}
+
+#[test]
+fn a_template_stays_while_a_start_from_it_is_under_way() {
+    let settings = format!("[template]\nmemory_floor = {}\n", 1u64 << 60);
+    let Some(stage) = Stage::new("evictuse", &settings) else {
+        return;
+    };
+    let init = init_of(&stage.containerd, NAMES[0]);
+    // The start waits for pid 1 once it has its seat, and before it needs a clone.
+    kill(init, Signal::SIGSTOP).unwrap();
+    std::thread::scope(|scope| {
+        let start = scope.spawn(|| stage.start(0, "ann-held", ""));
+        let stands = || stage.standing() == ["ann"];
+        stage.containerd.until("the zygote is built", stands);
+        // Meanwhile memory is looked at, and found wanting.
+        stage.turn(1, "bob-passes", "");
+        let bob_gone = || stage.standing() == ["ann"];
+        stage.containerd.until("the other is evicted", bob_gone);
+        kill(init, Signal::SIGCONT).unwrap();
+        start.join().unwrap();
+    });
+    let none = || stage.standing().is_empty();
+    stage.containerd.until("all are evicted", none);
+    stage.goes_on(0);
+    stage.end();
+}
+
+#[test]
+fn zygotes_that_the_kernel_kills_for_memory_are_built_again() {
+    let Some(stage) = Stage::new("evictoom", "") else {
+        return;
+    };
+    stage.turn(0, "ann-first", "");
+    // One zygote has room, another beside it has none.
+    let group = stage.zygotes_memory();
+    let read = |file: &str| std::fs::read_to_string(group.join(file)).unwrap_or_default();
+    let (used, limit) = match group.join("memory.max").exists() {
+        true => ("memory.current", "memory.max"),
+        false => ("memory.usage_in_bytes", "memory.limit_in_bytes"),
+    };
+    let used: u64 = read(used).trim().parse().unwrap();
+    std::fs::write(group.join(limit), (used + (2 << 20)).to_string()).unwrap();
+    for round in 0..3 {
+        for (index, name) in NAMES.into_iter().enumerate() {
+            stage.turn(index, &format!("{name}-{round}"), "");
+        }
+    }
+    let logs = stage.containerd.logs();
+    assert!(logs.contains("was killed while it was built"), "{logs}");
+    stage.end();
+}
