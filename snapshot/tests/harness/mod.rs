@@ -217,6 +217,11 @@ impl Bed {
         self.with_request(template, |request| Ok(Zygote::build(request)?))
     }
 
+    /// The zygote of what was started from a base's zygote.
+    pub fn derive(&self, base: &Zygote, template: &TemplateId) -> Made<Zygote> {
+        self.with_request(template, |request| Ok(base.derive(request)?))
+    }
+
     fn with_request<T>(
         &self,
         template: &TemplateId,
