@@ -34,6 +34,14 @@ const SEATS_MAX: usize = 32;
 /// Roots kept mounted for tenancies to come, for each template.
 const STAGED_MAX: usize = 8;
 
+/// What a function's template was made from.
+#[derive(Debug, Clone)]
+pub struct Base {
+    pub template: TemplateRef,
+    /// A view of its layers.
+    pub rootfs: Vec<Mount>,
+}
+
 /// The templates that this shim uses. All methods may block.
 pub struct Templates {
     config: Arc<Config>,
@@ -84,13 +92,14 @@ impl Templates {
         rootfs: &[Mount],
         limits: &Limits,
         seats: usize,
+        base: Option<Base>,
     ) -> Result<u64> {
         let seats = if seats == 0 {
             self.config.sandbox.spare_agents
         } else {
             seats
         };
-        let standing = self.stand(template, rootfs, limits, seats)?;
+        let standing = self.stand(template, rootfs, limits, seats, base)?;
         *lock(&standing.limits) = limits.clone();
         standing.wanted.fetch_max(seats, Ordering::Relaxed);
         let standing = self.fill_or_rebuild(template, standing)?;
@@ -109,7 +118,8 @@ impl Templates {
         limits: &Limits,
     ) -> Result<(Arc<Seat>, bool)> {
         let rootfs = layers_only(active);
-        let standing = self.stand(template, &rootfs, limits, self.config.sandbox.spare_agents)?;
+        let spare = self.config.sandbox.spare_agents;
+        let standing = self.stand(template, &rootfs, limits, spare, None)?;
         let (seat, was_ready) = match standing.take_living() {
             Some(found) => found,
             None => match self.make_seat(template, &standing, limits) {
@@ -121,7 +131,8 @@ impl Templates {
                     // Somebody killed the zygote: build it anew, once.
                     self.forget(template);
                     let wanted = standing.wanted.load(Ordering::Relaxed);
-                    let standing = self.stand(template, &rootfs, limits, wanted)?;
+                    let base = standing.base.clone();
+                    let standing = self.stand(template, &rootfs, limits, wanted, base)?;
                     (self.make_seat(template, &standing, limits)?, false)
                 }
                 Err(err) => return Err(err),
@@ -288,18 +299,46 @@ impl Templates {
         rootfs: &[Mount],
         limits: &Limits,
         wanted: usize,
+        base: Option<Base>,
     ) -> Result<Arc<Standing>> {
         let known = || lock(&self.standing).get(&template).cloned();
         if let Some(standing) = known() {
             return Ok(standing);
         }
+        let below = base.as_ref().and_then(|base| self.stand_base(base));
         let _building = lock(&self.building);
         if let Some(standing) = known() {
             return Ok(standing);
         }
-        let built = Arc::new(self.build(template, rootfs, limits, wanted)?);
+        let made = match self.build(template, rootfs, limits, wanted, below.as_deref()) {
+            // What fails with a base that somebody killed does not fail by itself.
+            Err(ShimError::Engine { source, .. })
+                if below.is_some() && is_gone(source.as_ref()) =>
+            {
+                base.iter().for_each(|base| self.forget(base.template));
+                self.build(template, rootfs, limits, wanted, None)?
+            }
+            made => made?,
+        };
+        let built = Arc::new(Standing { base, ..made });
         lock(&self.standing).insert(template, Arc::clone(&built));
         Ok(built)
+    }
+
+    /// The base of a function, its zygote made where none stands. Without it the function has its
+    /// pages for itself.
+    fn stand_base(&self, base: &Base) -> Option<Arc<Standing>> {
+        let below = self
+            .resolve(base.template)
+            .and_then(|template| self.stand(template, &base.rootfs, &Limits::default(), 0, None));
+        match below {
+            Ok(below) => Some(below),
+            Err(err) => {
+                let id = base.template.id;
+                tracing::warn!("No memory is shared with the base {id}: {}", err.chain());
+                None
+            }
+        }
     }
 
     fn build(
@@ -308,6 +347,7 @@ impl Templates {
         rootfs: &[Mount],
         limits: &Limits,
         wanted: usize,
+        below: Option<&Standing>,
     ) -> Result<Standing> {
         let reader = self.reader(template)?;
         let root =
@@ -327,6 +367,7 @@ impl Templates {
                 .iter()
                 .map(|dir| dir.join("cgroup.procs"))
                 .collect(),
+            base: below.map(|below| below.method.zygote()),
         };
         let begun = Instant::now();
         match template.method.prepare(request, &self.config.state_dir) {
@@ -348,6 +389,7 @@ impl Templates {
                     staged: Mutex::default(),
                     wanted: AtomicUsize::new(wanted),
                     rootfs: rootfs.to_vec(),
+                    base: None,
                     _reader: reader,
                 })
             }
@@ -374,7 +416,8 @@ impl Templates {
                 self.forget(template);
                 let limits = lock(&standing.limits).clone();
                 let wanted = standing.wanted.load(Ordering::Relaxed);
-                let standing = self.stand(template, &standing.rootfs, &limits, wanted)?;
+                let base = standing.base.clone();
+                let standing = self.stand(template, &standing.rootfs, &limits, wanted, base)?;
                 self.fill(template, &standing)?;
                 Ok(standing)
             }
@@ -514,6 +557,7 @@ fn is_gone(source: &(dyn std::error::Error + 'static)) -> bool {
 fn zygote_error(action: &'static str) -> impl FnOnce(ZygoteError) -> ShimError {
     move |err| match err {
         ZygoteError::Pool(err) => pool_error(action)(err),
+        ZygoteError::OtherFile { .. } => ShimError::InvalidArgument(err.to_string()),
         ZygoteError::Fingerprint { .. } => ShimError::WrongState {
             action: "use",
             id: "the template".into(),

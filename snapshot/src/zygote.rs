@@ -49,6 +49,9 @@ pub struct ZygoteRequest<'a> {
     pub binary: &'a Path,
     /// Files `cgroup.procs` that the zygote writes itself into before it takes memory.
     pub cgroups: Vec<PathBuf>,
+    /// The zygote of the template from which the tree was started before it was dumped. What is
+    /// equal stays its memory, shared by both; it may end before the new one does.
+    pub base: Option<&'a Zygote>,
 }
 
 /// Why a zygote does not stand or a start failed.
@@ -158,10 +161,13 @@ impl Zygote {
     /// Builds a zygote; it stands, and its memory is in place, when this returns.
     ///
     /// # Errors
-    /// When the template does not fit this machine or cannot be read, or the machine fails.
+    /// When the template does not fit this machine or cannot be read, or the machine fails; with a
+    /// base, when that has ended, or a file that both map is another one in the function's layers.
     pub fn build(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
-        let zygote = Self::fill(request, Fill::Pages)?.0;
-        Ok(zygote)
+        match request.base {
+            Some(base) => base.derive(request),
+            None => Ok(Self::fill(request, Fill::Pages)?.0),
+        }
     }
 
     /// [`Zygote::build`], or the same without the stored pages; where these belong is told.

@@ -27,4 +27,11 @@ pub use variants::SERVER;
 pub use wait::{until, until_some};
 
 /// The sample functions of `functions/stack.yml`.
-pub const SAMPLES: [&str; 4] = ["hello-python", "hello-node", "json-python", "image-node"];
+pub const SAMPLES: [&str; 6] = [
+    "hello-python",
+    "hello-node",
+    "json-python",
+    "image-node",
+    "base-python",
+    "base-node",
+];

@@ -413,6 +413,13 @@ impl Functions {
                 return Err(err);
             }
         };
+        let base = deployment.base().map_err(FunctionError::Invalid)?;
+        if let Some(base) = base
+            && let Err(err) = self.check_base(&name, base, &process)
+        {
+            containerd.delete_lease(&lease).await?;
+            return Err(err);
+        }
         let record = RevisionRecord {
             id,
             function: name,
@@ -422,6 +429,7 @@ impl Functions {
             read_only: deployment.read_only_root_filesystem,
             secrets,
             ready_path: deployment.annotations.get(READY_PATH_ANNOTATION).cloned(),
+            base: base.map(str::to_owned),
             lease,
         };
         let concurrency = deployment.concurrency().map_err(FunctionError::Invalid)?;

@@ -25,13 +25,8 @@ use crate::plan::memory::Piece;
 use crate::plan::skeleton::Fill;
 
 impl Zygote {
-    /// Builds the zygote of a template whose tree was started from this one's and dumped. Pages that
-    /// are equal stay this one's; it may end before the new one does.
-    ///
-    /// # Errors
-    /// As [`Zygote::build`], when this one has ended, and when a file that both map is another one in
-    /// the new one's layers.
-    pub fn derive(&self, request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
+    /// [`Zygote::build`] from this one.
+    pub(super) fn derive(&self, request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
         let manifest = usable(request.template)?;
         let memory = Memory::of(self.pid, request.template.fd())?;
         let base = Base {

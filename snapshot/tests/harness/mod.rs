@@ -219,7 +219,10 @@ impl Bed {
 
     /// The zygote of what was started from a base's zygote.
     pub fn derive(&self, base: &Zygote, template: &TemplateId) -> Made<Zygote> {
-        self.with_request(template, |request| Ok(base.derive(request)?))
+        self.with_request(template, |request| {
+            let base = Some(base);
+            Ok(Zygote::build(ZygoteRequest { base, ..request })?)
+        })
     }
 
     fn with_request<T>(
@@ -240,6 +243,7 @@ impl Bed {
             rootfs,
             binary: &binary,
             cgroups: Vec::new(),
+            base: None,
         };
         use_it(request)
     }
