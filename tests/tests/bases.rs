@@ -89,7 +89,9 @@ fn ten_functions_of_a_base_need_half_the_memory_of_ten_alone() -> anyhow::Result
         ..Settings::default()
     })?;
     let alone = machine.deploy("hello-python")?;
-    let alone = alone["template"]["imageBytes"].as_u64().context("no image")?;
+    let alone = alone["template"]["imageBytes"]
+        .as_u64()
+        .context("no image")?;
     let base = machine.deploy("base-python")?;
     let mut all = frames(&machine, &base)?;
     for number in 0..10 {
@@ -181,6 +183,30 @@ fn a_start_may_copy_the_base_and_load_the_function() -> anyhow::Result<()> {
     let two = answer(&machine, "hello")?;
     assert_eq!(two["intact"], true);
     assert_ne!(one["init_id"], two["init_id"]);
+    // Beside the others, in the benchmark.
+    machine.scale("hello", 0)?;
+    let text = machine.tool(
+        "trenv",
+        &[
+            "bench",
+            "methods",
+            "--json",
+            "--functions=hello",
+            "--methods=template,copy,copy-base",
+            "--starts=6",
+            "--block=2",
+            "--unmeasured=2",
+            "--cold=0",
+            "--runc=0",
+        ],
+    )?;
+    let report: Value = serde_json::from_str(&text)?;
+    assert_eq!(report["failures"], json!([]), "{report:#}");
+    for method in ["template", "copy", "copy-base"] {
+        let figures = &report["functions"][0]["methods"][method];
+        assert_eq!(figures["n"], 6, "{method}: {report:#}");
+        println!("{method}: P50 {} us", figures["p50_us"]);
+    }
     machine.stop()
 }
 
