@@ -248,7 +248,7 @@ impl Zygote {
         &self.tree.opened
     }
 
-    /// DRAM that the zygote's memory takes.
+    /// DRAM that the zygote's memory takes, with what it shares with its base.
     ///
     /// # Errors
     /// When /proc cannot be read.

@@ -182,6 +182,19 @@ fn a_function_may_take_its_base_apart() -> TestResult {
 }
 
 #[test]
+fn a_file_of_the_base_that_the_function_has_not_is_named() -> TestResult {
+    let bed = Bed::new()?;
+    let base = Base::of(&bed)?;
+    let template = base.function(&bed)?;
+    let layers = bed.directory().join("layers");
+    std::fs::create_dir(&layers)?;
+    let err = bed.derive_in(&base.zygote, &template, &layers);
+    let err = err.err().ok_or("it was built")?.to_string();
+    assert!(err.contains("has another file /"), "{err}");
+    Ok(())
+}
+
+#[test]
 fn a_function_of_another_runtime_is_refused() -> TestResult {
     let bed = Bed::new()?;
     let base = Base::of(&bed)?;

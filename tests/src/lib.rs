@@ -27,11 +27,6 @@ pub use variants::SERVER;
 pub use wait::{until, until_some};
 
 /// The sample functions of `functions/stack.yml`.
-pub const SAMPLES: [&str; 6] = [
-    "hello-python",
-    "hello-node",
-    "json-python",
-    "image-node",
-    "base-python",
-    "base-node",
-];
+pub const SAMPLES: [&str; 4] = ["hello-python", "hello-node", "json-python", "image-node"];
+/// Bases to make functions from.
+pub const BASES: [&str; 2] = ["base-python", "base-node"];

@@ -3,12 +3,14 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
-use trenv_tests::{Machine, Settings};
+use trenv_tests::{Machine, Settings, until};
 
 const PAGE: u64 = 4096;
+const PATIENCE: Duration = Duration::from_secs(30);
 
 fn image(sample: &str) -> String {
     format!("docker.io/trenv/{sample}:latest")
@@ -120,7 +122,7 @@ fn ten_functions_of_a_base_need_half_the_memory_of_ten_alone() -> anyhow::Result
 #[test]
 fn functions_of_a_base_answer_and_outlive_it() -> anyhow::Result<()> {
     let mut machine = Machine::start()?;
-    machine.deploy("base-python")?;
+    let base = machine.deploy("base-python")?;
     machine.deploy("base-node")?;
     let python = deploy(&machine, "hello", "hello-python", "base-python")?;
     ready(&machine, &python, "base-python")?;
@@ -143,6 +145,11 @@ fn functions_of_a_base_answer_and_outlive_it() -> anyhow::Result<()> {
     let other = json!({ "service": "base-python", "image": image("base-python"),
         "limits": { "memory": "200Mi" } });
     machine.deploy_as(&other)?;
+    until("the base is another", PATIENCE, || {
+        machine
+            .describe("base-python")
+            .is_ok_and(|now| now["templateId"] != base["templateId"] && now["update"].is_null())
+    })?;
     machine.remove("base-node")?;
     machine.kill_provider();
     machine.start_provider()?;
@@ -154,6 +161,17 @@ fn functions_of_a_base_answer_and_outlive_it() -> anyhow::Result<()> {
             "{now}"
         );
     }
+    // Deployed again, a function is made from the new one.
+    let old = &python["template"]["generation"];
+    let body = json!({ "service": "hello", "image": image("hello-python"),
+        "annotations": { "dev.trenv.base": "base-python" } });
+    machine.deploy_as(&body)?;
+    until("the function is made anew", PATIENCE, || {
+        machine.describe("hello").is_ok_and(|now| {
+            now["template"]["generation"] != *old && ready(&machine, &now, "base-python").is_ok()
+        })
+    })?;
+    assert_ne!(answer(&machine, "hello")?["init_id"], first[0].1);
     // Without its shim a function comes back from its own template.
     trenv_tests::crash(&machine.pids_of("containerd-shim-trenv-v2"));
     let now = machine.settled("node")?;

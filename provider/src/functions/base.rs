@@ -139,6 +139,19 @@ impl Functions {
         }
     }
 
+    /// Whether a function that is built again would be made from another template of its base.
+    pub(super) fn has_newer_base(&self, revision: &Revision) -> bool {
+        let (Some(name), Some(made)) = (&revision.record.base, revision.template()) else {
+            return false;
+        };
+        let base = self.base_revision(revision.function(), name);
+        let now = base.and_then(|revision| {
+            let template = revision.template()?;
+            Some(Base { revision, template }.record())
+        });
+        now.is_some() && now != made.base
+    }
+
     /// Finds the bases of functions that were made by an earlier provider.
     pub(super) fn find_bases(&self) {
         for function in self.list(None) {

@@ -144,15 +144,15 @@ impl Functions {
     }
 
     async fn build(self: &Arc<Self>, revision: &Arc<Revision>) -> RevisionState {
-        let sandbox = match self.scheduler.reserve(revision).await {
-            Ok(sandbox) => sandbox,
-            Err(err) => return RevisionState::Failed(err.to_string()),
-        };
         let base = self.await_base(revision).await;
         let base = base.unwrap_or_else(|reason| {
             tracing::warn!("{} is built by itself: {reason}", revision.function());
             None
         });
+        let sandbox = match self.scheduler.reserve(revision).await {
+            Ok(sandbox) => sandbox,
+            Err(err) => return RevisionState::Failed(err.to_string()),
+        };
         let started = match &base {
             Some(base) => self.host.start_from_base(&sandbox, revision, base).await,
             None => self.scheduler.cold_start(&sandbox, revision).await,

@@ -263,7 +263,8 @@ impl Functions {
             old.retire();
         }
         let same = function_key(&current.key_parts()) == function_key(&revision.key_parts())
-            && current.record.ready_path == revision.record.ready_path;
+            && current.record.ready_path == revision.record.ready_path
+            && !self.has_newer_base(&current);
         let usable = matches!(
             current.state(),
             RevisionState::Ready(_) | RevisionState::Building
