@@ -162,15 +162,17 @@ fn a_function_outlives_the_zygote_of_its_base() -> TestResult {
 fn a_function_may_take_its_base_apart() -> TestResult {
     let bed = Bed::new()?;
     let base = Base::of(&bed)?;
-    let source = "import ctypes, gc, mmap\n\
+    let source = "import mmap, __main__\n\
+                  TABLE, ROOM = __main__.TABLE, __main__.ROOM\n\
                   big = mmap.mmap(-1, 3 << 20, flags=mmap.MAP_PRIVATE)\n\
                   big[1 << 20] = 9\n\
+                  ROOM.madvise(mmap.MADV_DONTNEED, 0, 1 << 19)\n\
                   more = [bytes([number % 251]) * 5000 for number in range(400)]\n\
-                  def sums(_):\n    return f'{big[1 << 20]} {sum(map(sum, more))} {len(TABLE)}'\n";
-    let source = format!("TABLE = __import__('__main__').TABLE\n{source}");
-    let mut instance = base.load(&bed, "apart.py", &source)?;
+                  def sums(_):\n    return f'{big[1 << 20]} {sum(map(sum, more))} {len(TABLE)} {sum(ROOM)}'\n";
+    let mut instance = base.load(&bed, "apart.py", source)?;
     assert_eq!(instance.ask("drop"), "3 dropped");
     let sums = instance.ask("sums").replacen("4 ", "", 1);
+    assert!(sums.ends_with(&format!(" {}", 7 << 19)), "{sums}");
     let template = bed.dump(instance)?;
     let zygote = bed.derive(&base.zygote, &template)?;
     let mut agent = zygote.agent()?;

@@ -3,11 +3,14 @@
 import gc
 import hashlib
 import json
+import mmap
 import random
 import sys
 
 TABLE = {f"key {number}": random.random() for number in range(40_000)}
 DIGEST = hashlib.sha256(json.dumps(TABLE).encode()).hexdigest()
+ROOM = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+ROOM.write(b"\7" * len(ROOM))
 gc.collect()
 gc.freeze()
 
