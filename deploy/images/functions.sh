@@ -1,7 +1,8 @@
 # The functions: what each image is made of. build.sh sets $root, $out and $work.
 # shellcheck shell=bash disable=SC2154
 
-all_functions=(hello-python hello-node json-python image-node numpy-python go-server plain-python plain-node)
+all_functions=(hello-python hello-node json-python image-node numpy-python go-server plain-python plain-node
+    base-python base-node)
 
 node_module_directory=/usr/lib/node_modules/trenv-generation
 
@@ -24,6 +25,11 @@ base_of() {
         *-node) echo node ;;
         go-server) echo go ;;
     esac
+}
+
+# A base is what its language's functions have in common; functions start from its snapshot.
+is_base() {
+    [[ $1 == base-* ]]
 }
 
 # Which functions stand behind the watchdog; the others listen on port 8080 themselves.
@@ -64,12 +70,27 @@ function_tree() {
             ;;
         python | numpy)
             cp "$root/functions/$name"/*.py "$app/"
-            ! has_watchdog "$name" || cp "$root/functions/runtime/python/serve.py" "$app/"
-            python_module "$tree"
+            has_watchdog "$name" || python_module "$tree"
             ;;
         node)
             cp "$root/functions/$name"/*.js "$app/"
-            ! has_watchdog "$name" || cp "$root/functions/runtime/node/serve.js" "$app/"
+            has_watchdog "$name" || node_module "$tree"
+            ;;
+    esac
+    chmod -R u=rwX,go=rX "$tree"
+}
+
+# runtime_tree NAME DIRECTORY: what stands between the watchdog and the handlers of a language.
+runtime_tree() {
+    local tree=$2 app=$2/home/app
+    mkdir -p "$app"
+    case $(base_of "$1") in
+        python | numpy)
+            cp "$root/functions/runtime/python/serve.py" "$app/"
+            python_module "$tree"
+            ;;
+        node)
+            cp "$root/functions/runtime/node/serve.js" "$app/"
             node_module "$tree"
             ;;
     esac
@@ -118,7 +139,8 @@ function_command() {
 
 build_function() {
     local name=$1 layout tree=$work/tree image key options watchdog=
-    local file=$out/$name.tar sources=("$root/functions/$name")
+    local file=$out/$name.tar sources=()
+    is_base "$name" || sources+=("$root/functions/$name")
     base_layout "$(base_of "$name")"
     function_command "$name"
     case $name in
@@ -144,10 +166,16 @@ build_function() {
         strip_watchdog "$work/watchdog/usr/bin/fwatchdog"
         pack "$work/watchdog" "$work/layer.tar"
         add_layer "$image" "$work/layer.tar" "trenv: fwatchdog"
+        runtime_tree "$name" "$tree"
+        pack "$tree" "$work/layer.tar"
+        add_layer "$image" "$work/layer.tar" "trenv: runtime"
+        rm -rf "$tree"
     fi
-    function_tree "$name" "$tree"
-    pack "$tree" "$work/layer.tar"
-    add_layer "$image" "$work/layer.tar" "trenv: function $name"
+    if ! is_base "$name"; then
+        function_tree "$name" "$tree"
+        pack "$tree" "$work/layer.tar"
+        add_layer "$image" "$work/layer.tar" "trenv: function $name"
+    fi
     umoci config --image "$image:latest" --created "$created" --author trenv \
         --history.created "$created" --history.created_by "trenv: configuration of $name" \
         --config.label "org.opencontainers.image.title=$name" "${options[@]}"

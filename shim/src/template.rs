@@ -36,6 +36,14 @@ use standing::{Staged, Standing};
 /// Seats kept after tenancies have given them back.
 const SEATS_MAX: usize = 32;
 
+/// What a function's template was made from.
+#[derive(Debug, Clone)]
+pub struct Base {
+    pub template: TemplateRef,
+    /// A view of its layers.
+    pub rootfs: Vec<Mount>,
+}
+
 /// The templates that this shim uses. All methods may block.
 pub struct Templates {
     config: Arc<Config>,
@@ -92,13 +100,14 @@ impl Templates {
         rootfs: &[Mount],
         limits: &Limits,
         seats: usize,
+        base: Option<Base>,
     ) -> Result<u64> {
         let seats = if seats == 0 {
             self.config.sandbox.spare_agents
         } else {
             seats
         };
-        let standing = self.stand(template, rootfs, limits, seats)?;
+        let standing = self.stand(template, rootfs, limits, seats, base)?;
         *lock(&standing.limits) = limits.clone();
         standing.wanted.fetch_max(seats, Ordering::Relaxed);
         let standing = self.fill_or_rebuild(template, standing)?;
@@ -126,8 +135,8 @@ impl Templates {
         limits: &Limits,
     ) -> Result<(Arc<Seat>, bool, Claim)> {
         let rootfs = layers_only(active);
-        let mut standing =
-            self.stand(template, &rootfs, limits, self.config.sandbox.spare_agents)?;
+        let spare = self.config.sandbox.spare_agents;
+        let mut standing = self.stand(template, &rootfs, limits, spare, None)?;
         *lock(&standing.last_used) = Instant::now();
         let (seat, was_ready) = match standing.take_living() {
             Some(found) => found,
@@ -140,7 +149,8 @@ impl Templates {
                     // Somebody killed the zygote: build it anew, once.
                     self.forget(template);
                     let wanted = standing.wanted.load(Ordering::Relaxed);
-                    standing = self.stand(template, &rootfs, limits, wanted)?;
+                    let base = standing.base.clone();
+                    standing = self.stand(template, &rootfs, limits, wanted, base)?;
                     (self.make_seat(template, &standing, limits)?, false)
                 }
                 Err(err) => return Err(err),
@@ -251,9 +261,10 @@ impl Templates {
     }
 
     /// The root of a tenancy: the one mounted ahead, or mounted now.
-    pub fn root(&self, template: TemplateRef, rootfs: &[Mount]) -> Result<TenancyRoot> {
-        let mut standing = self.standing_by_any(template);
-        if let Some(staged) = standing.find_map(|standing| standing.take_staged(rootfs)) {
+    pub fn root(&self, rootfs: &[Mount]) -> Result<TenancyRoot> {
+        // It may be staged for another template than the one that is started: that of the base.
+        let all: Vec<Arc<Standing>> = lock(&self.standing).values().cloned().collect();
+        if let Some(staged) = all.iter().find_map(|standing| standing.take_staged(rootfs)) {
             return Ok(staged);
         }
         let mount =
@@ -343,26 +354,54 @@ impl Templates {
         rootfs: &[Mount],
         limits: &Limits,
         wanted: usize,
+        base: Option<Base>,
     ) -> Result<Arc<Standing>> {
         let known = || lock(&self.standing).get(&template).cloned();
         if let Some(standing) = known() {
             return Ok(standing);
         }
+        let below = base.as_ref().and_then(|base| self.stand_base(base));
         let _building = lock(&self.building);
         if let Some(standing) = known() {
             return Ok(standing);
         }
-        let built = match self.build(template, rootfs, limits, wanted) {
-            Err(ShimError::Engine { source, .. })
-                if was_killed(source.as_ref()) && self.evict(&Reason::Unbuilt, false) =>
-            {
-                self.build(template, rootfs, limits, wanted)
-            }
-            built => built,
-        };
-        let built = Arc::new(built?);
+        let mut below = below;
+        let mut made = self.build(template, rootfs, limits, wanted, below.as_deref());
+        if let Err(ShimError::Engine { source, .. }) = &made
+            && below.is_some()
+            && is_gone(source.as_ref())
+        {
+            // What fails with a base that somebody killed does not fail by itself.
+            base.iter().for_each(|base| self.forget(base.template));
+            below = None;
+            made = self.build(template, rootfs, limits, wanted, None);
+        }
+        if let Err(ShimError::Engine { source, .. }) = &made
+            && was_killed(source.as_ref())
+            && self.evict(&Reason::Unbuilt, false)
+        {
+            made = self.build(template, rootfs, limits, wanted, below.as_deref());
+        }
+        let made = made?;
+        let built = Arc::new(Standing { base, ..made });
         lock(&self.standing).insert(template, Arc::clone(&built));
         Ok(built)
+    }
+
+    /// The base of a function, its zygote made where none stands. Without it the function has its
+    /// pages for itself.
+    fn stand_base(&self, base: &Base) -> Option<Arc<Standing>> {
+        let below = self
+            .resolve(base.template)
+            .and_then(|template| self.stand(template, &base.rootfs, &Limits::default(), 0, None));
+        match below {
+            Ok(below) => Some(below),
+            Err(err) => {
+                let id = base.template.id;
+                tracing::warn!("No memory is shared with the base {id}: {}", err.chain());
+                None
+            }
+        }
     }
 
     fn build(
@@ -371,6 +410,7 @@ impl Templates {
         rootfs: &[Mount],
         limits: &Limits,
         wanted: usize,
+        below: Option<&Standing>,
     ) -> Result<Standing> {
         let reader = self.reader(template)?;
         self.make_room(bytes_of(&reader), false);
@@ -391,6 +431,7 @@ impl Templates {
                 .iter()
                 .map(|dir| dir.join("cgroup.procs"))
                 .collect(),
+            base: below.map(|below| below.method.zygote()),
         };
         let begun = Instant::now();
         match template.method.prepare(request, &self.config.state_dir) {
@@ -415,6 +456,7 @@ impl Templates {
                     staged: Mutex::default(),
                     wanted: AtomicUsize::new(wanted),
                     rootfs: rootfs.to_vec(),
+                    base: None,
                     _reader: reader,
                 })
             }
@@ -441,7 +483,8 @@ impl Templates {
                 self.forget(template);
                 let limits = lock(&standing.limits).clone();
                 let wanted = standing.wanted.load(Ordering::Relaxed);
-                let standing = self.stand(template, &standing.rootfs, &limits, wanted)?;
+                let base = standing.base.clone();
+                let standing = self.stand(template, &standing.rootfs, &limits, wanted, base)?;
                 self.fill(template, &standing)?;
                 Ok(standing)
             }
@@ -593,6 +636,7 @@ fn was_killed(source: &(dyn std::error::Error + 'static)) -> bool {
 fn zygote_error(action: &'static str) -> impl FnOnce(ZygoteError) -> ShimError {
     move |err| match err {
         ZygoteError::Pool(err) => pool_error(action)(err),
+        ZygoteError::OtherFile { .. } => ShimError::InvalidArgument(err.to_string()),
         ZygoteError::Fingerprint { .. } => ShimError::WrongState {
             action: "use",
             id: "the template".into(),

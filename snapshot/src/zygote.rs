@@ -7,13 +7,13 @@
 //! a sandbox.
 
 mod channel;
+mod derive;
 mod loader;
 mod skeleton;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::Child;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ use trenv_restorer::wire::{self, MARKS, Report};
 use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::manifest::{Manifest, ManifestError};
 use crate::methods::Work;
+use crate::plan::base::Ground;
 use crate::plan::skeleton::{Area, Fill};
 use crate::plan::{Plan, PlanError};
 use crate::working_set::WorkingSet;
@@ -48,6 +49,9 @@ pub struct ZygoteRequest<'a> {
     pub binary: &'a Path,
     /// Files `cgroup.procs` that the zygote writes itself into before it takes memory.
     pub cgroups: Vec<PathBuf>,
+    /// The zygote of the template from which the tree was started before it was dumped. What is
+    /// equal stays its memory, shared by both; it may end before the new one does.
+    pub base: Option<&'a Zygote>,
 }
 
 /// Why a zygote does not stand or a start failed.
@@ -77,6 +81,10 @@ pub enum ZygoteError {
         "The function's processes ended before they were restored; is its memory limit too low?"
     )]
     TreeGone,
+    #[error(
+        "The function has another file {path} than its base; build its image from the base's, without changing what that brings"
+    )]
+    OtherFile { path: String },
     #[error("The zygote has ended; the next start builds it anew")]
     Gone,
     #[error("The template has {} instances on this host, which is the most; let some end", wire::MAX_AGENTS - 1)]
@@ -100,10 +108,11 @@ fn errno(doing: &'static str) -> impl FnOnce(Errno) -> ZygoteError {
 /// A standing zygote. Dropping it ends it and its agents; trees cloned from it live on.
 #[derive(Debug)]
 pub struct Zygote {
-    child: Mutex<Child>,
     pid: i32,
+    pidfd: OwnedFd,
     control: Mutex<OwnedFd>,
     tree: Arc<Tree>,
+    ground: Ground,
     working_set: Mutex<WorkingSet>,
     stacks: Arc<Mutex<Stacks>>,
 }
@@ -152,10 +161,13 @@ impl Zygote {
     /// Builds a zygote; it stands, and its memory is in place, when this returns.
     ///
     /// # Errors
-    /// When the template does not fit this machine or cannot be read, or the machine fails.
+    /// When the template does not fit this machine or cannot be read, or the machine fails; with a
+    /// base, when that has ended, or a file that both map is another one in the function's layers.
     pub fn build(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
-        let zygote = Self::fill(request, Fill::Pages)?.0;
-        Ok(zygote)
+        match request.base {
+            Some(base) => base.derive(request),
+            None => Ok(Self::fill(request, Fill::Pages)?.0),
+        }
     }
 
     /// [`Zygote::build`], or the same without the stored pages; where these belong is told.
@@ -163,26 +175,32 @@ impl Zygote {
         request: ZygoteRequest<'_>,
         fill: Fill,
     ) -> Result<(Self, Vec<Area>), ZygoteError> {
-        let manifest = Manifest::decode(request.template.manifest())?;
-        let machine = Fingerprint::of_this_machine()?.to_string();
-        if manifest.fingerprint != machine {
-            return Err(ZygoteError::Fingerprint {
-                template: manifest.fingerprint,
-                machine,
-            });
-        }
-        request.template.verify()?;
+        let manifest = usable(request.template)?;
         let plan = Plan::of(&manifest, request.template.extents(), fill)?;
         let (ours, theirs) = socket_pair()?;
         let mut loader = Loader::of(&plan, &request)?;
         let child = loader.start(request.binary, &theirs, &request)?;
+        let pid = i32::try_from(child.id()).unwrap_or_default();
         drop(theirs);
         // The zygote has the mount now; ours would only keep it from going away with it.
         drop(request.rootfs);
+        let (zygote, areas) = Self::of_plan(plan, fill, (pid, open_pidfd(pid)?), ours);
+        zygote.await_build(request.template)?;
+        Ok((zygote, areas))
+    }
+
+    /// A zygote that is being built in the process `pid`.
+    fn of_plan(
+        plan: Plan,
+        fill: Fill,
+        (pid, pidfd): (i32, OwnedFd),
+        control: OwnedFd,
+    ) -> (Self, Vec<Area>) {
         let zygote = Self {
-            pid: i32::try_from(child.id()).unwrap_or_default(),
-            child: Mutex::new(child),
-            control: Mutex::new(ours),
+            pid,
+            pidfd,
+            control: Mutex::new(control),
+            ground: plan.ground,
             tree: Arc::new(Tree {
                 sentences: plan.sentences,
                 processes: plan.processes,
@@ -200,25 +218,22 @@ impl Zygote {
                 left: Vec::new(),
             })),
         };
-        let control = lock(&zygote.control);
+        (zygote, plan.areas)
+    }
+
+    /// Waits until its memory is in place.
+    fn await_build(&self, template: &TemplateReader) -> Result<(), ZygoteError> {
+        let control = lock(&self.control);
         let message = receive(
             control.as_fd(),
             Instant::now() + BUILD_DEADLINE,
             BUILD_DEADLINE,
         )?;
-        zygote_error(&message.0, &zygote.tree)?;
-        drop(control);
+        zygote_error(&message.0, &self.tree)?;
         // The pages are in the zygote now; a second copy in the page cache serves nobody.
         // SAFETY: advice about a descriptor; no memory is passed.
-        unsafe {
-            libc::posix_fadvise(
-                request.template.fd().as_raw_fd(),
-                0,
-                0,
-                libc::POSIX_FADV_DONTNEED,
-            )
-        };
-        Ok((zygote, plan.areas))
+        unsafe { libc::posix_fadvise(template.fd().as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        Ok(())
     }
 
     /// Host pid of the zygote.
@@ -233,7 +248,7 @@ impl Zygote {
         &self.tree.opened
     }
 
-    /// DRAM that the zygote's memory takes.
+    /// DRAM that the zygote's memory takes, with what it shares with its base.
     ///
     /// # Errors
     /// When /proc cannot be read.
@@ -300,11 +315,24 @@ impl Zygote {
 
 impl Drop for Zygote {
     fn drop(&mut self) {
-        let mut child = lock(&self.child);
         // It may have ended by itself.
-        let _ = child.kill();
-        let _ = child.wait();
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
+        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(self.pid), None);
     }
+}
+
+/// A template's manifest, once it is sure that it fits this machine and that its pages are whole.
+fn usable(template: &TemplateReader) -> Result<Manifest, ZygoteError> {
+    let manifest = Manifest::decode(template.manifest())?;
+    let machine = Fingerprint::of_this_machine()?.to_string();
+    if manifest.fingerprint != machine {
+        return Err(ZygoteError::Fingerprint {
+            template: manifest.fingerprint,
+            machine,
+        });
+    }
+    template.verify()?;
+    Ok(manifest)
 }
 
 /// A task of a zygote that makes clones of it, one after another.

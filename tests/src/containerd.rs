@@ -8,11 +8,11 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::SAMPLES;
 use crate::daemon::Daemon;
 use crate::images;
 use crate::variants::VARIANTS;
 use crate::wait::until;
+use crate::{BASES, SAMPLES};
 
 /// The images in a store of a machine's own; they share a base.
 const FEW: [&str; 2] = ["hello-python", "json-python"];
@@ -82,8 +82,11 @@ impl Containerd {
         apart: bool,
     ) -> anyhow::Result<Self> {
         let (store, samples) = match apart {
-            true => (Store::own(directory)?, &FEW[..]),
-            false => (Store::open(&images::cache())?, &SAMPLES[..]),
+            true => (Store::own(directory)?, FEW.to_vec()),
+            false => (
+                Store::open(&images::cache())?,
+                [&SAMPLES[..], &BASES].concat(),
+            ),
         };
         let daemon = spawn(directory, &store.root, binaries, config)?;
         let mut containerd = Self {
@@ -94,7 +97,7 @@ impl Containerd {
             config: config.into(),
         };
         containerd.wait()?;
-        images::import(&containerd.socket(), samples)?;
+        images::import(&containerd.socket(), &samples)?;
         Ok(containerd)
     }
 

@@ -28,3 +28,5 @@ pub use wait::{until, until_some};
 
 /// The sample functions of `functions/stack.yml`.
 pub const SAMPLES: [&str; 4] = ["hello-python", "hello-node", "json-python", "image-node"];
+/// Bases to make functions from.
+pub const BASES: [&str; 2] = ["base-python", "base-node"];

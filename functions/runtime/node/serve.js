@@ -1,15 +1,30 @@
 // Serves a handler module over HTTP on 127.0.0.1:5000, behind the watchdog. The module named by the
 // first argument exports a function (body, query) that returns, or promises, a Buffer, a string or
-// a value for JSON. It is loaded, and so initialised, before the socket listens.
+// a value for JSON. It is loaded, and so initialised, before the socket listens. Where there is no
+// such module this is a base, from whose snapshot functions start: the module of such a function is
+// loaded when GET /_/load asks for it, or by the first call.
 'use strict';
 
+const fs = require('fs');
 const http = require('http');
 const net = require('net');
 const path = require('path');
 const v8 = require('v8');
 const vm = require('vm');
 
-let handle = require(path.resolve(process.argv[2]));
+const file = path.resolve(process.argv[2]);
+let handle = fs.existsSync(file) ? require(file) : null;
+
+function load() {
+  handle = require(file);
+  collect();
+}
+
+// A collected heap is smaller to keep and to copy.
+function collect() {
+  v8.setFlagsFromString('--expose-gc');
+  vm.runInNewContext('gc')();
+}
 
 const server = http.createServer((request, response) => {
   const parts = [];
@@ -19,8 +34,11 @@ const server = http.createServer((request, response) => {
     let kind = 'application/json';
     let result;
     try {
-      const query = Object.fromEntries(new URL(request.url, 'http://localhost').searchParams);
-      result = await handle(Buffer.concat(parts), query);
+      const url = new URL(request.url, 'http://localhost');
+      if (handle === null) load();
+      result = url.pathname === '/_/load'
+        ? 'loaded\n'
+        : await handle(Buffer.concat(parts), Object.fromEntries(url.searchParams));
     } catch (error) {
       console.error(String(error));
       status = 500;
@@ -64,8 +82,6 @@ process.on('SIGTERM', () => {
 });
 
 rehearse().then(() => {
-  // A collected heap is smaller to keep and to copy.
-  v8.setFlagsFromString('--expose-gc');
-  vm.runInNewContext('gc')();
+  collect();
   server.listen(Number(process.env.PORT || 5000), process.env.HOST || '127.0.0.1', 128);
 });

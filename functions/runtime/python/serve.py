@@ -2,7 +2,9 @@
 
 The module named by the first argument defines handle(body, query), which returns bytes, text or a
 value for JSON. It is imported, and so initialised, before the socket listens: whoever can connect
-meets a function that is ready.
+meets a function that is ready. Where there is no such module this is a base, from whose snapshot
+functions start: the module of such a function is imported when GET /_/load asks for it, or by the
+first call.
 
 A function started from a snapshot pays for every page that its first call touches. So this server
 is small: a few threads that wait in accept() and serve what they get themselves, no thread made for
@@ -20,6 +22,9 @@ from urllib.parse import parse_qsl
 
 THREADS = int(os.environ.get("threads", "2"))
 HEAD_LIMIT = 65_536
+LOAD = "/_/load"
+# What handlers import most: a base has it for all of them.
+COMMON = ("base64", "datetime", "hashlib", "hmac", "random", "re", "time")
 REASONS = {200: b"OK", 400: b"Bad Request", 500: b"Internal Server Error"}
 
 
@@ -78,7 +83,7 @@ class Connection:
             raise BadRequest("no length of the body") from None
         stay = headers.get("connection", "").lower()
         stay = stay != "close" if version == "HTTP/1.1" else stay == "keep-alive"
-        return method, target.partition("?")[2], headers, body, stay
+        return method, target, headers, body, stay
 
     def chunks(self):
         while size := int(self.until(b"\r\n", HEAD_LIMIT).partition(b";")[0], 16):
@@ -103,14 +108,30 @@ class Connection:
 
 
 class Server:
-    def __init__(self, handle):
+    def __init__(self, handle, module=None):
         self.handle = handle
+        self.module = module
+        self.loading = threading.Lock()
         self.lock = threading.Lock()
         self.busy = 0
 
-    def call(self, body, query):
+    def load(self):
+        """Imports the handler of a function that was started from a base."""
+        with self.loading:
+            if self.handle is None:
+                importlib.invalidate_caches()
+                handle = importlib.import_module(self.module).handle
+                settle()
+                self.handle = handle
+        return self.handle
+
+    def call(self, target, body):
+        path, _, query = target.partition("?")
         try:
-            return 200, self.handle(body, dict(parse_qsl(query)) if query else {})
+            handle = self.handle or self.load()
+            if path == LOAD:
+                return 200, "loaded\n"
+            return 200, handle(body, dict(parse_qsl(query)) if query else {})
         except Exception as error:  # The caller gets to see what went wrong, the log too.
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             return 500, {"error": f"{type(error).__name__}: {error}"}
@@ -120,8 +141,8 @@ class Server:
         stay = True
         try:
             while stay:
-                method, query, _, body, stay = connection.request()
-                status, result = self.call(body, query)
+                method, target, _, body, stay = connection.request()
+                status, result = self.call(target, body)
                 # With every thread taken, those who wait for one to accept them get their turn.
                 stay = stay and self.busy < THREADS
                 connection.answer(status, result, stay, method != "HEAD")
@@ -158,17 +179,33 @@ def rehearse():
             ours.recv(65_536)
 
 
+def settle():
+    """What exists now lives as long as the process; the collector need not write to it again, which
+    keeps its pages shared between instances."""
+    gc.collect()
+    gc.freeze()
+
+
+def import_handler(name):
+    """The handler; none where this is a base."""
+    try:
+        return importlib.import_module(name).handle
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+    for module in COMMON:
+        importlib.import_module(module)
+    return None
+
+
 def main():
-    module = importlib.import_module(sys.argv[1])
+    handle = import_handler(sys.argv[1])
     rehearse()
-    server = Server(module.handle)
+    server = Server(handle, sys.argv[1])
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((os.environ.get("HOST", "127.0.0.1"), int(os.environ.get("PORT", "5000"))))
-    # What exists now lives as long as the process; the collector need not write to it again, which
-    # keeps its pages shared between instances.
-    gc.collect()
-    gc.freeze()
+    settle()
     listener.listen(128)
     for _ in range(THREADS - 1):
         threading.Thread(target=server.work, args=(listener,), daemon=True).start()

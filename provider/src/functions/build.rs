@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use trenv_sandbox_proto as proto;
 
-use super::{Function, Functions, Revision, RevisionState, Template, snapshot_of, template_key};
+use super::{
+    Function, Functions, Revision, RevisionState, Source, Template, snapshot_of, template_key,
+};
 use crate::containerd::ContainerdError;
 use crate::error::chain;
 use crate::instances::{ColdStart, SandboxRef, StartError, StartKind, owner_labels, refill_spares};
@@ -144,11 +146,21 @@ impl Functions {
     }
 
     async fn build(self: &Arc<Self>, revision: &Arc<Revision>) -> RevisionState {
+        let base = self.await_base(revision).await;
+        let base = base.unwrap_or_else(|reason| {
+            tracing::warn!("{} is built by itself: {reason}", revision.function());
+            None
+        });
         let sandbox = match self.scheduler.reserve(revision).await {
             Ok(sandbox) => sandbox,
             Err(err) => return RevisionState::Failed(err.to_string()),
         };
-        let cold = match self.scheduler.cold_start(&sandbox, revision).await {
+        let started = match &base {
+            Some(base) => self.host.start_from_base(&sandbox, revision, base).await,
+            None => self.scheduler.cold_start(&sandbox, revision).await,
+        };
+        revision.set_base(base);
+        let cold = match started {
             Ok(cold) => cold,
             Err(err) => {
                 self.scheduler.discard(&sandbox, None).await;
@@ -219,7 +231,7 @@ impl Functions {
     async fn make_template(
         &self,
         shim: &ShimClient,
-        revision: &Revision,
+        revision: &Arc<Revision>,
         cold: &ColdStart,
         (key, dumped): (String, proto::SnapshotResponse),
     ) -> Result<Template, String> {
@@ -246,13 +258,14 @@ impl Functions {
             image_bytes: dumped.image_bytes,
             stored_bytes: dumped.stored_bytes,
             notes: dumped.notes,
+            base: revision.base().map(|base| base.record()),
         };
         let made = match committed.await {
-            Ok(()) => self
-                .host
-                .prepare_template(revision, &template, revision.methods.now())
-                .await
-                .map_err(|err| err.to_string()),
+            Ok(()) => {
+                let source = Source::of(revision, &template, revision.methods.now());
+                let made = self.host.prepare_template(&source).await;
+                made.map_err(|err| err.to_string())
+            }
             Err(err) => Err(err.to_string()),
         };
         if let Err(reason) = made {

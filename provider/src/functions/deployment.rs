@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::base::BASE_ANNOTATION;
 use super::quantity::{parse_cpu, parse_memory};
 use super::start_method::{START_METHOD_ANNOTATION, StartMethod};
 
@@ -80,7 +81,13 @@ impl Deployment {
         }
         self.limits()?;
         self.concurrency()?;
-        self.start_method()?;
+        self.base()?;
+        if self.start_method()? == StartMethod::CopyBase && self.base()?.is_none() {
+            return Err(format!(
+                "The start method {} copies a base's memory, but the function has none; set the annotation {BASE_ANNOTATION}",
+                StartMethod::CopyBase.name()
+            ));
+        }
         Ok(())
     }
 
@@ -125,6 +132,16 @@ impl Deployment {
                 )
             }),
         }
+    }
+
+    /// The function of the same namespace that it is made from.
+    ///
+    /// # Errors
+    /// A sentence when the annotation is no function's name.
+    pub fn base(&self) -> Result<Option<&str>, String> {
+        let name = self.annotations.get(BASE_ANNOTATION).map(String::as_str);
+        name.map_or(Ok(()), |name| check_name("base", name))?;
+        Ok(name)
     }
 
     /// How its instances come by their memory.
@@ -211,6 +228,12 @@ mod tests {
             .insert(START_METHOD_ANNOTATION.into(), "reap".into());
         assert!(d.check().is_ok());
         assert_eq!(d.start_method(), Ok(StartMethod::Reap));
+        d.annotations
+            .insert(START_METHOD_ANNOTATION.into(), "copy-base".into());
+        assert!(d.check().unwrap_err().contains(BASE_ANNOTATION));
+        d.annotations
+            .insert(BASE_ANNOTATION.into(), "python-base".into());
+        assert!(d.check().is_ok());
         d.annotations
             .insert(START_METHOD_ANNOTATION.into(), "quick".into());
         assert!(d.check().unwrap_err().contains("spice"));

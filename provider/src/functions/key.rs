@@ -21,6 +21,9 @@ pub struct KeyParts<'a> {
     pub read_only: bool,
     /// Name and digest of every secret, by name.
     pub secrets: &'a [(String, String)],
+    /// The function that it is made from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -77,6 +80,7 @@ mod tests {
             limits: Limits::default(),
             read_only: false,
             secrets,
+            base: None,
         }
     }
 
@@ -103,6 +107,14 @@ mod tests {
             template_key(&parts(&other, &[]), "r1", "cpu"),
             template_key(&parts(&user, &[]), "r1", "cpu"),
             template_key(&parts(&process, &secret), "r1", "cpu"),
+            template_key(
+                &KeyParts {
+                    base: Some("python-base"),
+                    ..parts(&process, &[])
+                },
+                "r1",
+                "cpu",
+            ),
             template_key(
                 &KeyParts {
                     read_only: true,

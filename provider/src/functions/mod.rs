@@ -5,6 +5,7 @@
 //! from then on `Ready`, or serving cold with a reason, or failed with a reason. An update builds a
 //! second revision beside the first, which serves until the new one can.
 
+mod base;
 mod build;
 mod deployment;
 mod key;
@@ -16,6 +17,7 @@ mod revision;
 mod start_method;
 mod store;
 
+pub use base::{Base, BaseTemplate, Source};
 pub use deployment::{Deployment, Limits, check_name};
 pub use key::{KeyParts, function_key, template_key};
 pub use process::Process;

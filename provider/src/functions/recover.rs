@@ -10,7 +10,9 @@ use trenv_sandbox_proto::State;
 
 use super::registry::Inner;
 use super::store::FunctionRecord;
-use super::{Function, FunctionName, Functions, Revision, RevisionState, StoreError, snapshot_of};
+use super::{
+    Function, FunctionName, Functions, Revision, RevisionState, Source, StoreError, snapshot_of,
+};
 use crate::containerd::{ContainerdError, SnapshotKind};
 use crate::error::chain;
 use crate::instances::{OWNER_LABEL, SandboxOps, SandboxRef, read_address, refill_spares};
@@ -37,6 +39,7 @@ pub async fn recover(functions: &Arc<Functions>, namespaces: &[String]) -> Resul
             builds.push((function, Some(deployment)));
         }
     }
+    functions.find_bases();
     let mut all: HashSet<String> = namespaces.iter().cloned().collect();
     all.extend(
         functions
@@ -206,12 +209,8 @@ impl Functions {
                 let Some(template) = revision.template() else {
                     continue;
                 };
-                let method = revision.methods.now();
-                match self
-                    .host
-                    .ensure_prepared(&revision, &template, method)
-                    .await
-                {
+                let source = Source::of(&revision, &template, revision.methods.now());
+                match self.host.ensure_prepared(&source).await {
                     Ok(()) => {
                         told.remove(&function.name);
                     }

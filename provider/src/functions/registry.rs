@@ -263,7 +263,8 @@ impl Functions {
             old.retire();
         }
         let same = function_key(&current.key_parts()) == function_key(&revision.key_parts())
-            && current.record.ready_path == revision.record.ready_path;
+            && current.record.ready_path == revision.record.ready_path
+            && !self.has_newer_base(&current);
         let usable = matches!(
             current.state(),
             RevisionState::Ready(_) | RevisionState::Building
@@ -413,6 +414,13 @@ impl Functions {
                 return Err(err);
             }
         };
+        let base = deployment.base().map_err(FunctionError::Invalid)?;
+        if let Some(base) = base
+            && let Err(err) = self.check_base(&name, base, &process)
+        {
+            containerd.delete_lease(&lease).await?;
+            return Err(err);
+        }
         let record = RevisionRecord {
             id,
             function: name,
@@ -422,6 +430,7 @@ impl Functions {
             read_only: deployment.read_only_root_filesystem,
             secrets,
             ready_path: deployment.annotations.get(READY_PATH_ANNOTATION).cloned(),
+            base: base.map(str::to_owned),
             lease,
         };
         let concurrency = deployment.concurrency().map_err(FunctionError::Invalid)?;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::{FunctionName, KeyParts, Limits, Methods, Process};
+use super::{Base, BaseTemplate, FunctionName, KeyParts, Limits, Methods, Process};
 use crate::containerd::{Mount, ResolvedImage};
 use crate::spec::PreparedSpec;
 
@@ -23,6 +23,9 @@ pub struct RevisionRecord {
     pub secrets: Vec<(String, String)>,
     /// Path of the readiness check, when the function names one.
     pub ready_path: Option<String>,
+    /// The function of the same namespace that it is made from.
+    #[serde(default)]
+    pub base: Option<String>,
     /// The containerd lease that holds its layers.
     pub lease: String,
 }
@@ -40,6 +43,9 @@ pub struct Template {
     pub image_bytes: u64,
     pub stored_bytes: u64,
     pub notes: Vec<String>,
+    /// The template that it was made from.
+    #[serde(default)]
+    pub base: Option<BaseTemplate>,
 }
 
 /// Where a revision stands.
@@ -98,6 +104,7 @@ pub struct Revision {
     /// Held while the template is made ready.
     pub preparing: tokio::sync::Mutex<()>,
     spares: Mutex<Vec<Spare>>,
+    base: Mutex<Option<Base>>,
 }
 
 impl Revision {
@@ -117,6 +124,7 @@ impl Revision {
             methods: Methods::default(),
             preparing: tokio::sync::Mutex::default(),
             spares: Mutex::new(Vec::new()),
+            base: Mutex::default(),
         }
     }
 
@@ -181,6 +189,17 @@ impl Revision {
             .push(spare);
     }
 
+    /// The base that its template was made from, while that is in service.
+    pub fn base(&self) -> Option<Base> {
+        let base = self.base.lock().unwrap_or_else(|e| e.into_inner());
+        base.clone().filter(|base| !base.revision.retired())
+    }
+
+    /// Notes what its template was made from.
+    pub fn set_base(&self, base: Option<Base>) {
+        *self.base.lock().unwrap_or_else(|e| e.into_inner()) = base;
+    }
+
     /// How many snapshots are ready.
     pub fn spares(&self) -> usize {
         self.spares.lock().unwrap_or_else(|e| e.into_inner()).len()
@@ -210,6 +229,7 @@ impl Revision {
             limits: self.record.limits,
             read_only: self.record.read_only,
             secrets: &self.record.secrets,
+            base: self.record.base.as_deref(),
         }
     }
 }

@@ -19,16 +19,19 @@ pub enum StartMethod {
     Reap,
     Faasnap,
     Spice,
+    /// `copy` of the base's memory; the function is loaded by each start.
+    CopyBase,
 }
 
 impl StartMethod {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Template,
         Self::Copy,
         Self::Lazy,
         Self::Reap,
         Self::Faasnap,
         Self::Spice,
+        Self::CopyBase,
     ];
 
     /// Its name, for people and for the shim.
@@ -40,6 +43,7 @@ impl StartMethod {
             Self::Reap => "reap",
             Self::Faasnap => "faasnap",
             Self::Spice => "spice",
+            Self::CopyBase => "copy-base",
         }
     }
 
@@ -110,7 +114,7 @@ mod tests {
         for name in ["", "Template", "criu", "template "] {
             let refused = StartMethod::parse(name).unwrap_err();
             assert!(
-                refused.contains("template, copy, lazy, reap, faasnap, spice"),
+                refused.contains("template, copy, lazy, reap, faasnap, spice, copy-base"),
                 "{refused}"
             );
         }

@@ -274,6 +274,7 @@ mod tests {
                 read_only: false,
                 secrets: vec![],
                 ready_path: None,
+                base: None,
                 lease: "l".into(),
             },
             state: RevisionState::Cold("it holds a raw socket".into()),
@@ -298,6 +299,7 @@ mod tests {
             image_bytes: 1,
             stored_bytes: 1,
             notes: vec![],
+            base: None,
         };
         store.remove(&record("b").name, Some(&template)).unwrap();
         drop(store);

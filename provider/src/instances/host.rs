@@ -14,7 +14,7 @@ use super::prepare::PrepareError;
 use super::scheduler::micros;
 use super::{ColdStart, ParkedStart, SandboxOps, SandboxRef, StartError, wait_ready};
 use crate::containerd::{Containerd, ContainerdError, Mount, Namespaced, NewContainer};
-use crate::functions::{Revision, Spare, StartMethod, Template, next_tenancy, snapshot_of};
+use crate::functions::{Revision, Source, Spare, StartMethod, Template, next_tenancy, snapshot_of};
 use crate::logs::Logs;
 use crate::shim_client::{ShimClient, Step, wire_limits, wire_mounts};
 use crate::spec::{self, FunctionSpec};
@@ -98,6 +98,11 @@ impl Host {
             ShimClient::new(namespace, file)
         });
         client.clone()
+    }
+
+    /// Until when a function must be ready.
+    pub fn ready_timeout(&self) -> Duration {
+        self.ready_timeout
     }
 
     /// What functions say.
@@ -282,23 +287,18 @@ impl Host {
         ))
     }
 
-    /// Starts a tenancy from its template, or parks it.
-    async fn restore(
+    /// Starts a tenancy from a template, or parks it.
+    pub(super) async fn restore(
         &self,
         sandbox: &SandboxRef,
         revision: &Arc<Revision>,
-        template: &Template,
+        source: &Source,
         park: bool,
     ) -> Result<(ParkedStart, Vec<Step>), StartError> {
         let record = &revision.record;
         let name = record.function.to_string();
         let begun = Instant::now();
-        // An update may change the method meanwhile; this start keeps the one that it began with.
-        let method = match park {
-            true => StartMethod::Template,
-            false => revision.methods.now(),
-        };
-        self.ensure_prepared(revision, template, method)
+        self.ensure_prepared(source)
             .await
             .map_err(|err| err.into_start(&name))?;
         let Spare {
@@ -315,14 +315,14 @@ impl Host {
         request.sandbox_id = sandbox.id.clone();
         request.tenancy = tenancy.clone();
         request.rootfs = wire_mounts(&mounts);
-        request.template_id = template.id.clone();
-        request.generation = template.generation;
+        request.template_id = source.template.id.clone();
+        request.generation = source.template.generation;
         request.limits = Some(wire_limits(record.limits)).into();
         request.hostname = sandbox.id.clone();
         request.mounts = wire_mounts(&revision.binds);
         request.read_only_rootfs = record.read_only;
         request.spec_json = String::from_utf8_lossy(&spec_json).into_owned();
-        request.method = method.name().to_owned();
+        request.method = source.method.name().to_owned();
         request.park = park;
         let begun = Instant::now();
         let answer = self.shim(&sandbox.namespace).repurpose(request).await;
@@ -332,7 +332,7 @@ impl Host {
                 steps.extend(taken_by_call(taken, called));
                 let lent = Lent {
                     revision: Arc::downgrade(revision),
-                    template: template.clone(),
+                    template: source.template.clone(),
                     mounts,
                 };
                 self.lent().insert(tenancy.clone(), lent);
@@ -348,7 +348,12 @@ impl Host {
     }
 
     /// Lets the container's record tell of a tenancy that serves from now on.
-    fn record_serving(&self, sandbox: &SandboxRef, revision: &Arc<Revision>, start: ParkedStart) {
+    pub(super) fn record_serving(
+        &self,
+        sandbox: &SandboxRef,
+        revision: &Arc<Revision>,
+        start: ParkedStart,
+    ) {
         let record = self.function_record(sandbox, revision, &start.tenancy, start.spec);
         self.update_record(sandbox, record);
     }
@@ -430,7 +435,9 @@ impl SandboxOps for Host {
         revision: &Arc<Revision>,
         template: &Template,
     ) -> Result<(String, Vec<Step>), StartError> {
-        let (start, steps) = self.restore(sandbox, revision, template, false).await?;
+        // An update may change the method meanwhile; this start keeps the one that it began with.
+        let source = Source::of(revision, template, revision.methods.now());
+        let (start, steps) = self.restore(sandbox, revision, &source, false).await?;
         let tenancy = start.tenancy.clone();
         self.record_serving(sandbox, revision, start);
         Ok((tenancy, steps))
@@ -442,7 +449,8 @@ impl SandboxOps for Host {
         revision: &Arc<Revision>,
         template: &Template,
     ) -> Result<ParkedStart, StartError> {
-        let (start, _) = self.restore(sandbox, revision, template, true).await?;
+        let source = Source::of(revision, template, StartMethod::Template);
+        let (start, _) = self.restore(sandbox, revision, &source, true).await?;
         Ok(start)
     }
 
@@ -559,6 +567,7 @@ pub fn refill_spares(host: &Host, revision: &Arc<Revision>) {
     if revision.spares() >= SPARES || revision.retired() {
         return;
     }
+    let source = Source::of(revision, &template, revision.methods.now()).template;
     let (containerd, revision) = (host.containerd.clone(), Arc::clone(revision));
     let shim = host.shim(&revision.record.function.namespace);
     tokio::spawn(async move {
@@ -575,7 +584,7 @@ pub fn refill_spares(host: &Host, revision: &Arc<Revision>) {
                 Ok(spare) => {
                     // A root that is not mounted ahead is mounted at the start.
                     if let Err(err) = shim
-                        .stage(&template.id, template.generation, &spare.mounts)
+                        .stage(&source.id, source.generation, &spare.mounts)
                         .await
                     {
                         tracing::debug!("No root was mounted ahead: {err}");
@@ -636,7 +645,7 @@ pub fn read_address(info: &proto::SandboxInfo) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, FUNCTION_PORT))
 }
 
-fn failed(function: &str, reason: impl std::fmt::Display) -> StartError {
+pub(super) fn failed(function: &str, reason: impl std::fmt::Display) -> StartError {
     StartError::Start {
         function: function.to_owned(),
         reason: reason.to_string(),

@@ -7,6 +7,7 @@
 //! What is done to sandboxes goes through [`SandboxOps`], implemented by the `host` module with
 //! containerd and the shim. A warm call makes no request to either.
 
+mod base;
 mod guard;
 mod host;
 mod ops;

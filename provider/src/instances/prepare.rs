@@ -4,7 +4,7 @@ use trenv_sandbox_proto as proto;
 
 use super::{Host, StartError};
 use crate::containerd::ContainerdError;
-use crate::functions::{Revision, StartMethod, Template};
+use crate::functions::Source;
 use crate::shim_client::{ShimError, wire_limits, wire_mounts};
 
 /// Why a template is not ready on the shim.
@@ -55,42 +55,12 @@ impl PrepareError {
 }
 
 impl Host {
-    /// Has the shim build the template's zygote for `method`, over a read-only view of the
-    /// function's layers.
-    pub async fn prepare_template(
-        &self,
-        revision: &Revision,
-        template: &Template,
-        method: StartMethod,
-    ) -> Result<(), PrepareError> {
-        let namespace = &revision.function().namespace;
-        let mounts = self
-            .namespace(namespace)?
-            .snapshot_mounts(&template.view)
-            .await?;
-        let mut request = proto::PrepareRequest::new();
-        request.template_id = template.id.clone();
-        request.generation = template.generation;
-        request.rootfs = wire_mounts(&mounts);
-        request.limits = Some(wire_limits(revision.record.limits)).into();
-        request.method = method.name().to_owned();
-        let shim = self.shim(namespace);
-        let epoch = shim.epoch().await?;
-        shim.prepare(request).await?;
-        revision.methods.set_prepared(method, epoch);
-        Ok(())
-    }
-
-    /// Makes the template ready for `method` on the shim that runs now, unless it is.
+    /// Makes a template ready for its start method on the shim that runs now, unless it is.
     ///
     /// # Errors
     /// When no shim runs, or it cannot make the template ready.
-    pub async fn ensure_prepared(
-        &self,
-        revision: &Revision,
-        template: &Template,
-        method: StartMethod,
-    ) -> Result<(), PrepareError> {
+    pub async fn ensure_prepared(&self, source: &Source) -> Result<(), PrepareError> {
+        let (revision, method) = (&source.owner, source.method);
         let shim = self.shim(&revision.function().namespace);
         if shim.epoch().await? == revision.methods.prepared(method) {
             return Ok(());
@@ -99,6 +69,43 @@ impl Host {
         if shim.epoch().await? == revision.methods.prepared(method) {
             return Ok(());
         }
-        self.prepare_template(revision, template, method).await
+        self.prepare_template(source).await
+    }
+
+    /// Has the shim build the zygote of a template for its start method, over a read-only view of the
+    /// function's layers.
+    ///
+    /// # Errors
+    /// As [`Host::ensure_prepared`].
+    pub async fn prepare_template(&self, source: &Source) -> Result<(), PrepareError> {
+        let (revision, method) = (&source.owner, source.method);
+        let shim = self.shim(&revision.function().namespace);
+        let namespace = self.namespace(&revision.function().namespace)?;
+        let template = &source.template;
+        let mounts = namespace.snapshot_mounts(&template.view).await?;
+        let mut request = proto::PrepareRequest::new();
+        request.template_id = template.id.clone();
+        request.generation = template.generation;
+        request.rootfs = wire_mounts(&mounts);
+        request.limits = Some(wire_limits(revision.record.limits)).into();
+        request.method = method.name().to_owned();
+        if let Some(base) = revision.base() {
+            match namespace.snapshot_mounts(&base.template.view).await {
+                Ok(mounts) => {
+                    let mut wanted = proto::Base::new();
+                    wanted.template_id = base.template.id.clone();
+                    wanted.generation = base.template.generation;
+                    wanted.rootfs = wire_mounts(&mounts);
+                    request.base = Some(wanted).into();
+                }
+                // Removed meanwhile; the function's template is whole without it.
+                Err(err) if err.is_not_found() => {}
+                Err(err) => return Err(err.into()),
+            }
+        }
+        let epoch = shim.epoch().await?;
+        shim.prepare(request).await?;
+        revision.methods.set_prepared(method, epoch);
+        Ok(())
     }
 }

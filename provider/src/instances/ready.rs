@@ -5,11 +5,16 @@ use std::time::Duration;
 
 use axum::body::Body;
 use http::{Request, StatusCode};
+use http_body_util::{BodyExt, Limited};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 const HEALTH_PATH: &str = "/_/health";
+/// What a base answers with 200 once the function in its root is loaded.
+const LOAD_PATH: &str = "/_/load";
+/// Bytes of its reason when it cannot.
+const MOST_SAID: usize = 4096;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(5);
@@ -63,6 +68,66 @@ pub async fn wait_ready(
         "it was not ready after {} s: {seen}; let it listen on 0.0.0.0:8080, or raise provider.ready_timeout_s",
         timeout.as_secs()
     ))
+}
+
+/// Has what was started from a base load the function that its root holds; returns when it has.
+///
+/// # Errors
+/// A sentence that says what the base answered.
+pub async fn load(address: SocketAddr, limit: Duration) -> Result<(), String> {
+    let deadline = Instant::now() + limit;
+    let seconds = limit.as_secs();
+    let mut seen = "nothing listened on its port 8080".to_owned();
+    while Instant::now() < deadline {
+        let asked = tokio::time::timeout_at(deadline, ask_to_load(address)).await;
+        match asked {
+            Ok(Some((StatusCode::OK, _))) => return Ok(()),
+            Ok(Some((StatusCode::NOT_FOUND, _))) => {
+                return Err(format!(
+                    "its base does not know GET {LOAD_PATH}, by which it loads a function"
+                ));
+            }
+            // A watchdog or a server that is not there yet.
+            Ok(Some((status, _))) if status.as_u16() > 500 => {
+                seen = format!("its base answered {status}");
+            }
+            Ok(Some((status, said))) => {
+                return Err(format!(
+                    "its base answered {status} when it was to load the function: {said}"
+                ));
+            }
+            Ok(None) => {}
+            Err(_) => seen = "its base did not answer".to_owned(),
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+    Err(format!(
+        "it was not loaded after {seconds} s: {seen}; raise provider.ready_timeout_s"
+    ))
+}
+
+async fn ask_to_load(address: SocketAddr) -> Option<(StatusCode, String)> {
+    let stream = TcpStream::connect(address).await.ok()?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .ok()?;
+    let request = Request::get(LOAD_PATH)
+        .header("host", address.to_string())
+        .header("connection", "close")
+        .header("user-agent", "trenv-readiness")
+        .body(Body::empty())
+        .ok()?;
+    let (answer, _) = futures::join!(
+        async move {
+            let answer = sender.send_request(request).await.ok()?;
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), MOST_SAID).collect().await;
+            let said = body.map(|body| body.to_bytes()).unwrap_or_default();
+            Some((status, String::from_utf8_lossy(&said).trim().to_owned()))
+        },
+        connection
+    );
+    answer
 }
 
 async fn probe(address: SocketAddr, path: Option<&str>) -> Probe {
@@ -139,6 +204,24 @@ mod tests {
         assert_eq!(ready, Ok(Readiness::Answers));
         let named = wait_ready(address, Some("/ready"), Duration::from_millis(100)).await;
         assert!(named.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_base_loads_a_function_or_says_why_not() {
+        const BROKEN: &str =
+            "HTTP/1.1 500 No\r\ncontent-length: 9\r\nconnection: close\r\n\r\nNameError";
+        let limit = Duration::from_secs(5);
+        let address = serve(vec![BUSY, OK]).await;
+        assert_eq!(load(address, limit).await, Ok(()));
+        let address = serve(vec![BROKEN]).await;
+        assert!(
+            load(address, limit)
+                .await
+                .unwrap_err()
+                .contains("NameError")
+        );
+        let address = serve(vec![MISSING]).await;
+        assert!(load(address, limit).await.unwrap_err().contains(LOAD_PATH));
     }
 
     #[tokio::test]

@@ -172,6 +172,7 @@ fn template() -> RevisionState {
         image_bytes: 0,
         stored_bytes: 0,
         notes: vec![],
+        base: None,
     })
 }
 
@@ -194,6 +195,7 @@ fn revision_in(namespace: &str, name: &str, state: RevisionState) -> Arc<Revisio
         read_only: false,
         secrets: vec![],
         ready_path: None,
+        base: None,
         lease: String::new(),
     };
     Arc::new(Revision::new(record, vec![], 1, state))

@@ -251,6 +251,7 @@ fn status(service: &Service, function: &Function, usage: Usage) -> Value {
             "imageBytes": template.image_bytes,
             "storedBytes": template.stored_bytes,
             "notes": template.notes,
+            "base": template.base.as_ref().map(|base| &base.function),
         });
     }
     status

@@ -398,7 +398,7 @@ impl SandboxContainer {
 
     fn enter(&self, plan: &Plan) -> Result<(Option<KeptRoot>, Vec<(&'static str, Duration)>)> {
         let begun = Instant::now();
-        let TenancyRoot { mount, kept } = self.all.templates.root(plan.template, &plan.rootfs)?;
+        let TenancyRoot { mount, kept } = self.all.templates.root(&plan.rootfs)?;
         let root = Rootfs {
             overlay: mount,
             parts: plan.root.parts()?,

@@ -11,7 +11,7 @@ use ttrpc::r#async::TtrpcContext;
 use super::Sandboxes;
 use super::change::{limits_of, mounts_of, template_ref};
 use crate::runc::blocking;
-use crate::template::Templates;
+use crate::template::{Base, Templates};
 
 type Reply<T> = ttrpc::Result<T>;
 
@@ -143,10 +143,21 @@ impl proto::Sandbox for SandboxService {
                 let rootfs = mounts_of(&request.rootfs);
                 let limits = limits_of(request.limits.as_ref());
                 let seats = request.spares as usize;
+                let base = match request.base.into_option() {
+                    Some(base) => Some(Base {
+                        template: template_ref(&base.template_id, base.generation, "")?,
+                        rootfs: mounts_of(&base.rootfs),
+                    }),
+                    None => None,
+                };
                 let begun = std::time::Instant::now();
                 let (resident_bytes, clones) = blocking(move || {
                     let template = all.templates.resolve(template)?;
-                    let bytes = all.templates.prepare(template, &rootfs, &limits, seats)?;
+                    // Every other method has memory of its own.
+                    let base = base.filter(|_| template.method == Method::Template);
+                    let bytes = all
+                        .templates
+                        .prepare(template, &rootfs, &limits, seats, base)?;
                     Ok((bytes, all.templates.clone_times(&template)))
                 })
                 .await?;

@@ -11,7 +11,7 @@ use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::{KeptRoot, Mount};
 use trenv_snapshot::methods::StartMethod;
 
-use super::lock;
+use super::{Base, lock};
 use crate::reap::Unswept;
 use crate::sandbox::Seat;
 
@@ -41,6 +41,8 @@ pub struct Standing {
     pub wanted: AtomicUsize,
     /// The layers, for building the zygote anew.
     pub rootfs: Vec<Mount>,
+    /// Whose zygote this one was made from, for the same.
+    pub base: Option<Base>,
     // Keeps the pages in the pool for as long as the zygote may be built again from them.
     pub _reader: TemplateReader,
     pub _unswept: Vec<Unswept>,

@@ -10,10 +10,12 @@
 use crate::interpreter::{fail, leave, run, send, task};
 use crate::sys::{self, CLONE_VM, CloneArgs, SIGCHLD, nr, syscall};
 use crate::wire::{
-    Header, MAX_AGENTS, Op, Range, Report, Request, STACK, fd, report, request, task_fd,
+    Header, MAX_AGENTS, MOST_DESCRIPTORS, Op, Range, Report, Request, STACK, fd, report, request,
+    task_fd,
 };
 
 const CLONE_VFORK: u64 = 0x4000;
+const CLONE_PARENT: u64 = 0x8000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const NAMESPACES: u64 = 0x2_0000 | 0x0400_0000 | 0x0800_0000 | 0x2000_0000 | 0x4000_0000;
 const WALL: u64 = 0x4000_0000;
@@ -26,9 +28,6 @@ const SOL_SOCKET: i32 = 1;
 const SCM_RIGHTS: i32 = 1;
 /// End of the user's half of the address space.
 const TASK_END: u64 = 0x7fff_ffff_f000;
-
-/// Descriptors that one request may carry.
-const MOST_DESCRIPTORS: usize = 8;
 
 #[repr(C)]
 struct ControlMessage {
@@ -49,12 +48,28 @@ struct MessageHeader {
     flags: u64,
 }
 
-/// Where a fresh address space comes in, a zygote's or that of a process under load: on a stack in
-/// the region, with nothing else needed but the kernel's mappings around `vdso`.
+/// Where an address space comes in, on a stack in the region. A fresh one, a zygote's or that of a
+/// process under load, needs nothing else but the kernel's mappings around `vdso`; where that is 0 it
+/// comes from another zygote, and its program says what of it stays.
 ///
 /// # Safety
 /// `header` must be the region's header; the caller's program is unmapped.
 pub unsafe extern "C" fn enter(header: *mut Header, vdso: u64) -> ! {
+    // SAFETY: the header is the planner's, and so are the words and the program that it names.
+    unsafe {
+        if vdso != 0 {
+            clear(header, vdso);
+        }
+        run(header, (*header).build as *const Op);
+        serve(header, 0)
+    }
+}
+
+/// Unmaps all but the region and the kernel's mappings.
+///
+/// # Safety
+/// As [`enter`].
+unsafe fn clear(header: *mut Header, vdso: u64) {
     // SAFETY: the header is the planner's, and so are the words that it names.
     unsafe {
         let start = vdso - (*header).vdso_offset;
@@ -82,8 +97,6 @@ pub unsafe extern "C" fn enter(header: *mut Header, vdso: u64) -> ! {
             from = range.end;
         }
         unmap(header, from, TASK_END);
-        run(header, (*header).build as *const Op);
-        serve(header, 0)
     }
 }
 
@@ -127,6 +140,8 @@ unsafe fn serve(header: *mut Header, index: u64) -> ! {
             request::AGENT => unsafe { another(header, u64::from(wanted.agent)) },
             // SAFETY: as above.
             request::CLONE => unsafe { clone(header) },
+            // SAFETY: as above.
+            request::DERIVE => unsafe { derive(header) },
             // SAFETY: the owner has written a program there before it asks.
             request::REWORK => unsafe { run(header, (*header).rework as *const Op) },
             _ => {}
@@ -295,6 +310,31 @@ fn schedule(policy: u64) {
     unsafe {
         let parameter = (&raw const priority) as u64;
         syscall(nr::SCHED_SETSCHEDULER, &[0, policy, parameter, 0, 0, 0]);
+    }
+}
+
+/// Makes a copy of the zygote that is no clone: its parent is the zygote's own, nothing is made ready in
+/// it, and its first request makes another template's zygote of it.
+///
+/// # Safety
+/// As [`serve`].
+unsafe fn derive(header: *mut Header) {
+    // SAFETY: the header is the planner's; the copy goes on here with a copy of everything, this stack
+    // included.
+    unsafe {
+        let args = CloneArgs {
+            flags: CLONE_PARENT,
+            ..CloneArgs::default()
+        };
+        let length = size_of::<CloneArgs>() as u64;
+        let made = syscall(nr::CLONE3, &[(&raw const args) as u64, length, 0, 0, 0, 0]);
+        if made == 0 {
+            take_socket(header);
+            serve(header, 0)
+        }
+        if made < 0 {
+            report_failure(header, 11, made);
+        }
     }
 }
 

@@ -188,6 +188,20 @@ pub unsafe fn run(header: *mut Header, ops: *const Op) {
                     unsafe { fail(header, 8, entered) };
                 }
             }
+            verb::ENTER => {
+                // SAFETY: the planner gives the entry point, the header and a free stack of a region that
+                // was mapped by the steps before; nothing here is needed any more.
+                unsafe {
+                    asm!(
+                        "jmp {entry}",
+                        entry = in(reg) op.args[0],
+                        in("rdi") op.args[1],
+                        in("rsi") op.args[2],
+                        in("rdx") 0,
+                        options(noreturn),
+                    )
+                }
+            }
             verb::COPY_AHEAD => {
                 let table = op.args[0] as *const u64;
                 // SAFETY: the planner gives a table with room for `MOST_RANGES` pairs.

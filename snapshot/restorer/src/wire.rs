@@ -19,6 +19,10 @@ pub const MOST_RANGES: usize = 1024;
 /// Values that one program may keep.
 pub const SLOTS: usize = 16;
 
+/// Descriptors that one request may carry. They come in below the control descriptor, where nothing
+/// else is open in an agent.
+pub const MOST_DESCRIPTORS: usize = 16;
+
 /// Timestamps in a [`Report`].
 pub const MARKS: usize = 6;
 
@@ -93,7 +97,7 @@ pub struct Header {
     /// Words that the kernel clears when the clone and its helper have left the address space.
     pub clone_left: u64,
     pub helper_left: u64,
-    /// Where the owner of a skeleton writes a program for it.
+    /// Where the owner writes a program of a [`request::REWORK`].
     pub rework: u64,
     pub marks: [u64; MARKS],
 }
@@ -162,6 +166,8 @@ pub mod verb {
     pub const MAKE_CLOCK: u16 = 11;
     /// Enter that time namespace; the address space must be this process's alone by now.
     pub const ENTER_CLOCK: u16 = 14;
+    /// Go on in another region: entry point `args[0]`, header `args[1]`, end of a stack `args[2]`.
+    pub const ENTER: u16 = 17;
     /// Wait for a [`super::request::GO`] of this process's own from the control socket.
     pub const AWAIT_GO: u16 = 16;
 }
@@ -211,6 +217,9 @@ pub mod request {
     pub const REWORK: u32 = 4;
     /// Let one process of a restored tree go on; it is sent once for each.
     pub const GO: u32 = 5;
+    /// Make a copy of the zygote, a child of the zygote's own parent, that is to become another
+    /// template's zygote by a [`REWORK`]. Descriptor: its socket.
+    pub const DERIVE: u32 = 6;
 }
 
 /// A request.
@@ -263,6 +272,7 @@ pub fn own_sentence(what: u32) -> &'static str {
         10 => {
             "mapping a snapshot file (is its file system mounted noexec, or are there more mappings than vm.max_map_count?)"
         }
+        11 => "making a zygote from that of its base",
         _ => "a step without a name",
     }
 }

@@ -17,7 +17,7 @@ use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun};
 pub const BATCH: u64 = 256;
 
 /// Writes every process's pages in the manifest's order and notes their runs there.
-pub fn store(
+pub(super) fn store(
     tree: &StoppedTree,
     manifest: &mut Manifest,
     writer: &mut TemplateWriter,
@@ -59,7 +59,7 @@ fn open(host: i32, name: &str) -> Result<File, DumpError> {
 }
 
 /// Runs of pages that the process has a copy of its own of.
-fn own_pages(map: &File, mapping: &Mapping) -> Result<Vec<PageRun>, DumpError> {
+pub fn own_pages(map: &File, mapping: &Mapping) -> Result<Vec<PageRun>, DumpError> {
     let wanted = match mapping.kind {
         // These come back empty by their meaning: sibling clones must not share their bytes.
         _ if mapping.flags.droppable || mapping.flags.wipe_on_fork => return Ok(Vec::new()),

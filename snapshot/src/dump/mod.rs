@@ -14,7 +14,7 @@ mod file_locks;
 mod files;
 mod inotify;
 mod mappings;
-mod memory;
+pub(crate) mod memory;
 mod memory_objects;
 mod notes;
 mod process;

@@ -58,8 +58,14 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// Places everything; `region` is the length that the restorer's region may have.
-    pub fn of(manifest: &Manifest, lineage: Lineage, region: u64) -> Option<Self> {
+    /// Places everything; `region` is the length that the restorer's region may have. The zygote
+    /// may begin with something in the ranges `taken`.
+    pub fn of(
+        manifest: &Manifest,
+        lineage: Lineage,
+        region: u64,
+        taken: &[(u64, u64)],
+    ) -> Option<Self> {
         let ways = ways(manifest, &lineage);
         let heir = ways.iter().position(|way| *way == Way::Heir)?;
         let mut all: Vec<(u64, u64)> = manifest
@@ -67,6 +73,7 @@ impl Placement {
             .iter()
             .flat_map(|process| &process.mappings)
             .map(|mapping| (mapping.start, mapping.end))
+            .chain(taken.iter().copied())
             .collect();
         all.sort_unstable();
         let region_base = hole(&all, region)?;

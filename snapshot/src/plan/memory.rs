@@ -6,6 +6,7 @@ use nix::libc;
 use trenv_pool::{Extent, Source};
 use trenv_restorer::wire::fd;
 
+use super::base::Base;
 use super::layout::{Placed, Placement, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::When;
@@ -69,13 +70,16 @@ pub fn build(
     manifest: &Manifest,
     placement: &Placement,
     pieces: &Pieces,
-    (control, fill): (u64, Fill),
+    (control, fill, base): (u64, Fill, Option<Base<'_>>),
     region: &mut Region,
     vdso_words: &mut Vec<u64>,
-) -> Program {
+) -> Result<Program, PlanError> {
     let heir = &manifest.processes[placement.heir];
     let mut program = Program::default();
-    move_vdso(heir, region, &mut program, vdso_words);
+    match base {
+        Some(base) => base.take_over(manifest, placement, control, region, &mut program)?,
+        None => move_vdso(heir, region, &mut program, vdso_words),
+    }
     for place in &placement.placed {
         let process = &manifest.processes[place.process];
         let mapping = &process.mappings[place.mapping];
@@ -87,6 +91,18 @@ pub fn build(
             Fill::Pages => &pieces.processes[place.process],
             Fill::Skeleton { .. } => &[],
         };
+        if let Some(base) = base
+            && base.bring_up(
+                place,
+                (process, heir),
+                stored,
+                control,
+                region,
+                &mut program,
+            )?
+        {
+            continue;
+        }
         let inside = inside(mapping, stored);
         let sourced = inside.filter_map(|piece| {
             let from = match piece.offset {
@@ -121,10 +137,14 @@ pub fn build(
         }
         protect(place, mapping, &sourced, &mut program);
     }
-    describe(heir, control + build_fd::EXE, region, &mut program);
+    if base.is_some_and(|base| base.has_exe(heir)) {
+        describe_memory(heir, None, region, &mut program);
+    } else {
+        describe(heir, control + build_fd::EXE, region, &mut program);
+    }
     let rest = u64::from(u32::MAX);
     program.call(libc::SYS_close_range, [control + build_fd::PAGES, rest, 0]);
-    program
+    Ok(program)
 }
 
 /// Where the capsule of a process has its pages: what to copy there from the pool.
@@ -390,16 +410,20 @@ pub fn map(
         }
     }
     for piece in pieces {
-        let at = place.at + (piece.address - mapping.start);
-        let (descriptor, offset) = piece.from;
-        // All at once costs less than a fault for each page. Unknown before Linux 5.14.
-        let populate = libc::MADV_POPULATE_WRITE as u64;
-        program
-            .call(libc::SYS_madvise, [at, piece.length, populate])
-            .or_not();
-        program.call(libc::SYS_pread64, [descriptor, at, piece.length, offset]);
-        program.exactly(piece.length);
+        write(piece, place.at + (piece.address - mapping.start), program);
     }
+}
+
+/// Reads a piece to its place.
+pub fn write(piece: &Sourced, at: u64, program: &mut Program) {
+    let (descriptor, offset) = piece.from;
+    // All at once costs less than a fault for each page. Unknown before Linux 5.14.
+    let populate = libc::MADV_POPULATE_WRITE as u64;
+    program
+        .call(libc::SYS_madvise, [at, piece.length, populate])
+        .or_not();
+    program.call(libc::SYS_pread64, [descriptor, at, piece.length, offset]);
+    program.exactly(piece.length);
 }
 
 /// A mapping that was filled gets its own protection.

@@ -4,6 +4,7 @@
 //! zygote and each process the list of system calls that the restorer makes. What differs from
 //! start to start (streams, sandbox, cgroup) is a descriptor at a fixed number.
 
+pub mod base;
 mod credentials;
 mod files;
 mod frame;
@@ -12,7 +13,7 @@ mod generation;
 mod hostile;
 mod layout;
 mod lineage;
-mod memory;
+pub mod memory;
 mod process;
 mod region;
 mod shared;
@@ -28,6 +29,8 @@ use std::collections::BTreeSet;
 
 use trenv_pool::Extent;
 use trenv_restorer::wire::{Capsule, Header, MAGIC, MARKS, MAX_AGENTS, OWN_SENTENCES, STACK, fd};
+
+use base::{Base, Ground};
 
 use crate::lineage::Lineage;
 use crate::manifest::{Manifest, MappingKind, ObjectKind, PAGE};
@@ -52,6 +55,8 @@ pub mod build_fd {
     pub const ZERO: u64 = fd::OBJECTS + 1;
     /// The executable of the heir, for a moment.
     pub const EXE: u64 = fd::OBJECTS + 2;
+    /// The function's layers, for a zygote that is made from its base's.
+    pub const ROOTFS: u64 = fd::OBJECTS + 3;
 }
 
 /// What a zygote is made from.
@@ -91,8 +96,12 @@ pub struct Plan {
     pub opened: Vec<String>,
     /// Where stored pages belong in the address space, by address.
     pub areas: Vec<Area>,
-    /// Where a skeleton takes programs.
+    /// Where it takes programs.
     pub rework: u64,
+    /// What others may be made from.
+    pub ground: Ground,
+    /// Files that stay mapped as its base has them.
+    pub kept_files: Vec<String>,
 }
 
 /// The file from which a process is loaded: its head, its pages, its region.
@@ -125,6 +134,8 @@ pub enum PlanError {
     Pages,
     #[error("The snapshot cannot be restored: {0}")]
     Unsupported(String),
+    #[error("Failed to compare the snapshot with its base")]
+    Base { source: std::io::Error },
 }
 
 impl Plan {
@@ -133,9 +144,24 @@ impl Plan {
     /// # Errors
     /// When the manifest cannot be laid out.
     pub fn of(manifest: &Manifest, extents: &[Extent], fill: Fill) -> Result<Self, PlanError> {
+        Self::over(None, manifest, extents, fill)
+    }
+
+    /// The same, over what a base's zygote holds already.
+    ///
+    /// # Errors
+    /// As there, and when the base cannot be compared with.
+    pub fn over(
+        base: Option<Base<'_>>,
+        manifest: &Manifest,
+        extents: &[Extent],
+        fill: Fill,
+    ) -> Result<Self, PlanError> {
         let mut lineage = Lineage::of(manifest).map_err(PlanError::Unsupported)?;
         let helper_pid = lineage::number_stand_ins(manifest, &mut lineage)?;
-        let placement = Placement::of(manifest, lineage, REGION_LIMIT).ok_or(PlanError::NoRoom)?;
+        let taken = base.map(|base| base.ground.taken()).unwrap_or_default();
+        let placement = Placement::of(manifest, lineage, REGION_LIMIT, &taken);
+        let placement = placement.ok_or(PlanError::NoRoom)?;
         let pieces = memory::pieces(manifest, extents)?;
         let control = files::control_descriptor(manifest);
         let own = process::Own::read()?;
@@ -155,14 +181,14 @@ impl Plan {
             manifest,
             &placement,
             &pieces,
-            (control, fill),
+            (control, fill, base),
             &mut region,
             &mut words,
-        );
+        )?;
         let programs = process::programs(tree, &mut region)?;
         let frame = Frame::of(&build, &words, &mut region);
         let rework = match fill {
-            Fill::Pages => 0,
+            Fill::Pages => base::ARRIVAL,
             Fill::Skeleton { .. } => skeleton::REWORK,
         };
         let stacks = region.reserve(2 * MAX_AGENTS * STACK + rework);
@@ -224,6 +250,15 @@ impl Plan {
             opened: opened(manifest, &placement),
             areas: skeleton::areas(manifest, &placement, &pieces.processes),
             rework,
+            ground: Ground::of(
+                manifest,
+                &placement,
+                (placement.region, placement.region + length),
+                (control, rework),
+            ),
+            kept_files: base
+                .map(|base| base::kept_files(manifest, &placement, base.ground))
+                .unwrap_or_default(),
         })
     }
 }

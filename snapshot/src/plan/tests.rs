@@ -143,7 +143,7 @@ fn ways(sizes: &[u64], parents: &[Option<usize>]) -> Vec<Way> {
         })
         .collect();
     let lineage = Lineage::of(&manifest).unwrap();
-    Placement::of(&manifest, lineage, REGION_LIMIT)
+    Placement::of(&manifest, lineage, REGION_LIMIT, &[])
         .unwrap()
         .ways
 }
@@ -184,7 +184,7 @@ fn mappings_in_the_way_of_the_heir_are_staged() {
     manifest.processes[1].mappings[1].start += 300 * PAGE;
     manifest.processes[1].mappings[1].end += 300 * PAGE;
     let lineage = Lineage::of(&manifest).unwrap();
-    let placement = Placement::of(&manifest, lineage, REGION_LIMIT).unwrap();
+    let placement = Placement::of(&manifest, lineage, REGION_LIMIT, &[]).unwrap();
     assert_eq!(placement.ways, [Way::Heir, Way::Forked]);
     let staged = placement.of_process(1).next().unwrap();
     assert_ne!(staged.at, 0x40_0000);

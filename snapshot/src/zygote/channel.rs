@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use trenv_restorer::wire::{MARKS, Report, Request};
+use trenv_restorer::wire::{MARKS, MOST_DESCRIPTORS, Report, Request};
 
 use super::{ZygoteError, errno};
 
@@ -37,7 +37,8 @@ pub fn send(
     let mut bytes = [0u8; 8];
     bytes[..4].copy_from_slice(&request.kind.to_ne_bytes());
     bytes[4..].copy_from_slice(&request.agent.to_ne_bytes());
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut space =
+        [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() {
         ancillary.push(SendAncillaryMessage::ScmRights(descriptors));

@@ -74,6 +74,18 @@ impl Loader {
         })
     }
 
+    pub fn region(&self) -> BorrowedFd<'_> {
+        self.region.as_fd()
+    }
+
+    /// What it hands over besides: the loader, the file of pages that clones copy, the capsules.
+    pub fn rest(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let fixed = [self.loader.as_fd(), self.content.as_fd()];
+        fixed
+            .into_iter()
+            .chain(self.capsules.iter().map(AsFd::as_fd))
+    }
+
     pub fn start(
         &mut self,
         binary: &Path,

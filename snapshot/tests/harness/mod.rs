@@ -222,24 +222,39 @@ impl Bed {
         self.with_request(template, |request| Ok(Zygote::build(request)?))
     }
 
+    /// The zygote of what was started from a base's zygote.
+    pub fn derive(&self, base: &Zygote, template: &TemplateId) -> Made<Zygote> {
+        self.derive_in(base, template, Path::new("/"))
+    }
+
+    /// The same, with the function's layers in a directory.
+    pub fn derive_in(&self, base: &Zygote, template: &TemplateId, root: &Path) -> Made<Zygote> {
+        let rootfs = layers(root)?;
+        self.with_request(template, |request| {
+            let base = Some(base);
+            let request = ZygoteRequest {
+                base,
+                rootfs,
+                ..request
+            };
+            Ok(Zygote::build(request)?)
+        })
+    }
+
     fn with_request<T>(
         &self,
         template: &TemplateId,
         use_it: impl FnOnce(ZygoteRequest<'_>) -> Made<T>,
     ) -> Made<T> {
         let reader = self.pool.template(template, None)?;
-        let rootfs = rustix::mount::open_tree(
-            rustix::fs::CWD,
-            "/",
-            rustix::mount::OpenTreeFlags::OPEN_TREE_CLONE
-                | rustix::mount::OpenTreeFlags::OPEN_TREE_CLOEXEC,
-        )?;
+        let rootfs = layers(Path::new("/"))?;
         let binary = PathBuf::from(env!("CARGO_BIN_EXE_trenv-zygote"));
         let request = ZygoteRequest {
             template: &reader,
             rootfs,
             binary: &binary,
             cgroups: Vec::new(),
+            base: None,
         };
         use_it(request)
     }
@@ -430,6 +445,13 @@ impl Drop for Instance {
         let _ = self.sandbox.kill();
         let _ = self.sandbox.wait();
     }
+}
+
+/// A detached mount of a directory.
+fn layers(root: &Path) -> Made<OwnedFd> {
+    use rustix::mount::{OpenTreeFlags, open_tree};
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    Ok(open_tree(rustix::fs::CWD, root, flags)?)
 }
 
 /// pid 1 that sleeps in namespaces of its own; it ends with this test.

@@ -13,7 +13,7 @@ const TOP: u32 = 78;
 const HEIGHT: u32 = 340;
 const BOTTOM: u32 = 58;
 /// Wide enough for title and legend.
-const LEAST_WIDTH: u32 = 780;
+const LEAST_WIDTH: u32 = 860;
 const LEGEND_STEP: u32 = 78;
 
 /// The colour of each row, told apart by people who see few colours, too.
@@ -22,6 +22,7 @@ fn colour(row: &str) -> &'static str {
         "template" => "#0072b2",
         "parked" => "#56b4e9",
         "copy" => "#e69f00",
+        "copy-base" => "#f5cf80",
         "lazy" => "#cc79a7",
         "reap" => "#009e73",
         "faasnap" => "#d55e00",

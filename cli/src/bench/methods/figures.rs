@@ -11,8 +11,17 @@ use crate::table::{Table, bytes, micros};
 
 /// The rows there can be, in the order in which they are shown: the start methods, what
 /// `template` becomes where the provider parks instances, and the cold starts beside them.
-pub const ROWS: [&str; 9] = [
-    "template", "parked", "copy", "lazy", "reap", "faasnap", "spice", "cold", "runc",
+pub const ROWS: [&str; 10] = [
+    "template",
+    "parked",
+    "copy",
+    "copy-base",
+    "lazy",
+    "reap",
+    "faasnap",
+    "spice",
+    "cold",
+    "runc",
 ];
 
 /// One start with all that followed.

@@ -36,7 +36,7 @@ pub struct MethodsOptions {
         default_value = "hello-python,hello-node,json-python,image-node,numpy-python"
     )]
     pub functions: Vec<String>,
-    /// Start methods to compare
+    /// Start methods to compare; copy-base is for functions that are made from a base
     #[arg(
         long,
         value_delimiter = ',',
@@ -139,7 +139,15 @@ pub async fn measure(
 
 /// The rows of the methods that are asked for.
 fn methods(names: &[String]) -> anyhow::Result<Vec<&'static str>> {
-    const KNOWN: [&str; 6] = [TEMPLATE, "copy", "lazy", "reap", "faasnap", "spice"];
+    const KNOWN: [&str; 7] = [
+        TEMPLATE,
+        "copy",
+        "copy-base",
+        "lazy",
+        "reap",
+        "faasnap",
+        "spice",
+    ];
     names
         .iter()
         .map(|name| {
