@@ -109,15 +109,22 @@ impl ShimClient {
         Ok(twice!(self, list(context(QUICK), &request))?.sandboxes)
     }
 
-    /// Ends the tenancy of a sandbox, which has served no call if it is `unused`.
-    pub async fn reset(&self, sandbox: &str, unused: bool) -> Result<Vec<Step>> {
+    /// Ends the tenancy of a sandbox, which has served calls of an input, or none; what is known of
+    /// the pages that this input needs.
+    pub async fn reset(
+        &self,
+        sandbox: &str,
+        served: Option<&str>,
+    ) -> Result<(Vec<Step>, Option<proto::WorkingSet>)> {
         let mut request = proto::ResetRequest::new();
-        request.unused = unused;
+        request.unused = served.is_none();
+        request.input = served.unwrap_or_default().to_owned();
         request.request_id = request_id();
         request.sandbox_id = sandbox.to_owned();
         let client = self.client().await?;
         let answer = client.reset(context(SLOW), &request).await;
-        Ok(steps(self.outcome(answer).await?.steps))
+        let answer = self.outcome(answer).await?;
+        Ok((steps(answer.steps), answer.working_set.into_option()))
     }
 
     /// Starts a tenancy from a template.

@@ -16,6 +16,7 @@ use super::{ColdStart, ParkedStart, SandboxOps, SandboxRef, StartError, wait_rea
 use crate::containerd::{Containerd, ContainerdError, Mount, Namespaced, NewContainer};
 use crate::functions::{Revision, Spare, StartMethod, Template};
 use crate::logs::Logs;
+use crate::metrics::Metrics;
 use crate::shim_client::{ShimClient, Step, wire_limits, wire_mounts};
 use crate::spec::{self, FunctionSpec};
 
@@ -49,6 +50,7 @@ pub struct Host {
     ready_timeout: Duration,
     shims: Mutex<HashMap<String, ShimClient>>,
     records: Mutex<HashMap<String, Arc<RecordOrder>>>,
+    metrics: Arc<Metrics>,
 }
 
 /// Keeps the updates of one container's record in order, the newest last.
@@ -66,6 +68,7 @@ impl Host {
         shim_addresses: PathBuf,
         logs: Logs,
         ready_timeout: Duration,
+        metrics: Arc<Metrics>,
     ) -> Self {
         Self {
             containerd,
@@ -74,6 +77,7 @@ impl Host {
             ready_timeout,
             shims: Mutex::default(),
             records: Mutex::default(),
+            metrics,
         }
     }
 
@@ -256,21 +260,21 @@ impl Host {
         ))
     }
 
-    /// Starts a tenancy from its template, or parks it.
+    /// Starts a tenancy from its template for a call of an input; parks it if there is no call.
     async fn restore(
         &self,
         sandbox: &SandboxRef,
         revision: &Arc<Revision>,
         template: &Template,
-        park: bool,
+        input: Option<&str>,
     ) -> Result<(ParkedStart, Vec<Step>), StartError> {
         let record = &revision.record;
         let name = record.function.to_string();
         let begun = Instant::now();
         // An update may change the method meanwhile; this start keeps the one that it began with.
-        let method = match park {
-            true => StartMethod::Template,
-            false => revision.methods.now(),
+        let method = match input {
+            None => StartMethod::Template,
+            Some(_) => revision.methods.now(),
         };
         self.ensure_prepared(revision, template, method)
             .await
@@ -297,7 +301,8 @@ impl Host {
         request.read_only_rootfs = record.read_only;
         request.spec_json = String::from_utf8_lossy(&spec_json).into_owned();
         request.method = method.name().to_owned();
-        request.park = park;
+        request.park = input.is_none();
+        request.input = input.unwrap_or_default().to_owned();
         let begun = Instant::now();
         let answer = self.shim(&sandbox.namespace).repurpose(request).await;
         let called = micros(begun.elapsed());
@@ -398,8 +403,11 @@ impl SandboxOps for Host {
         sandbox: &SandboxRef,
         revision: &Arc<Revision>,
         template: &Template,
+        input: &str,
     ) -> Result<(String, Vec<Step>), StartError> {
-        let (start, steps) = self.restore(sandbox, revision, template, false).await?;
+        let (start, steps) = self
+            .restore(sandbox, revision, template, Some(input))
+            .await?;
         let tenancy = start.tenancy.clone();
         self.record_serving(sandbox, revision, start);
         Ok((tenancy, steps))
@@ -411,7 +419,7 @@ impl SandboxOps for Host {
         revision: &Arc<Revision>,
         template: &Template,
     ) -> Result<ParkedStart, StartError> {
-        let (start, _) = self.restore(sandbox, revision, template, true).await?;
+        let (start, _) = self.restore(sandbox, revision, template, None).await?;
         Ok(start)
     }
 
@@ -435,14 +443,18 @@ impl SandboxOps for Host {
         &self,
         sandbox: &SandboxRef,
         tenancy: &str,
-        unused: bool,
+        served: Option<&str>,
     ) -> Result<Vec<Step>, StartError> {
         let begun = Instant::now();
-        let steps = self
+        let (steps, learnt) = self
             .shim(&sandbox.namespace)
-            .reset(&sandbox.id, unused)
+            .reset(&sandbox.id, served)
             .await
             .map_err(|err| failed(&sandbox.id, err))?;
+        if let Some(learnt) = learnt {
+            let function = format!("{}.{}", function_of(tenancy), sandbox.namespace);
+            self.metrics.learnt(&function, learnt);
+        }
         let steps = taken_by_call(steps, micros(begun.elapsed()));
         self.record_idle(sandbox);
         self.logs.end_tenancy(sandbox, function_of(tenancy));

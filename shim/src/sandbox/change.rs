@@ -13,6 +13,7 @@ use trenv_sandbox::cgroup::Limits;
 use trenv_sandbox::rootfs::{Mount, sync_upper};
 use trenv_sandbox_proto as proto;
 use trenv_snapshot::methods::Method;
+use trenv_snapshot::recording::Recorded;
 use trenv_snapshot::zygote::{Parked, StartRequest, Started, ZygoteError};
 
 use super::container::SandboxContainer;
@@ -73,6 +74,7 @@ struct Plan {
     limits: Limits,
     seccomp: Option<Seccomp>,
     spec_json: String,
+    input: String,
     deadline: Duration,
     park: bool,
 }
@@ -106,8 +108,11 @@ struct NeededLinux {
 }
 
 impl SandboxContainer {
-    /// Ends the tenancy: Ready, Resetting, Idle. The zygote learns from one that was `called`.
-    pub async fn reset(self: &Arc<Self>, called: bool) -> Result<Steps> {
+    /// Ends the tenancy: Ready, Resetting, Idle. The zygote learns from one that served an input.
+    pub async fn reset(
+        self: &Arc<Self>,
+        served: Option<String>,
+    ) -> Result<(Steps, Option<Recorded>)> {
         let from = match self.lock().phase {
             proto::State::PARKED => proto::State::PARKED,
             _ => proto::State::READY,
@@ -119,10 +124,10 @@ impl SandboxContainer {
             state.tenancy.take()
         };
         let mut steps = Steps::default();
-        match self.end_tenancy(tenancy, called, &mut steps).await {
-            Ok(()) => {
+        match self.end_tenancy(tenancy, served, &mut steps).await {
+            Ok(learnt) => {
                 self.settle(proto::State::IDLE, "the tenancy was ended", |_| {})?;
-                Ok(steps)
+                Ok((steps, learnt))
             }
             Err(err) => {
                 self.die(Exit::now(137), "the reset failed").await;
@@ -205,7 +210,7 @@ impl SandboxContainer {
         steps.parts("dump", dumped.steps.iter().copied());
         let written = self.write_through(&tenancy, &mut steps).await;
         let ended = match written {
-            Ok(()) => self.end_tenancy(Some(tenancy), false, &mut steps).await,
+            Ok(()) => self.end_tenancy(Some(tenancy), None, &mut steps).await,
             Err(err) => Err(err),
         };
         if let Err(err) = ended {
@@ -243,18 +248,17 @@ impl SandboxContainer {
     async fn end_tenancy(
         self: &Arc<Self>,
         tenancy: Option<Tenancy>,
-        called: bool,
+        served: Option<String>,
         steps: &mut Steps,
-    ) -> Result<()> {
+    ) -> Result<Option<Recorded>> {
         let this = Arc::clone(self);
         let mut timed = std::mem::take(steps);
-        let (timed, seat) = blocking(move || {
-            let seat = tenancy.map(|tenancy| {
-                if called {
-                    this.all.templates.learn(&tenancy);
-                }
-                tenancy.seat
-            });
+        let (timed, seat, learnt) = blocking(move || {
+            let learnt = match (&tenancy, served) {
+                (Some(tenancy), Some(input)) => this.all.templates.learn(tenancy, &input),
+                _ => None,
+            };
+            let seat = tenancy.map(|tenancy| tenancy.seat);
             timed.time("kill", || {
                 seat.as_ref().map_or(Ok(()), |seat| seat.kill_all())
             })?;
@@ -264,7 +268,7 @@ impl SandboxContainer {
                     .map_err(ShimError::engine("purge the sandbox"))
             })?;
             timed.parts("purge", parts.iter().map(|step| (step.name, step.took)));
-            Ok((timed, seat))
+            Ok((timed, seat, learnt))
         })
         .await?;
         *steps = timed;
@@ -283,7 +287,7 @@ impl SandboxContainer {
         }
         self.first.leave_streams(STREAMS_LIMIT);
         match self.lock().unfit {
-            None => Ok(()),
+            None => Ok(learnt),
             Some(capability) => Err(ShimError::WrongState {
                 action: "use again",
                 id: self.id.clone(),
@@ -402,6 +406,7 @@ impl SandboxContainer {
         let request = StartRequest {
             init: self.sandbox.init_pidfd(),
             stdio: [input.as_fd(), output.as_fd(), error.as_fd()],
+            input: &plan.input,
             deadline,
         };
         if !plan.park {
@@ -542,6 +547,7 @@ impl Plan {
             limits: limits_of(request.limits.as_ref()),
             seccomp: linux.seccomp.map(Seccomp::Text),
             spec_json: request.spec_json,
+            input: request.input,
             deadline: match request.deadline_ms {
                 0 => DEADLINE,
                 ms => Duration::from_millis(u64::from(ms)).min(DEADLINE_MAX),

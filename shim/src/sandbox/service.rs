@@ -6,6 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use trenv_sandbox_proto as proto;
 use trenv_snapshot::methods::Method;
+use trenv_snapshot::recording::Recorded;
 use ttrpc::r#async::TtrpcContext;
 
 use super::Sandboxes;
@@ -69,13 +70,11 @@ impl proto::Sandbox for SandboxService {
         self.all
             .requests
             .once("Reset", &request.request_id.clone(), async move {
-                let steps = all
-                    .get(&request.sandbox_id)?
-                    .reset(!request.unused)
-                    .await?
-                    .into_proto();
+                let served = (!request.unused).then_some(request.input);
+                let (steps, learnt) = all.get(&request.sandbox_id)?.reset(served).await?;
                 Ok(proto::ResetResponse {
-                    steps,
+                    steps: steps.into_proto(),
+                    working_set: learnt.map(working_set).into(),
                     ..proto::ResetResponse::default()
                 })
             })
@@ -194,5 +193,18 @@ impl proto::Sandbox for SandboxService {
                 Ok(proto::DeleteTemplateResponse::default())
             })
             .await
+    }
+}
+
+fn working_set(recorded: Recorded) -> proto::WorkingSet {
+    let drift = recorded.drift.unwrap_or_default();
+    proto::WorkingSet {
+        pages: recorded.count(),
+        rounds: u32::try_from(recorded.rounds).unwrap_or(u32::MAX),
+        stable: recorded.stable,
+        known: drift.known as u64,
+        outside: drift.outside as u64,
+        input: recorded.input,
+        ..proto::WorkingSet::default()
     }
 }

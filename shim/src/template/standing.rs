@@ -9,6 +9,7 @@ use trenv_pool::TemplateReader;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::Mount;
 use trenv_snapshot::methods::StartMethod;
+use trenv_snapshot::recording::Recorded;
 
 use super::lock;
 use crate::reap::Unswept;
@@ -18,6 +19,8 @@ use crate::sandbox::Seat;
 pub struct Standing {
     /// What its start method needs once: its zygote above all.
     pub method: Arc<dyn StartMethod>,
+    /// Its working sets, as they were kept last.
+    pub recorded: Mutex<Vec<Recorded>>,
     pub zygote_cgroup: TenancyCgroup,
     pub limits: Mutex<Limits>,
     pub seats: Mutex<Vec<Arc<Seat>>>,
