@@ -21,6 +21,9 @@ pub struct InvokeOptions {
     /// Header to send, as 'Name: value'
     #[arg(long = "header", short = 'H')]
     headers: Vec<String>,
+    /// Kind of input, by which the pages that the call needs are recorded
+    #[arg(long)]
+    input: Option<String>,
     /// Body to send in place of standard input
     #[arg(long, short = 'd')]
     data: Option<String>,
@@ -55,6 +58,12 @@ pub async fn run(gateway: &Gateway, options: &InvokeOptions) -> anyhow::Result<(
             .with_context(|| format!("{header:?} is not of the form 'Name: value'"))?;
         let name: http::HeaderName = name.trim().parse()?;
         request.headers_mut().insert(name, value.trim().parse()?);
+    }
+    if let Some(input) = &options.input {
+        let input = input
+            .parse()
+            .with_context(|| format!("{input:?} cannot be sent as a header"))?;
+        request.headers_mut().insert("x-trenv-input", input);
     }
     let response = gateway.send(request).await?;
     let status = response.status();

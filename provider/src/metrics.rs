@@ -1,5 +1,8 @@
 //! Metrics under the names that OpenFaaS dashboards use, and those of starts.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -9,6 +12,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+use trenv_sandbox_proto::WorkingSet;
 
 use crate::instances::StartKind;
 use crate::shim_client::Step;
@@ -22,6 +26,12 @@ struct CallLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct FunctionLabels {
     function_name: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct InputLabels {
+    function_name: String,
+    input: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -52,6 +62,9 @@ pub struct Metrics {
     starts: HistogramFamily<KindLabels>,
     steps: HistogramFamily<StepLabels>,
     sandboxes: Family<StateLabels, Gauge>,
+    drift: Family<InputLabels, Gauge<f64, AtomicU64>>,
+    /// By function and input.
+    working_sets: Mutex<BTreeMap<(String, String), WorkingSet>>,
 }
 
 impl Default for Metrics {
@@ -78,6 +91,8 @@ impl Metrics {
             starts: Family::new_with_constructor(start_buckets),
             steps: Family::new_with_constructor(start_buckets),
             sandboxes: Family::default(),
+            drift: Family::default(),
+            working_sets: Mutex::default(),
         };
         let registry = &mut metrics.registry;
         registry.register(
@@ -115,6 +130,11 @@ impl Metrics {
             "Sandboxes, by state",
             metrics.sandboxes.clone(),
         );
+        registry.register(
+            "trenv_working_set_drift",
+            "Part of the pages touched by the instance looked at last that were not recorded",
+            metrics.drift.clone(),
+        );
         metrics
     }
 
@@ -150,6 +170,23 @@ impl Metrics {
         }
     }
 
+    /// What is known of the pages that a function's calls of an input need.
+    pub fn learnt(&self, function: &str, set: WorkingSet) {
+        let key = (function.to_owned(), set.input.clone());
+        self.working_sets().insert(key, set);
+    }
+
+    /// What is known of a function's inputs.
+    pub fn working_sets_of(&self, function: &str) -> Vec<WorkingSet> {
+        let sets = self.working_sets();
+        let of_it = sets.iter().filter(|((name, _), _)| name == function);
+        of_it.map(|(_, set)| set.clone()).collect()
+    }
+
+    fn working_sets(&self) -> MutexGuard<'_, BTreeMap<(String, String), WorkingSet>> {
+        self.working_sets.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// All metrics as text; the gauges are given.
     pub fn render(
         &self,
@@ -163,6 +200,17 @@ impl Metrics {
             };
             self.replicas.get_or_create(&labels).set(gauge(*count));
         }
+        self.drift.clear();
+        let mut sets = self.working_sets();
+        sets.retain(|(name, _), _| functions.iter().any(|(there, _)| there == name));
+        for ((function_name, input), set) in sets.iter() {
+            let labels = InputLabels {
+                function_name: function_name.clone(),
+                input: input.clone(),
+            };
+            self.drift.get_or_create(&labels).set(share_outside(set));
+        }
+        drop(sets);
         let busy = all.saturating_sub(idle + serving);
         for (state, count) in [("idle", idle), ("serving", serving), ("busy", busy)] {
             self.sandboxes
@@ -173,6 +221,11 @@ impl Metrics {
         encode(&mut text, &self.registry)?;
         Ok(text)
     }
+}
+
+/// The part of the pages that an instance can have touched that was not recorded before.
+pub fn share_outside(set: &WorkingSet) -> f64 {
+    set.outside as f64 / (set.known + set.outside).max(1) as f64
 }
 
 fn gauge(count: usize) -> i64 {
@@ -193,6 +246,15 @@ mod tests {
             Duration::from_millis(2),
             &[("restore".into(), 900)],
         );
+        metrics.learnt(
+            "hello.ns",
+            WorkingSet {
+                input: "big".into(),
+                known: 60,
+                outside: 20,
+                ..WorkingSet::default()
+            },
+        );
         let text = metrics
             .render(&[("hello.ns".into(), 2)], (1, 2, 3))
             .unwrap();
@@ -201,6 +263,7 @@ mod tests {
             r#"gateway_function_invocation_started_total{function_name="hello.ns"} 1"#,
             r#"gateway_service_count{function_name="hello.ns"} 2"#,
             r#"trenv_sandboxes{state="idle"} 1"#,
+            r#"trenv_working_set_drift{function_name="hello.ns",input="big"} 0.25"#,
             r#"trenv_start_seconds_count{kind="repurposed"} 1"#,
         ] {
             assert!(text.contains(line), "{line} in\n{text}");

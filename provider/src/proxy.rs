@@ -26,6 +26,9 @@ use crate::instances::{Connection, Guard, Scheduler, StartError};
 const CONNECTION_AGE: Duration = Duration::from_secs(3);
 /// How often a call that has not been sent is given to another instance.
 const RETRIES: u32 = 5;
+/// The header by which a caller names the kind of input, and the longest name.
+const INPUT: HeaderName = HeaderName::from_static("x-trenv-input");
+const INPUT_LONGEST: usize = 64;
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
 /// Headers that belong to one connection, not to the call.
@@ -82,16 +85,17 @@ impl Proxy {
         path_and_query: &str,
     ) -> Result<Response<Body>, ApiError> {
         let begun = Instant::now();
+        let input = input_of(request.headers())?;
         let mut request = outgoing(request, path_and_query)?;
         let mut tries = 0;
         loop {
             let guard = self
                 .scheduler
-                .acquire(revision)
+                .acquire(revision, &input)
                 .await
                 .map_err(|err| start_error(&err))?;
             let started = started_headers(&guard);
-            match self.forward(guard, request, begun).await {
+            match self.forward(guard, request, &input, begun).await {
                 Ok(mut response) => {
                     response.headers_mut().extend(started);
                     return Ok(response);
@@ -124,9 +128,10 @@ impl Proxy {
         &self,
         mut guard: Guard,
         request: Request<Body>,
+        input: &str,
         begun: Instant,
     ) -> Result<Response<Body>, Failure> {
-        guard.mark_called();
+        guard.mark_called(input);
         let gone = guard.gone.clone();
         let deadline = tokio::time::Instant::from(begun + self.timeout);
         let mut request = request;
@@ -253,6 +258,22 @@ fn outgoing(request: Request<Body>, path_and_query: &str) -> Result<Request<Body
             .insert(HOST, HeaderValue::from_static("function"));
     }
     Ok(Request::from_parts(head, body))
+}
+
+/// What the caller says that the call is about, so that the pages it needs are known by it.
+fn input_of(headers: &HeaderMap) -> Result<String, ApiError> {
+    let Some(value) = headers.get(INPUT) else {
+        return Ok(String::new());
+    };
+    let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
+    match value.to_str() {
+        Ok(name) if name.len() <= INPUT_LONGEST && name.as_bytes().iter().all(allowed) => {
+            Ok(name.to_owned())
+        }
+        _ => Err(ApiError::bad_request(format!(
+            "X-Trenv-Input names the call's kind of input by at most {INPUT_LONGEST} letters, digits, '.', '_' and '-'"
+        ))),
+    }
 }
 
 fn started_headers(guard: &Guard) -> HeaderMap {

@@ -56,6 +56,7 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
         config.run_dir.join("shim"),
         logs.clone(),
         ready_timeout,
+        Arc::clone(&metrics),
     ));
     let (template_gone, mut gone) = tokio::sync::mpsc::unbounded_channel();
     let scheduler = Scheduler::new(

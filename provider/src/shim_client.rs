@@ -45,6 +45,16 @@ pub type Result<T> = std::result::Result<T, ShimError>;
 /// One timed step, in microseconds.
 pub type Step = (String, u64);
 
+/// What the end of a tenancy came to.
+#[derive(Debug)]
+pub struct Reset {
+    pub steps: Vec<Step>,
+    /// What is known of the pages that its input needs.
+    pub learnt: Option<proto::WorkingSet>,
+    /// Whether its root is ready for another tenancy.
+    pub root_kept: bool,
+}
+
 /// A client of the shim of one namespace.
 #[derive(Clone)]
 pub struct ShimClient {
@@ -109,23 +119,28 @@ impl ShimClient {
         Ok(twice!(self, list(context(QUICK), &request))?.sandboxes)
     }
 
-    /// Ends the tenancy of a sandbox, which has served no call if it is `unused`. Tells also whether
-    /// the tenancy's root is ready for another one, for which `keep_root` asks.
+    /// Ends the tenancy of a sandbox, which has served calls of an input, or none. `keep_root` asks that
+    /// its root be ready for another tenancy.
     pub async fn reset(
         &self,
         sandbox: &str,
-        unused: bool,
+        served: Option<&str>,
         keep_root: bool,
-    ) -> Result<(Vec<Step>, bool)> {
+    ) -> Result<Reset> {
         let mut request = proto::ResetRequest::new();
-        request.unused = unused;
+        request.unused = served.is_none();
+        request.input = served.unwrap_or_default().to_owned();
         request.keep_root = keep_root;
         request.request_id = request_id();
         request.sandbox_id = sandbox.to_owned();
         let client = self.client().await?;
         let answer = client.reset(context(SLOW), &request).await;
         let answer = self.outcome(answer).await?;
-        Ok((steps(answer.steps), answer.root_kept))
+        Ok(Reset {
+            steps: steps(answer.steps),
+            learnt: answer.working_set.into_option(),
+            root_kept: answer.root_kept,
+        })
     }
 
     /// Starts a tenancy from a template.

@@ -23,6 +23,8 @@ use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::{Keeper, KeptRoot, Mount, RootfsError, look_up, overlay_from_mounts};
 use trenv_snapshot::Fingerprint;
 use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
+use trenv_snapshot::methods::StartMethod;
+use trenv_snapshot::recording::{self, Recorded};
 use trenv_snapshot::zygote::{ZygoteError, ZygoteRequest};
 
 use crate::error::{Result, ShimError, pool_error};
@@ -166,6 +168,9 @@ impl Templates {
         let standing = seat
             .template
             .and_then(|template| lock(&self.standing).get(&template).cloned());
+        if let (Some(template), Some(standing)) = (seat.template, &standing) {
+            self.keep_recorded(template, standing);
+        }
         if let Some(standing) = standing
             && standing.made_seat(&seat)
             && lock(&standing.seats).len() < SEATS_MAX.max(standing.wanted.load(Ordering::Relaxed))
@@ -272,16 +277,14 @@ impl Templates {
         Ok(TenancyRoot { mount, kept: None })
     }
 
-    /// Lets the zygote learn from a tenancy that is about to end which pages its calls touched.
-    pub fn learn(&self, tenancy: &Tenancy) {
-        let standing = tenancy
-            .seat
-            .template
-            .and_then(|template| lock(&self.standing).get(&template).cloned());
+    /// Lets the zygote learn from a tenancy that is about to end which pages its calls touched; what
+    /// is known of the input that they had.
+    pub fn learn(&self, tenancy: &Tenancy, input: &str) -> Option<Recorded> {
+        let template = tenancy.seat.template?;
+        let standing = lock(&self.standing).get(&template).cloned();
         // Pages of another zygote would all be others.
-        let standing = standing.filter(|standing| standing.made_seat(&tenancy.seat));
-        let Some(standing) = standing else { return };
-        match standing.method.learn(&tenancy.restored) {
+        let standing = standing.filter(|standing| standing.made_seat(&tenancy.seat))?;
+        match standing.method.learn(&tenancy.restored, input) {
             Ok(false) => {}
             // Clones made before know less.
             Ok(true) => lock(&standing.seats)
@@ -292,11 +295,64 @@ impl Templates {
                 tracing::debug!("Nothing was learnt from the tenancy {}: {err}", tenancy.id);
             }
         }
+        let recorded = standing.method.recorded();
+        recorded.into_iter().find(|one| one.input == input)
+    }
+
+    /// Keeps what was learnt, where it has changed.
+    fn keep_recorded(&self, template: TemplateRef, standing: &Standing) {
+        let recorded = standing.method.recorded();
+        let mut kept = lock(&standing.recorded);
+        if *kept == recorded {
+            return;
+        }
+        let TemplateRef {
+            id,
+            generation,
+            method,
+        } = template;
+        let directory = recording::directory(&self.config.state_dir);
+        match recording::save(&directory, &id, generation, method, &recorded) {
+            Ok(()) => *kept = recorded,
+            Err(err) => tracing::warn!(
+                "The working sets of {id} are not kept in {}: {err}",
+                directory.display()
+            ),
+        }
+    }
+
+    /// What an earlier zygote of the template has learnt.
+    fn recall(&self, template: TemplateRef, method: &dyn StartMethod) -> Vec<Recorded> {
+        let TemplateRef {
+            id,
+            generation,
+            method: name,
+        } = template;
+        let directory = recording::directory(&self.config.state_dir);
+        let recalled = recording::load(&directory, &id, generation, name).and_then(|recorded| {
+            method.recall(&recorded).map_err(std::io::Error::other)?;
+            Ok(recorded)
+        });
+        recalled.unwrap_or_else(|err| {
+            tracing::warn!("The working sets of {id} are recorded anew: {err}");
+            Vec::new()
+        })
+    }
+
+    fn forget_recorded(&self, id: &TemplateId, before: Option<u64>) {
+        let directory = recording::directory(&self.config.state_dir);
+        if let Err(err) = recording::remove(&directory, id, before) {
+            tracing::warn!(
+                "Working sets of {id} stay in {}: {err}",
+                directory.display()
+            );
+        }
     }
 
     /// Deletes a template of any generation; one that does not exist is fine.
     pub fn delete(&self, id: TemplateId) -> Result<()> {
         self.forget_where(|template| template.id == id);
+        self.forget_recorded(&id, None);
         match self.pool()?.delete(&id) {
             Ok(_) | Err(PoolError::NoSuchTemplate { .. }) => Ok(()),
             Err(err) => Err(pool_error("delete a template")(err)),
@@ -443,7 +499,9 @@ impl Templates {
                 );
                 let helper = method.helper().map(u32::cast_signed);
                 let children = std::iter::once(method.zygote().pid()).chain(helper);
+                let recorded = self.recall(template, method.as_ref());
                 Ok(Standing {
+                    recorded: Mutex::new(recorded),
                     _unswept: children.map(Unswept::new).collect(),
                     method: method.into(),
                     zygote_cgroup: cgroup,
@@ -570,6 +628,7 @@ impl Templates {
     }
 
     fn forget_older(&self, template: TemplateRef) {
+        self.forget_recorded(&template.id, Some(template.generation));
         self.forget_where(|known| {
             known.id == template.id && known.generation < template.generation
         });

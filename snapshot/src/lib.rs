@@ -17,6 +17,7 @@ mod lineage;
 pub mod manifest;
 pub mod methods;
 mod plan;
+pub mod recording;
 mod working_set;
 pub mod zygote;
 

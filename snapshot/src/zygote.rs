@@ -8,6 +8,7 @@
 
 mod channel;
 mod derive;
+mod learning;
 mod loader;
 mod skeleton;
 
@@ -261,20 +262,6 @@ impl Zygote {
         Ok(kilobytes.unwrap_or(0u64) << 10)
     }
 
-    /// Learns from an instance which pages its calls touch: those that they write are copied ahead
-    /// by later clones, in a few large steps instead of a fault each, and those of files that they
-    /// read are there in later clones from the start. Call it at a tenancy's end, before the tree is
-    /// killed, with the pids of its start, for tenancies that had calls; it has an effect for the first
-    /// few, and tells whether it had one.
-    ///
-    /// # Errors
-    /// When /proc cannot be read, as when the instance has ended. Nothing changes then.
-    pub fn learn(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
-        lock(&self.working_set)
-            .learn(self.pid, pids)
-            .map_err(io_error("reading page maps"))
-    }
-
     /// Makes an agent. On cgroup v1 move [`Agent::pid`] into the tenancy's cgroups before it makes a
     /// clone.
     ///
@@ -406,6 +393,8 @@ pub struct StartRequest<'a> {
     /// pidfd of the sandbox's pid 1.
     pub init: BorrowedFd<'a>,
     pub stdio: [BorrowedFd<'a>; 3],
+    /// The input of the call that it is for, as far as it is known.
+    pub input: &'a str,
     pub deadline: Duration,
 }
 

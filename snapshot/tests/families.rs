@@ -28,7 +28,7 @@ fn family_comes_back(arguments: &[&str]) -> TestResult {
             assert_eq!(instance.ask("check"), "5 of 5");
         }
         assert_eq!(instance.pids.len(), 5);
-        zygote.learn(&instance.pids)?;
+        zygote.learn(&instance.pids, "")?;
     }
     // What was learnt is copied ahead, for those that are forked too.
     let mut taught = bed.start(&mut agent)?;
@@ -38,7 +38,7 @@ fn family_comes_back(arguments: &[&str]) -> TestResult {
         for turn in 0..2 {
             let mut instance = bed.start_with(prepared.as_ref())?;
             assert_eq!(instance.ask("check"), "5 of 5", "{method}, {turn}");
-            prepared.learn(&instance.pids)?;
+            prepared.learn(&instance.pids, "")?;
         }
     }
     Ok(())

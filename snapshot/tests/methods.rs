@@ -41,7 +41,7 @@ fn tenancy(bed: &Bed, method: &dyn StartMethod, questions: &[&str]) -> TestResul
             method.method()
         );
     }
-    method.learn(&instance.pids)?;
+    method.learn(&instance.pids, "")?;
     Ok(())
 }
 
@@ -65,7 +65,7 @@ fn every_method_brings_the_same_program_back() -> TestResult {
         for turn in 0..20 {
             let mut next = bed.start_with(prepared.as_ref())?;
             assert_eq!(count(&mut next, "count"), expected, "{method}, {turn}");
-            prepared.learn(&next.pids)?;
+            prepared.learn(&next.pids, "")?;
         }
         assert_ne!(count(&mut one, "count").1, heap, "{method}");
     }
@@ -105,7 +105,7 @@ fn memory_that_is_given_back_is_zero_where_it_is_anonymous() -> TestResult {
             assert_eq!(instance.ask("discard"), expected, "{method}, {turn}");
             assert_eq!(instance.ask("touched"), expected, "{method}, {turn}");
             assert_eq!(instance.ask("fork"), "ok", "{method}, {turn}");
-            prepared.learn(&instance.pids)?;
+            prepared.learn(&instance.pids, "")?;
         }
     }
     Ok(())
@@ -137,7 +137,7 @@ fn what_was_recorded_is_not_waited_for_again() -> TestResult {
         for _ in 0..3 {
             let mut instance = bed.start_with(prepared.as_ref())?;
             assert_eq!(instance.ask("all"), "ok");
-            prepared.learn(&instance.pids)?;
+            prepared.learn(&instance.pids, "")?;
             faults.push(instance.work.figures());
         }
         eprintln!("{method}: {faults:?}");
@@ -281,7 +281,7 @@ fn many_instances_are_started_and_served_at_once() -> TestResult {
                 for question in ["fork", "some", "move", "fork", "read", "whole"] {
                     assert_eq!(instance.ask(question), "ok", "{method} {index} {question}");
                 }
-                prepared.learn(&instance.pids).unwrap();
+                prepared.learn(&instance.pids, "").unwrap();
             }
         };
         std::thread::scope(|scope| {

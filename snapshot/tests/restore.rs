@@ -206,7 +206,7 @@ fn what_calls_write_is_copied_ahead() -> TestResult {
         // Writes a page of the heap and some of the stack and of the data segment.
         ask(&mut instance, "write");
         let faults = instance.faults()? - before;
-        zygote.learn(&[instance.root])?;
+        zygote.learn(&[instance.root], "")?;
         Ok(faults)
     };
     let untaught = faults_of_a_call()?;

@@ -30,7 +30,7 @@ fn comes_back(bed: &Bed, command: &[&str], step: u32) -> TestResult {
         assert_eq!(one.ask("add"), expect(turn));
     }
     assert_eq!(other.ask("add"), expect(2), "it has memory of its own");
-    zygote.learn(&one.pids)?;
+    zygote.learn(&one.pids, "")?;
     let mut third = bed.start(&mut agent)?;
     assert_eq!(third.ask("add"), expect(2), "the template is as it was");
     let method = bed.prepare(Method::Copy, &template)?;

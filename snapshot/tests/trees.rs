@@ -61,7 +61,7 @@ fn comes_back(command: &[&str], environment: &[(&str, &str)]) -> TestResult {
                 "{churned}"
             );
         }
-        zygote.learn(&instance.pids)?;
+        zygote.learn(&instance.pids, "")?;
     }
     drop(agent);
     drop(zygote);
@@ -88,7 +88,7 @@ fn comes_back(command: &[&str], environment: &[(&str, &str)]) -> TestResult {
                 "{method} {turn}: started in {:?}, first answer {took:?}, {figures:?}",
                 instance.took
             );
-            prepared.learn(&instance.pids)?;
+            prepared.learn(&instance.pids, "")?;
         }
     }
     Ok(())

@@ -23,7 +23,7 @@ impl Host {
     ) -> Result<ColdStart, StartError> {
         let address = self.create_idle(sandbox).await?;
         let source = Source::of(&base.revision, &base.template, StartMethod::Template);
-        let (start, steps) = self.restore(sandbox, revision, &source, false).await?;
+        let (start, steps) = self.restore(sandbox, revision, &source, Some("")).await?;
         let tenancy = start.tenancy.clone();
         self.record_serving(sandbox, revision, start);
         if let Err(reason) = self.load_handler(revision, address).await {

@@ -33,10 +33,14 @@ impl Guard {
         self.connection = None;
     }
 
-    /// Says that the function gets a call to serve.
-    pub fn mark_called(&self) {
+    /// Says that the function gets a call of this input to serve.
+    pub fn mark_called(&self, input: &str) {
         if let Some(entry) = self.scheduler.table().entries.get_mut(&self.sandbox.id) {
-            entry.called = true;
+            match &mut entry.served {
+                Some(served) if served != input => served.clear(),
+                Some(_) => {}
+                None => entry.served = Some(input.to_owned()),
+            }
         }
     }
 

@@ -16,7 +16,8 @@ use super::{ColdStart, ParkedStart, SandboxOps, SandboxRef, StartError, wait_rea
 use crate::containerd::{Containerd, ContainerdError, Mount, Namespaced, NewContainer};
 use crate::functions::{Revision, Source, Spare, StartMethod, Template, next_tenancy, snapshot_of};
 use crate::logs::Logs;
-use crate::shim_client::{ShimClient, Step, wire_limits, wire_mounts};
+use crate::metrics::Metrics;
+use crate::shim_client::{Reset, ShimClient, Step, wire_limits, wire_mounts};
 use crate::spec::{self, FunctionSpec};
 
 /// The port on which every function listens.
@@ -51,6 +52,7 @@ pub struct Host {
     ready_timeout: Duration,
     shims: Mutex<HashMap<String, ShimClient>>,
     records: Mutex<HashMap<String, Arc<RecordOrder>>>,
+    metrics: Arc<Metrics>,
     /// By tenancy, the roots that may serve once more after it.
     lent: Mutex<HashMap<String, Lent>>,
 }
@@ -78,6 +80,7 @@ impl Host {
         shim_addresses: PathBuf,
         logs: Logs,
         ready_timeout: Duration,
+        metrics: Arc<Metrics>,
     ) -> Self {
         Self {
             containerd,
@@ -86,6 +89,7 @@ impl Host {
             ready_timeout,
             shims: Mutex::default(),
             records: Mutex::default(),
+            metrics,
             lent: Mutex::default(),
         }
     }
@@ -287,13 +291,13 @@ impl Host {
         ))
     }
 
-    /// Starts a tenancy from a template, or parks it.
+    /// Starts a tenancy from a template for a call of an input; parks it if there is no call.
     pub(super) async fn restore(
         &self,
         sandbox: &SandboxRef,
         revision: &Arc<Revision>,
         source: &Source,
-        park: bool,
+        input: Option<&str>,
     ) -> Result<(ParkedStart, Vec<Step>), StartError> {
         let record = &revision.record;
         let name = record.function.to_string();
@@ -323,7 +327,8 @@ impl Host {
         request.read_only_rootfs = record.read_only;
         request.spec_json = String::from_utf8_lossy(&spec_json).into_owned();
         request.method = source.method.name().to_owned();
-        request.park = park;
+        request.park = input.is_none();
+        request.input = input.unwrap_or_default().to_owned();
         let begun = Instant::now();
         let answer = self.shim(&sandbox.namespace).repurpose(request).await;
         let called = micros(begun.elapsed());
@@ -335,7 +340,10 @@ impl Host {
                     template: source.template.clone(),
                     mounts,
                 };
-                self.lent().insert(tenancy.clone(), lent);
+                // One that started from its base's template is not staged.
+                if Self::taker(&lent).is_some() {
+                    self.lent().insert(tenancy.clone(), lent);
+                }
                 refill_spares(self, revision);
                 let spec = spec_json;
                 Ok((ParkedStart { tenancy, spec }, steps))
@@ -434,10 +442,13 @@ impl SandboxOps for Host {
         sandbox: &SandboxRef,
         revision: &Arc<Revision>,
         template: &Template,
+        input: &str,
     ) -> Result<(String, Vec<Step>), StartError> {
         // An update may change the method meanwhile; this start keeps the one that it began with.
         let source = Source::of(revision, template, revision.methods.now());
-        let (start, steps) = self.restore(sandbox, revision, &source, false).await?;
+        let (start, steps) = self
+            .restore(sandbox, revision, &source, Some(input))
+            .await?;
         let tenancy = start.tenancy.clone();
         self.record_serving(sandbox, revision, start);
         Ok((tenancy, steps))
@@ -450,7 +461,7 @@ impl SandboxOps for Host {
         template: &Template,
     ) -> Result<ParkedStart, StartError> {
         let source = Source::of(revision, template, StartMethod::Template);
-        let (start, _) = self.restore(sandbox, revision, &source, true).await?;
+        let (start, _) = self.restore(sandbox, revision, &source, None).await?;
         Ok(start)
     }
 
@@ -474,16 +485,24 @@ impl SandboxOps for Host {
         &self,
         sandbox: &SandboxRef,
         tenancy: &str,
-        unused: bool,
+        served: Option<&str>,
     ) -> Result<Vec<Step>, StartError> {
         let lent = self.lent().remove(tenancy);
         let taker = lent.as_ref().and_then(Self::taker);
         let begun = Instant::now();
-        let (steps, root_kept) = self
+        let Reset {
+            steps,
+            learnt,
+            root_kept,
+        } = self
             .shim(&sandbox.namespace)
-            .reset(&sandbox.id, unused, taker.is_some())
+            .reset(&sandbox.id, served, taker.is_some())
             .await
             .map_err(|err| failed(&sandbox.id, err))?;
+        if let Some(learnt) = learnt {
+            let function = format!("{}.{}", function_of(tenancy), sandbox.namespace);
+            self.metrics.learnt(&function, learnt);
+        }
         let steps = taken_by_call(steps, micros(begun.elapsed()));
         self.record_idle(sandbox);
         self.logs.end_tenancy(sandbox, function_of(tenancy));

@@ -70,12 +70,14 @@ pub trait SandboxOps: Send + Sync + std::fmt::Debug {
         revision: &Arc<Revision>,
     ) -> Result<ColdStart, StartError>;
 
-    /// Starts a tenancy in an idle sandbox; returns its id and the steps taken.
+    /// Starts a tenancy in an idle sandbox, for a call of this input; returns its id and the steps
+    /// taken.
     async fn repurpose(
         &self,
         sandbox: &SandboxRef,
         revision: &Arc<Revision>,
         template: &Template,
+        input: &str,
     ) -> Result<(String, Vec<Step>), StartError>;
 
     /// Starts a tenancy in an idle sandbox and stops it before its first instruction.
@@ -94,13 +96,13 @@ pub trait SandboxOps: Send + Sync + std::fmt::Debug {
         start: ParkedStart,
     ) -> Result<Vec<Step>, StartError>;
 
-    /// Ends the tenancy `tenancy`, after which the sandbox is idle. One that was `unused` has served no
-    /// call.
+    /// Ends the tenancy `tenancy`, after which the sandbox is idle. It has served calls of an input,
+    /// or none.
     async fn reset(
         &self,
         sandbox: &SandboxRef,
         tenancy: &str,
-        unused: bool,
+        served: Option<&str>,
     ) -> Result<Vec<Step>, StartError>;
 
     /// Ends a sandbox with whatever runs in it, and frees all of it. Can be repeated.

@@ -200,7 +200,7 @@ impl Scheduler {
             let wanted = !revision.retired() && revision.methods.now().parks();
             match table.entries.get_mut(&sandbox.id) {
                 Some(entry) if !entry.gone.is_cancelled() && wanted => {
-                    entry.called = false;
+                    entry.served = None;
                     entry.state = State::Parked(Parked {
                         revision: Arc::clone(revision),
                         start,

@@ -76,11 +76,15 @@ impl Scheduler {
         self.table.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Takes an instance of `revision`, starting one if need be.
+    /// Takes an instance of `revision`, starting one if need be, for a call of this input.
     ///
     /// # Errors
     /// When none can be had in time, or it cannot be started.
-    pub async fn acquire(self: &Arc<Self>, revision: &Arc<Revision>) -> Result<Guard, StartError> {
+    pub async fn acquire(
+        self: &Arc<Self>,
+        revision: &Arc<Revision>,
+        input: &str,
+    ) -> Result<Guard, StartError> {
         let deadline = tokio::time::Instant::now() + self.options.patience;
         let mut state = revision.watch();
         let mut attempts = 0;
@@ -148,7 +152,7 @@ impl Scheduler {
                 continue;
             }
             attempts += 1;
-            match self.start_detached(plan, revision, template).await {
+            match self.start_detached(plan, revision, template, input).await {
                 Ok(guard) => return Ok(guard),
                 // The sandbox may have been the cause; a second one tells.
                 Err(err @ StartError::Start { .. }) if attempts < 2 => {
@@ -185,7 +189,7 @@ impl Scheduler {
                 seconds: 0,
             });
         }
-        self.start_detached(plan, revision, template).await?;
+        self.start_detached(plan, revision, template, "").await?;
         Ok(())
     }
 
@@ -196,11 +200,13 @@ impl Scheduler {
         plan: Plan,
         revision: &Arc<Revision>,
         template: Option<Template>,
+        input: &str,
     ) -> Result<Guard, StartError> {
+        let input = input.to_owned();
         let this = Arc::clone(self);
         let revision = Arc::clone(revision);
         let function = revision.function().to_string();
-        let task = tokio::spawn(async move { this.start(plan, &revision, template).await });
+        let task = tokio::spawn(async move { this.start(plan, &revision, template, &input).await });
         task.await.unwrap_or_else(|err| {
             Err(StartError::Start {
                 function,
@@ -214,6 +220,7 @@ impl Scheduler {
         plan: Plan,
         revision: &Arc<Revision>,
         template: Option<Template>,
+        input: &str,
     ) -> Result<Guard, StartError> {
         let begun = Instant::now();
         let mut steps: Vec<Step> = Vec::new();
@@ -226,8 +233,8 @@ impl Scheduler {
             }
             Plan::Repurpose(sandbox) => (sandbox, StartKind::Repurposed, false),
             Plan::Evict(sandbox, tenancy) => {
-                let unused = !self.was_called(&sandbox.id);
-                match self.ops.reset(&sandbox, &tenancy, unused).await {
+                let served = self.served(&sandbox.id);
+                match self.ops.reset(&sandbox, &tenancy, served.as_deref()).await {
                     Ok(taken) => steps.extend(taken),
                     Err(err) => {
                         self.discard(&sandbox, Some(&tenancy)).await;
@@ -243,9 +250,8 @@ impl Scheduler {
             }
             Plan::Warm(_) | Plan::Wait => return Err(StartError::Stopping),
         };
-        let started = self
-            .fill(&sandbox, revision, template.as_ref(), fresh, &mut steps)
-            .await;
+        let from = template.as_ref().map(|template| (template, input));
+        let started = self.fill(&sandbox, revision, from, fresh, &mut steps).await;
         let (address, tenancy) = match started {
             Ok(started) => started,
             Err(err) => {
@@ -270,11 +276,11 @@ impl Scheduler {
         &self,
         sandbox: &SandboxRef,
         revision: &Arc<Revision>,
-        template: Option<&Template>,
+        from: Option<(&Template, &str)>,
         fresh: bool,
         steps: &mut Vec<Step>,
     ) -> Result<(SocketAddr, String), StartError> {
-        let Some(template) = template else {
+        let Some((template, input)) = from else {
             let cold = self.ops.cold_start(sandbox, revision).await?;
             steps.extend(cold.steps);
             return Ok((cold.address, cold.tenancy));
@@ -291,7 +297,8 @@ impl Scheduler {
                 reason: "its sandbox ended before it started".to_owned(),
             })?
         };
-        let (tenancy, taken) = self.ops.repurpose(sandbox, revision, template).await?;
+        let repurposed = self.ops.repurpose(sandbox, revision, template, input);
+        let (tenancy, taken) = repurposed.await?;
         steps.extend(taken);
         Ok((address, tenancy))
     }
@@ -348,9 +355,9 @@ impl Scheduler {
         sandbox: &SandboxRef,
         tenancy: Option<&str>,
     ) {
-        let unused = !self.was_called(&sandbox.id);
+        let served = self.served(&sandbox.id);
         if let Some(tenancy) = tenancy
-            && let Err(err) = self.ops.reset(sandbox, tenancy, unused).await
+            && let Err(err) = self.ops.reset(sandbox, tenancy, served.as_deref()).await
         {
             tracing::warn!(sandbox = sandbox.id, "{err}; the sandbox is destroyed");
             self.discard(sandbox, Some(tenancy)).await;
@@ -359,9 +366,8 @@ impl Scheduler {
         self.put_idle(sandbox);
     }
 
-    fn was_called(&self, id: &str) -> bool {
-        let table = self.table();
-        table.entries.get(id).is_some_and(|entry| entry.called)
+    fn served(&self, id: &str) -> Option<String> {
+        self.table().entries.get(id)?.served.clone()
     }
 
     /// Makes a busy sandbox available.
@@ -467,7 +473,7 @@ impl Scheduler {
         let mut table = self.table();
         let entry = table.entries.get_mut(&sandbox.id)?;
         entry.address = Some(address);
-        entry.called = false;
+        entry.served = None;
         let gone = entry.gone.clone();
         entry.state = State::Serving(Instance {
             revision: Arc::clone(revision),
@@ -521,7 +527,7 @@ impl Scheduler {
                 namespace: sandbox.namespace.clone(),
                 address: Some(address),
                 state,
-                called: false,
+                served: None,
                 gone: CancellationToken::new(),
             },
         );

@@ -59,8 +59,8 @@ pub(super) struct Entry {
     pub namespace: String,
     pub address: Option<SocketAddr>,
     pub state: State,
-    /// Its instance has served a call.
-    pub called: bool,
+    /// The input that its instance has served calls of: the empty one for several.
+    pub served: Option<String>,
     /// Cancelled when the sandbox is gone, so that open calls end at once.
     pub gone: CancellationToken,
 }
@@ -94,7 +94,7 @@ impl Table {
                 namespace: namespace.to_owned(),
                 address: None,
                 state: State::Busy,
-                called: false,
+                served: None,
                 gone: CancellationToken::new(),
             },
         );

@@ -28,6 +28,8 @@ struct Fake {
     destroyed: AtomicU64,
     made: AtomicU64,
     resets: AtomicU64,
+    /// What the tenancy that was reset last had served.
+    served: Mutex<Option<String>>,
     fail_next: AtomicBool,
     template_gone: AtomicBool,
     slow: AtomicBool,
@@ -67,6 +69,7 @@ impl SandboxOps for Fake {
         sandbox: &SandboxRef,
         revision: &Arc<Revision>,
         _: &Template,
+        _: &str,
     ) -> Result<(String, Vec<Step>), StartError> {
         if self.slow.load(Ordering::Relaxed) {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -98,7 +101,7 @@ impl SandboxOps for Fake {
         revision: &Arc<Revision>,
         template: &Template,
     ) -> Result<ParkedStart, StartError> {
-        let (tenancy, _) = self.repurpose(sandbox, revision, template).await?;
+        let (tenancy, _) = self.repurpose(sandbox, revision, template, "").await?;
         let spec = Vec::new();
         Ok(ParkedStart { tenancy, spec })
     }
@@ -113,7 +116,13 @@ impl SandboxOps for Fake {
         Ok(vec![("resume".into(), 1)])
     }
 
-    async fn reset(&self, sandbox: &SandboxRef, _: &str, _: bool) -> Result<Vec<Step>, StartError> {
+    async fn reset(
+        &self,
+        sandbox: &SandboxRef,
+        _: &str,
+        served: Option<&str>,
+    ) -> Result<Vec<Step>, StartError> {
+        *self.served.lock().unwrap() = served.map(str::to_owned);
         assert!(
             self.serving.lock().unwrap().remove(&sandbox.id),
             "only one with a tenancy"
@@ -207,7 +216,7 @@ fn function(name: &str) -> Arc<Revision> {
 
 impl World {
     async fn acquire(&self, revision: &Arc<Revision>) -> Guard {
-        self.scheduler.acquire(revision).await.unwrap()
+        self.scheduler.acquire(revision, "").await.unwrap()
     }
 
     async fn idle_sandbox(&self) {
@@ -292,13 +301,13 @@ async fn a_call_waits_for_room_and_gives_up_in_the_end() {
     let w = world(1, 0);
     let (a, b) = (function("a"), function("b"));
     let busy = w.acquire(&a).await;
-    let refused = w.scheduler.acquire(&b).await;
+    let refused = w.scheduler.acquire(&b, "").await;
     assert!(
         matches!(refused, Err(StartError::Busy { limit: 1, .. })),
         "{refused:?}"
     );
     let scheduler = Arc::clone(&w.scheduler);
-    let waiting = tokio::spawn(async move { scheduler.acquire(&b).await.unwrap() });
+    let waiting = tokio::spawn(async move { scheduler.acquire(&b, "").await.unwrap() });
     tokio::time::sleep(Duration::from_millis(20)).await;
     drop(busy);
     let served = waiting.await.unwrap();
@@ -313,7 +322,7 @@ async fn every_waiting_call_is_served_in_turn() {
     let calls = (0..40).map(|n| {
         let (scheduler, revision) = (Arc::clone(&w.scheduler), Arc::clone(&revisions[n % 4]));
         tokio::spawn(async move {
-            let guard = scheduler.acquire(&revision).await.unwrap();
+            let guard = scheduler.acquire(&revision, "").await.unwrap();
             tokio::time::sleep(Duration::from_millis(1)).await;
             drop(guard);
         })
@@ -351,15 +360,16 @@ async fn a_function_without_a_template_gets_a_new_sandbox_each_time() {
 async fn calls_wait_while_a_function_is_built() {
     let w = world(2, 0);
     let a = revision_in("ns", "a", RevisionState::Building);
-    let refused = w.scheduler.acquire(&a).await;
+    let refused = w.scheduler.acquire(&a, "").await;
     assert!(matches!(refused, Err(StartError::Building { .. })));
     let (scheduler, revision) = (Arc::clone(&w.scheduler), Arc::clone(&a));
-    let waiting = tokio::spawn(async move { scheduler.acquire(&revision).await.map(|g| g.kind) });
+    let waiting =
+        tokio::spawn(async move { scheduler.acquire(&revision, "").await.map(|g| g.kind) });
     tokio::time::sleep(Duration::from_millis(20)).await;
     a.set_state(template());
     assert_eq!(waiting.await.unwrap().unwrap(), StartKind::Cold);
     a.set_state(RevisionState::Failed("it crashed".into()));
-    let failed = w.scheduler.acquire(&a).await.unwrap_err().to_string();
+    let failed = w.scheduler.acquire(&a, "").await.unwrap_err().to_string();
     assert!(failed.contains("it crashed"), "{failed}");
 }
 
@@ -388,7 +398,7 @@ async fn a_lost_template_is_reported() {
     let mut w = world(2, 0);
     let a = function("a");
     w.fake.template_gone.store(true, Ordering::Relaxed);
-    let err = w.scheduler.acquire(&a).await.unwrap_err();
+    let err = w.scheduler.acquire(&a, "").await.unwrap_err();
     assert!(matches!(err, StartError::TemplateGone { .. }));
     assert!(Arc::ptr_eq(&w.gone.recv().await.unwrap(), &a));
 }
@@ -398,7 +408,7 @@ async fn a_client_that_leaves_during_a_start_leaves_an_idle_instance() {
     let w = world(2, 0);
     let a = function("a");
     w.fake.slow.store(true, Ordering::Relaxed);
-    let left = tokio::time::timeout(Duration::from_millis(20), w.scheduler.acquire(&a)).await;
+    let left = tokio::time::timeout(Duration::from_millis(20), w.scheduler.acquire(&a, "")).await;
     assert!(left.is_err());
     until(|| w.scheduler.counts() == (0, 1, 1)).await;
     assert_eq!(w.acquire(&a).await.kind, StartKind::Warm);
@@ -440,7 +450,7 @@ async fn a_retired_revision_gives_up_its_sandboxes() {
     drop(busy);
     until(|| w.scheduler.counts() == (2, 0, 2)).await;
     assert!(matches!(
-        w.scheduler.acquire(&a).await,
+        w.scheduler.acquire(&a, "").await,
         Err(StartError::Removed { .. })
     ));
 }
@@ -464,7 +474,7 @@ async fn upkeep_keeps_idle_sandboxes_and_wanted_instances() {
     w.scheduler.stop(Duration::from_secs(1)).await;
     upkeep.await.unwrap();
     assert!(matches!(
-        w.scheduler.acquire(&a).await,
+        w.scheduler.acquire(&a, "").await,
         Err(StartError::Stopping)
     ));
 }
@@ -573,4 +583,27 @@ async fn a_function_whose_start_method_cannot_park_is_not_parked_any_more() {
     a.methods.set(StartMethod::Template);
     w.scheduler.park().await;
     assert_eq!(w.scheduler.parked_of(&a), 1);
+}
+
+#[tokio::test]
+async fn a_tenancy_ends_with_the_input_that_it_served() {
+    let w = world(1, 0);
+    let functions = ["a", "b", "c", "d"].map(function);
+    let mut ended = Vec::new();
+    for (revision, inputs) in
+        functions
+            .iter()
+            .zip([&["big"][..], &["big", "big"], &["big", "small"], &[]])
+    {
+        for input in inputs {
+            let guard = w.scheduler.acquire(revision, input).await.unwrap();
+            guard.mark_called(input);
+        }
+        drop(w.acquire(revision).await);
+        // Its sandbox is handed on.
+        drop(w.acquire(&function("next")).await);
+        ended.push(w.fake.served.lock().unwrap().clone());
+    }
+    let ended: Vec<Option<&str>> = ended.iter().map(Option::as_deref).collect();
+    assert_eq!(ended, [Some("big"), Some("big"), Some(""), None]);
 }

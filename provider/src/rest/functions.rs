@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::{NamespaceQuery, Service, read_json};
 use crate::error::{ApiError, chain};
 use crate::functions::{Deployment, Function, FunctionError, RevisionState};
+use crate::metrics::share_outside;
 use crate::time::rfc3339;
 use crate::usage::Usage;
 
@@ -246,6 +247,22 @@ fn status(service: &Service, function: &Function, usage: Usage) -> Value {
     }
     if let RevisionState::Ready(template) = &view.state {
         status["templateId"] = template.id.as_str().into();
+        let sets = service.metrics.working_sets_of(&function.name.to_string());
+        let sets = sets.into_iter().map(|set| {
+            let drift = share_outside(&set);
+            let about = json!({
+                "pages": set.pages,
+                "rounds": set.rounds,
+                "stable": set.stable,
+                "drift": drift,
+            });
+            let name = match set.input.is_empty() {
+                true => "unnamed".to_owned(),
+                false => set.input,
+            };
+            (name, about)
+        });
+        status["workingSets"] = Value::Object(sets.collect());
         status["template"] = json!({
             "generation": template.generation,
             "imageBytes": template.image_bytes,

@@ -13,6 +13,7 @@ use trenv_sandbox::cgroup::Limits;
 use trenv_sandbox::rootfs::{KeptRoot, Mount, sync_upper};
 use trenv_sandbox_proto as proto;
 use trenv_snapshot::methods::Method;
+use trenv_snapshot::recording::Recorded;
 use trenv_snapshot::zygote::{Parked, StartRequest, Started, ZygoteError};
 
 use super::container::SandboxContainer;
@@ -73,6 +74,7 @@ struct Plan {
     limits: Limits,
     seccomp: Option<Seccomp>,
     spec_json: String,
+    input: String,
     deadline: Duration,
     park: bool,
 }
@@ -84,12 +86,21 @@ pub struct Held {
 }
 
 /// How a tenancy ends.
-#[derive(Debug, Clone, Copy, Default)]
-struct End {
-    /// It has served calls, from which the zygote learns.
-    called: bool,
+#[derive(Debug, Clone, Default)]
+pub struct End {
+    /// The input of the calls that it has served, if any, from which the zygote learns.
+    pub served: Option<String>,
     /// Its root is kept for another tenancy, if nothing was written to it.
-    keep_root: bool,
+    pub keep_root: bool,
+}
+
+/// What the end of a tenancy came to.
+#[derive(Debug)]
+pub struct Ended {
+    /// What is known of the pages that its input needs.
+    pub learnt: Option<Recorded>,
+    /// Whether its root is staged again.
+    pub root_kept: bool,
 }
 
 /// A start that failed.
@@ -115,9 +126,8 @@ struct NeededLinux {
 }
 
 impl SandboxContainer {
-    /// Ends the tenancy: Ready, Resetting, Idle. The zygote learns from one that was `called`. Answers
-    /// also whether the tenancy's root is staged again, which `keep_root` asks for.
-    pub async fn reset(self: &Arc<Self>, called: bool, keep_root: bool) -> Result<(Steps, bool)> {
+    /// Ends the tenancy: Ready, Resetting, Idle.
+    pub async fn reset(self: &Arc<Self>, end: End) -> Result<(Steps, Ended)> {
         let from = match self.lock().phase {
             proto::State::PARKED => proto::State::PARKED,
             _ => proto::State::READY,
@@ -129,11 +139,10 @@ impl SandboxContainer {
             state.tenancy.take()
         };
         let mut steps = Steps::default();
-        let end = End { called, keep_root };
         match self.end_tenancy(tenancy, end, &mut steps).await {
-            Ok(root_kept) => {
+            Ok(ended) => {
                 self.settle(proto::State::IDLE, "the tenancy was ended", |_| {})?;
-                Ok((steps, root_kept))
+                Ok((steps, ended))
             }
             Err(err) => {
                 self.die(Exit::now(137), "the reset failed").await;
@@ -253,20 +262,21 @@ impl SandboxContainer {
         Ok(())
     }
 
-    /// Kills what is left of a tenancy and purges the sandbox; answers whether the root is staged again.
+    /// Kills what is left of a tenancy and purges the sandbox.
     async fn end_tenancy(
         self: &Arc<Self>,
         tenancy: Option<Tenancy>,
         end: End,
         steps: &mut Steps,
-    ) -> Result<bool> {
+    ) -> Result<Ended> {
         let this = Arc::clone(self);
         let mut timed = std::mem::take(steps);
-        let (timed, seat, root_kept) = blocking(move || {
+        let (timed, seat, ended) = blocking(move || {
             let templates = &this.all.templates;
-            if let Some(tenancy) = tenancy.as_ref().filter(|_| end.called) {
-                templates.learn(tenancy);
-            }
+            let learnt = match (&tenancy, end.served) {
+                (Some(tenancy), Some(input)) => templates.learn(tenancy, &input),
+                _ => None,
+            };
             let (seat, root) = match tenancy {
                 Some(tenancy) => {
                     let template = tenancy.seat.template;
@@ -291,7 +301,7 @@ impl SandboxContainer {
                 Some((template, mounts, kept)) => templates.stage_again(template, mounts, kept),
                 None => false,
             };
-            Ok((timed, seat, root_kept))
+            Ok((timed, seat, Ended { learnt, root_kept }))
         })
         .await?;
         *steps = timed;
@@ -310,7 +320,7 @@ impl SandboxContainer {
         }
         self.first.leave_streams(STREAMS_LIMIT);
         match self.lock().unfit {
-            None => Ok(root_kept),
+            None => Ok(ended),
             Some(capability) => Err(ShimError::WrongState {
                 action: "use again",
                 id: self.id.clone(),
@@ -431,6 +441,7 @@ impl SandboxContainer {
         let request = StartRequest {
             init: self.sandbox.init_pidfd(),
             stdio: [input.as_fd(), output.as_fd(), error.as_fd()],
+            input: &plan.input,
             deadline,
         };
         if !plan.park {
@@ -571,6 +582,7 @@ impl Plan {
             limits: limits_of(request.limits.as_ref()),
             seccomp: linux.seccomp.map(Seccomp::Text),
             spec_json: request.spec_json,
+            input: request.input,
             deadline: match request.deadline_ms {
                 0 => DEADLINE,
                 ms => Duration::from_millis(u64::from(ms)).min(DEADLINE_MAX),

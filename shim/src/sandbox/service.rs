@@ -6,10 +6,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use trenv_sandbox_proto as proto;
 use trenv_snapshot::methods::Method;
+use trenv_snapshot::recording::Recorded;
 use ttrpc::r#async::TtrpcContext;
 
 use super::Sandboxes;
-use super::change::{limits_of, mounts_of, template_ref};
+use super::change::{End, limits_of, mounts_of, template_ref};
 use crate::runc::blocking;
 use crate::template::{Base, Templates};
 
@@ -69,13 +70,15 @@ impl proto::Sandbox for SandboxService {
         self.all
             .requests
             .once("Reset", &request.request_id.clone(), async move {
-                let (steps, root_kept) = all
-                    .get(&request.sandbox_id)?
-                    .reset(!request.unused, request.keep_root)
-                    .await?;
+                let end = End {
+                    served: (!request.unused).then_some(request.input),
+                    keep_root: request.keep_root,
+                };
+                let (steps, ended) = all.get(&request.sandbox_id)?.reset(end).await?;
                 Ok(proto::ResetResponse {
                     steps: steps.into_proto(),
-                    root_kept,
+                    working_set: ended.learnt.map(working_set).into(),
+                    root_kept: ended.root_kept,
                     ..proto::ResetResponse::default()
                 })
             })
@@ -208,5 +211,18 @@ impl proto::Sandbox for SandboxService {
                 Ok(proto::DeleteTemplateResponse::default())
             })
             .await
+    }
+}
+
+fn working_set(recorded: Recorded) -> proto::WorkingSet {
+    let drift = recorded.drift.unwrap_or_default();
+    proto::WorkingSet {
+        pages: recorded.count(),
+        rounds: u32::try_from(recorded.rounds).unwrap_or(u32::MAX),
+        stable: recorded.stable,
+        known: drift.known as u64,
+        outside: drift.outside as u64,
+        input: recorded.input,
+        ..proto::WorkingSet::default()
     }
 }

@@ -10,6 +10,7 @@ use trenv_pool::TemplateReader;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::{KeptRoot, Mount};
 use trenv_snapshot::methods::StartMethod;
+use trenv_snapshot::recording::Recorded;
 
 use super::{Base, lock};
 use crate::reap::Unswept;
@@ -24,6 +25,8 @@ const CLONE_TIMES: usize = 256;
 pub struct Standing {
     /// What its start method needs once: its zygote above all.
     pub method: Arc<dyn StartMethod>,
+    /// Its working sets, as they were kept last.
+    pub recorded: Mutex<Vec<Recorded>>,
     pub zygote_cgroup: TenancyCgroup,
     pub limits: Mutex<Limits>,
     pub seats: Mutex<Vec<Arc<Seat>>>,

@@ -12,9 +12,9 @@ use std::time::Instant;
 use super::image::Store;
 use super::skeleton::{Skeleton, failed, install};
 use super::work::Work;
-use super::{Method, StartMethod};
+use super::{Base, Method, StartMethod};
 use crate::manifest::PAGE;
-use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
+use crate::zygote::{PreparedClone, StartRequest, Started, ZygoteError, ZygoteRequest};
 
 #[derive(Debug)]
 pub struct Copy {
@@ -34,8 +34,8 @@ impl StartMethod for Copy {
         Method::Copy
     }
 
-    fn zygote(&self) -> &Zygote {
-        &self.skeleton.zygote
+    fn base(&self) -> Base<'_> {
+        Base::Skeleton(&self.skeleton)
     }
 
     fn ready(&self, clone: &PreparedClone) -> Result<(), ZygoteError> {
@@ -63,14 +63,6 @@ impl StartMethod for Copy {
         started.steps.insert(0, ("pages", brought));
         started.work = work;
         Ok(started)
-    }
-
-    fn learn(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
-        self.skeleton.zygote.learn_files(pids)
-    }
-
-    fn resident_bytes(&self) -> Result<u64, ZygoteError> {
-        self.skeleton.resident_bytes()
     }
 
     fn held_bytes(&self) -> u64 {

@@ -17,10 +17,10 @@ use super::image::{Image, Part, Store};
 use super::skeleton::{Skeleton, failed, lock};
 use super::work::Work;
 use super::working_set_file::WorkingSetFile;
-use super::{Method, StartMethod};
+use super::{Base, Method, StartMethod};
 use crate::manifest::PAGE;
 use crate::plan::skeleton::{Area, MOST_MAPS, Map};
-use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
+use crate::zygote::{PreparedClone, StartRequest, Started, ZygoteError, ZygoteRequest};
 
 /// Pages of a group of first use.
 const GROUP: u64 = 1024;
@@ -203,12 +203,8 @@ impl StartMethod for FaaSnap {
         Method::FaaSnap
     }
 
-    fn zygote(&self) -> &Zygote {
-        &self.skeleton.zygote
-    }
-
-    fn ready(&self, _: &PreparedClone) -> Result<(), ZygoteError> {
-        Ok(())
+    fn base(&self) -> Base<'_> {
+        Base::Skeleton(&self.skeleton)
     }
 
     fn start(
@@ -270,7 +266,7 @@ impl StartMethod for FaaSnap {
         Ok(started)
     }
 
-    fn learn(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
+    fn learn(&self, pids: &[i32], input: &str) -> Result<bool, ZygoteError> {
         let mut stage = lock(&self.stage);
         let mut changed = false;
         if let Stage::Recording { recorder, root } = &*stage
@@ -283,15 +279,14 @@ impl StartMethod for FaaSnap {
             changed = true;
         }
         drop(stage);
-        Ok(self.zygote().learn_files(pids)? || changed)
+        Ok(self.base().learn(pids, input)? || changed)
     }
 
-    fn resident_bytes(&self) -> Result<u64, ZygoteError> {
-        let set = match &*lock(&self.stage) {
+    fn own_bytes(&self) -> u64 {
+        match &*lock(&self.stage) {
             Stage::Loaded(set) => set.mapped.length(),
             _ => 0,
-        };
-        Ok(self.skeleton.resident_bytes()? + set)
+        }
     }
 }
 

@@ -48,6 +48,13 @@ pub struct Image {
 }
 
 impl Image {
+    /// The mapping that an address lies in.
+    pub fn area(&self, at: u64) -> Option<&Area> {
+        let after = self.areas.partition_point(|area| area.at <= at);
+        let area = self.areas.get(after.checked_sub(1)?)?;
+        (at < area.at + area.length).then_some(area)
+    }
+
     pub fn of(
         template: &TemplateReader,
         areas: Vec<Area>,

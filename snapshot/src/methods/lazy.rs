@@ -2,8 +2,8 @@
 //! without REAP.
 
 use super::skeleton::{Prefetch, Watched};
-use super::{Method, StartMethod};
-use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
+use super::{Base, Method, StartMethod};
+use crate::zygote::{PreparedClone, StartRequest, Started, ZygoteError, ZygoteRequest};
 
 #[derive(Debug)]
 pub struct Lazy {
@@ -23,12 +23,8 @@ impl StartMethod for Lazy {
         Method::Lazy
     }
 
-    fn zygote(&self) -> &Zygote {
-        &self.watched.skeleton.zygote
-    }
-
-    fn ready(&self, clone: &PreparedClone) -> Result<(), ZygoteError> {
-        self.watched.skeleton.watch(clone)
+    fn base(&self) -> Base<'_> {
+        Base::Watched(&self.watched)
     }
 
     fn start(
@@ -36,20 +32,7 @@ impl StartMethod for Lazy {
         clone: PreparedClone,
         request: &StartRequest<'_>,
     ) -> Result<Started, ZygoteError> {
-        self.watched
-            .start(clone, request, Prefetch::default(), false)
-    }
-
-    fn learn(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
-        self.zygote().learn_files(pids)
-    }
-
-    fn helper(&self) -> Option<u32> {
-        Some(self.watched.keeper_pid())
-    }
-
-    fn resident_bytes(&self) -> Result<u64, ZygoteError> {
-        self.watched.skeleton.resident_bytes()
+        self.watched.start(clone, request, Prefetch::default())
     }
 
     fn held_bytes(&self) -> u64 {

@@ -10,6 +10,7 @@
 //! And pages of files that instances read are mapped in later clones (`working_set.rs`), as they are
 //! a part of the memory of the virtual machines that most of these methods were made for.
 
+mod base;
 mod copy;
 mod faasnap;
 mod image;
@@ -17,6 +18,7 @@ mod keeper;
 mod lazy;
 mod pager;
 mod reap;
+mod recorded_pages;
 mod skeleton;
 mod spans;
 mod spice;
@@ -29,7 +31,9 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
+use crate::recording::Recorded;
 use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
+pub use base::Base;
 pub use keeper::{ARGUMENT as KEEPER, keep};
 pub use work::{Figures, Work};
 
@@ -144,14 +148,8 @@ impl FromStr for Method {
 pub trait StartMethod: fmt::Debug + Send + Sync {
     fn method(&self) -> Method;
 
-    /// The zygote or skeleton whose agents make clones for this method.
-    fn zygote(&self) -> &Zygote;
-
-    /// Does ahead of the call what can be done for a clone of any call; once for each clone.
-    ///
-    /// # Errors
-    /// When the clone has ended or the machine fails.
-    fn ready(&self, clone: &PreparedClone) -> Result<(), ZygoteError>;
+    /// What its clones are made from.
+    fn base(&self) -> Base<'_>;
 
     /// Brings memory into a clone that is ready and gives it to the tree in a sandbox, as
     /// [`PreparedClone::start`].
@@ -164,23 +162,59 @@ pub trait StartMethod: fmt::Debug + Send + Sync {
         request: &StartRequest<'_>,
     ) -> Result<Started, ZygoteError>;
 
-    /// Learns from a tenancy that is about to end; tells whether clones made before now lack
-    /// something that later ones have.
+    /// Learns from a tenancy that is about to end, which served calls of this input; tells whether
+    /// clones made before now lack something that later ones have.
     ///
     /// # Errors
     /// When the instance has ended by itself. Nothing changes then.
-    fn learn(&self, pids: &[i32]) -> Result<bool, ZygoteError>;
+    fn learn(&self, pids: &[i32], input: &str) -> Result<bool, ZygoteError> {
+        self.base().learn(pids, input)
+    }
+
+    /// The working sets learnt so far.
+    fn recorded(&self) -> Vec<Recorded> {
+        self.zygote().recorded()
+    }
+
+    /// Begins with the working sets that were learnt before, by the same method from the same
+    /// template.
+    ///
+    /// # Errors
+    /// When the zygote has ended, or there is no memory or disk space for them.
+    fn recall(&self, recorded: &[Recorded]) -> Result<(), ZygoteError> {
+        self.zygote().recall(recorded)
+    }
+
+    /// Bytes that it keeps beside its base.
+    fn own_bytes(&self) -> u64 {
+        0
+    }
+
+    /// The zygote or skeleton whose agents make clones for this method.
+    fn zygote(&self) -> &Zygote {
+        self.base().zygote()
+    }
+
+    /// Does ahead of the call what can be done for a clone of any call; once for each clone.
+    ///
+    /// # Errors
+    /// When the clone has ended or the machine fails.
+    fn ready(&self, clone: &PreparedClone) -> Result<(), ZygoteError> {
+        self.base().ready(clone)
+    }
 
     /// A process beside the zygote that belongs to this method, for the one who reaps children.
     fn helper(&self) -> Option<u32> {
-        None
+        self.base().helper()
     }
 
     /// Memory and page cache that this method's preparations may take.
     ///
     /// # Errors
     /// When /proc cannot be read.
-    fn resident_bytes(&self) -> Result<u64, ZygoteError>;
+    fn resident_bytes(&self) -> Result<u64, ZygoteError> {
+        Ok(self.base().resident_bytes()? + self.own_bytes())
+    }
 
     /// The part of it that is neither a zygote's nor can be read from a disk again: it goes when
     /// this, and the instances that need it, have gone.

@@ -53,7 +53,7 @@ pub struct Supply {
     /// Pages to bring in while the tree runs, and the file that they are in.
     pub ahead: VecDeque<Part>,
     pub ahead_from: Option<Arc<Mapped>>,
-    pub trace: Option<Arc<Trace>>,
+    pub trace: Arc<Trace>,
     pub work: Arc<Work>,
     pub keeper: Arc<Keeper>,
 }
@@ -216,8 +216,8 @@ fn events(instance: &mut Instance, index: usize, supply: &Supply) -> io::Result<
         match event {
             Event::Fault { at, write } => {
                 supply.work.fault();
-                if let (Some(trace), Some(origin)) = (&supply.trace, space.spans.origin(at)) {
-                    trace.note(origin);
+                if let Some(origin) = space.spans.origin(at) {
+                    supply.trace.note(origin);
                 }
                 answer(space, at, write, supply)?;
             }

@@ -6,45 +6,27 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use super::image::Store;
+use super::recorded_pages::RecordedPages;
 use super::skeleton::{Prefetch, Watched, failed, lock};
 use super::working_set_file::WorkingSetFile;
-use super::{Method, StartMethod};
-use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
+use super::{Base, Method, StartMethod};
+use crate::recording::{Inputs, Recorded};
+use crate::zygote::{PreparedClone, StartRequest, Started, ZygoteError, ZygoteRequest};
 
-/// A tenancy that misses more than one page for so many of the set adds what it missed, as often as
-/// this: the first may have seen no call.
+/// A tenancy that misses more than one page for so many of the set adds what it missed: the first may
+/// have seen no call.
 const MISSES: usize = 2;
-const RECORDINGS: usize = 5;
 
 #[derive(Debug)]
 pub struct Reap {
     watched: Watched,
     directory: PathBuf,
-    set: Mutex<WorkingSet>,
+    sets: Mutex<Inputs<RecordedPages>>,
 }
 
-#[derive(Debug, Default)]
-struct WorkingSet {
-    /// By address.
-    pages: Vec<u64>,
-    /// None until the first tenancy has ended.
-    file: Option<WorkingSetFile>,
-    recordings: usize,
-}
-
-impl WorkingSet {
-    /// Adds the pages that a tenancy missed, if they are many.
-    fn add(&mut self, missed: &[u64]) -> bool {
-        if self.recordings >= RECORDINGS || missed.len() * MISSES <= self.pages.len() {
-            return false;
-        }
-        self.pages.extend(missed);
-        // Neighbours are installed by one call.
-        self.pages.sort_unstable();
-        self.pages.dedup();
-        self.recordings += 1;
-        true
-    }
+/// Adds the pages that a tenancy missed, if they are many.
+fn add(set: &mut RecordedPages, missed: &[u64]) -> bool {
+    set.note(missed, MISSES) && !set.rounds.stable && set.add(missed)
 }
 
 impl Reap {
@@ -54,8 +36,19 @@ impl Reap {
         Ok(Self {
             watched,
             directory: directory.into(),
-            set: Mutex::default(),
+            sets: Mutex::default(),
         })
+    }
+
+    fn write(&self, set: &mut RecordedPages) -> Result<(), ZygoteError> {
+        let mut pages = set.pages.clone();
+        // Neighbours are installed by one call.
+        pages.sort_unstable();
+        let store = Store::Directory(&self.directory);
+        let file = WorkingSetFile::write(&self.watched.skeleton.image, &pages, store)
+            .map_err(failed("writing the working set's file"))?;
+        set.file = Some(file);
+        Ok(())
     }
 }
 
@@ -64,12 +57,8 @@ impl StartMethod for Reap {
         Method::Reap
     }
 
-    fn zygote(&self) -> &Zygote {
-        &self.watched.skeleton.zygote
-    }
-
-    fn ready(&self, clone: &PreparedClone) -> Result<(), ZygoteError> {
-        self.watched.skeleton.watch(clone)
+    fn base(&self) -> Base<'_> {
+        Base::Watched(&self.watched)
     }
 
     fn start(
@@ -77,10 +66,9 @@ impl StartMethod for Reap {
         clone: PreparedClone,
         request: &StartRequest<'_>,
     ) -> Result<Started, ZygoteError> {
-        let (file, traced) = {
-            let set = lock(&self.set);
-            (set.file.clone(), set.recordings < RECORDINGS)
-        };
+        let file = lock(&self.sets)
+            .get(request.input)
+            .and_then(|set| set.file.clone());
         let prefetch = file.map_or_else(Prefetch::default, |set| {
             // One sequential read where the file is not in the page cache.
             set.mapped.read_all();
@@ -90,31 +78,40 @@ impl StartMethod for Reap {
                 ..Prefetch::default()
             }
         });
-        self.watched.start(clone, request, prefetch, traced)
+        self.watched.start(clone, request, prefetch)
     }
 
-    fn learn(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
-        if let Some(missed) = self.watched.trace(pids) {
-            let mut set = lock(&self.set);
-            if set.add(&missed) {
-                let store = Store::Directory(&self.directory);
-                let image = &self.watched.skeleton.image;
-                let file = WorkingSetFile::write(image, &set.pages, store)
-                    .map_err(failed("writing the working set's file"))?;
-                set.file = Some(file);
+    fn learn(&self, pids: &[i32], input: &str) -> Result<bool, ZygoteError> {
+        if let Some(missed) = self.watched.trace(pids, input) {
+            let mut sets = lock(&self.sets);
+            let set = sets.entry(input);
+            if add(set, &missed) {
+                self.write(set)?;
             }
         }
-        self.zygote().learn_files(pids)
+        self.base().learn(pids, input)
     }
 
-    fn helper(&self) -> Option<u32> {
-        Some(self.watched.keeper_pid())
+    fn recorded(&self) -> Vec<Recorded> {
+        let image = &self.watched.skeleton.image;
+        let sets = lock(&self.sets);
+        let recorded = sets.iter().map(|(input, set)| set.recorded(input, image));
+        recorded.collect()
     }
 
-    fn resident_bytes(&self) -> Result<u64, ZygoteError> {
-        let set = lock(&self.set);
-        let file = set.file.as_ref().map_or(0, |file| file.mapped.length());
-        Ok(self.watched.skeleton.resident_bytes()? + file)
+    fn recall(&self, recorded: &[Recorded]) -> Result<(), ZygoteError> {
+        for one in recorded {
+            let mut set = RecordedPages::of(one, &self.watched.skeleton.image);
+            self.write(&mut set)?;
+            *lock(&self.sets).entry(&one.input) = set;
+        }
+        Ok(())
+    }
+
+    fn own_bytes(&self) -> u64 {
+        let sets = lock(&self.sets);
+        let files = sets.values().filter_map(|set| set.file.as_ref());
+        files.map(|file| file.mapped.length()).sum()
     }
 
     fn held_bytes(&self) -> u64 {
@@ -128,13 +125,11 @@ mod tests {
 
     #[test]
     fn a_set_that_misses_much_is_recorded_again() {
-        let mut set = WorkingSet::default();
-        assert!(!set.add(&[]), "nothing was touched");
-        assert!(set.add(&[7, 3]));
-        assert!(!set.add(&[5]), "one page of two is not much");
-        assert!(set.add(&[1, 2, 3, 4]));
-        assert_eq!(set.pages, [1, 2, 3, 4, 7]);
-        set.recordings = RECORDINGS;
-        assert!(!set.add(&[8; 100]));
+        let mut set = RecordedPages::default();
+        assert!(!add(&mut set, &[]), "nothing was touched");
+        assert!(add(&mut set, &[7, 3]));
+        assert!(!add(&mut set, &[5]), "one page of two is not much");
+        assert!(add(&mut set, &[1, 2, 3, 4]));
+        assert_eq!(set.pages, [7, 3, 1, 2, 4]);
     }
 }

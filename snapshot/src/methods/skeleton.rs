@@ -73,7 +73,8 @@ pub struct Watched {
     keeper: Mutex<Arc<Keeper>>,
     /// The program that becomes a keeper.
     binary: PathBuf,
-    traces: Mutex<HashMap<i32, Arc<Trace>>>,
+    /// By the root's pid: what is missed, and the input whose pages it was given.
+    traces: Mutex<HashMap<i32, (Arc<Trace>, String)>>,
 }
 
 /// What is brought into a clone beyond what faults ask for.
@@ -113,19 +114,18 @@ impl Watched {
         lock(&self.keeper).pid()
     }
 
-    /// Starts a clone whose missing pages are served; with `traced`, first uses are noted.
+    /// Starts a clone whose missing pages are served; first uses are noted.
     pub fn start(
         &self,
         mut clone: PreparedClone,
         request: &StartRequest<'_>,
         prefetch: Prefetch,
-        traced: bool,
     ) -> Result<Started, ZygoteError> {
         let begun = Instant::now();
         let work = Arc::new(Work::default());
         self.skeleton.copy_own_pages(&clone, &work)?;
         let watch: OwnedFd = clone.take_watch().ok_or(ZygoteError::Gone)?;
-        let trace = traced.then(Arc::<Trace>::default);
+        let trace = Arc::<Trace>::default();
         if let Some(from) = &prefetch.from {
             use std::os::fd::AsFd;
             let pages = install(watch.as_fd(), &prefetch.first, from)
@@ -137,7 +137,7 @@ impl Watched {
             image: Arc::clone(&self.skeleton.image),
             ahead: prefetch.ahead,
             ahead_from: prefetch.from,
-            trace: trace.clone(),
+            trace: Arc::clone(&trace),
             work: Arc::clone(&work),
             keeper: self.keeper()?,
         };
@@ -147,19 +147,20 @@ impl Watched {
         let mut started = clone.start(request)?;
         started.steps.insert(0, ("pages", brought));
         started.work = work;
-        if let (Some(trace), Some(root)) = (trace, started.pids.first()) {
-            lock(&self.traces).insert(*root, trace);
+        if let Some(root) = started.pids.first() {
+            lock(&self.traces).insert(*root, (trace, request.input.to_owned()));
         }
         Ok(started)
     }
 
-    /// What was noted of an instance, once; none if it was not traced.
-    pub fn trace(&self, pids: &[i32]) -> Option<Vec<u64>> {
+    /// What was noted of an instance, once; none if it was given the pages of another input than it
+    /// served.
+    pub fn trace(&self, pids: &[i32], input: &str) -> Option<Vec<u64>> {
         let mut traces = lock(&self.traces);
-        let trace = traces.remove(pids.first()?)?;
+        let (trace, given) = traces.remove(pids.first()?)?;
         // Of instances that ended by themselves nobody asks; they are not served any more.
-        traces.retain(|_, other| Arc::strong_count(other) > 1);
-        Some(trace.pages())
+        traces.retain(|_, (other, _)| Arc::strong_count(other) > 1);
+        (given == input).then(|| trace.pages())
     }
 }
 

@@ -2,39 +2,28 @@
 //! The first batch is in place before the tree runs, the others follow in that order while it runs,
 //! and what was never traced is served by the base image or is zero (Spice).
 
-use std::collections::HashSet;
 use std::sync::Mutex;
 
 use super::image::{Part, Store};
+use super::recorded_pages::RecordedPages;
 use super::skeleton::{Prefetch, Watched, failed, lock};
 use super::working_set_file::WorkingSetFile;
-use super::{Method, StartMethod};
+use super::{Base, Method, StartMethod};
 use crate::manifest::PAGE;
-use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
+use crate::recording::{Inputs, Recorded};
+use crate::zygote::{PreparedClone, StartRequest, Started, ZygoteError, ZygoteRequest};
 
 /// Pages in place before the tree runs.
 const FIRST_BATCH: u64 = 256;
 /// Within so many pages the order is by address, so that neighbours are installed by one call.
 const GROUP: usize = 256;
-/// Tenancies that are traced at most.
-const ROUNDS: usize = 5;
-/// The order is stable once a tenancy adds less than this part of the pages.
+/// The order is stable once a tenancy adds at most this part of the pages.
 const STABLE: usize = 64;
 
 #[derive(Debug)]
 pub struct Spice {
     watched: Watched,
-    layout: Mutex<Layout>,
-}
-
-/// What is known of first uses.
-#[derive(Debug, Default)]
-struct Layout {
-    /// In the order of first use.
-    pages: Vec<u64>,
-    file: Option<WorkingSetFile>,
-    rounds: usize,
-    stable: bool,
+    layouts: Mutex<Inputs<RecordedPages>>,
 }
 
 impl Spice {
@@ -43,33 +32,30 @@ impl Spice {
         watched.skeleton.image.mapped().read_all();
         Ok(Self {
             watched,
-            layout: Mutex::default(),
+            layouts: Mutex::default(),
         })
+    }
+
+    fn write(&self, layout: &mut RecordedPages) -> Result<(), ZygoteError> {
+        let image = &self.watched.skeleton.image;
+        let file = WorkingSetFile::write(image, &ordered(&layout.pages), Store::Memory)
+            .map_err(failed("writing the pages in the order of their first use"))?;
+        file.mapped.read_all();
+        layout.file = Some(file);
+        Ok(())
     }
 }
 
-impl Layout {
-    /// Adds a trace of what the layout lacked; `false` when nothing changes any more.
-    fn add(&mut self, trace: &[u64]) -> bool {
-        if self.stable {
-            return false;
-        }
-        let mut known: HashSet<u64> = self.pages.iter().copied().collect();
-        let before = self.pages.len();
-        self.pages
-            .extend(trace.iter().filter(|page| known.insert(**page)));
-        let added = self.pages.len() - before;
-        self.rounds += 1;
-        self.stable = self.rounds >= ROUNDS || (before > 0 && added * STABLE < before);
-        added > 0
-    }
+/// Adds a trace of what the layout lacked; `false` when nothing changes.
+fn add(layout: &mut RecordedPages, trace: &[u64]) -> bool {
+    layout.note(trace, STABLE) && layout.add(trace)
+}
 
-    /// The pages as they lie in the file.
-    fn ordered(&self) -> Vec<u64> {
-        let mut pages = self.pages.clone();
-        pages.chunks_mut(GROUP).for_each(<[u64]>::sort_unstable);
-        pages
-    }
+/// The pages as they lie in the file.
+fn ordered(pages: &[u64]) -> Vec<u64> {
+    let mut pages = pages.to_vec();
+    pages.chunks_mut(GROUP).for_each(<[u64]>::sort_unstable);
+    pages
 }
 
 /// The first batch, and what follows.
@@ -92,12 +78,8 @@ impl StartMethod for Spice {
         Method::Spice
     }
 
-    fn zygote(&self) -> &Zygote {
-        &self.watched.skeleton.zygote
-    }
-
-    fn ready(&self, clone: &PreparedClone) -> Result<(), ZygoteError> {
-        self.watched.skeleton.watch(clone)
+    fn base(&self) -> Base<'_> {
+        Base::Watched(&self.watched)
     }
 
     fn start(
@@ -105,10 +87,9 @@ impl StartMethod for Spice {
         clone: PreparedClone,
         request: &StartRequest<'_>,
     ) -> Result<Started, ZygoteError> {
-        let (file, traced) = {
-            let layout = lock(&self.layout);
-            (layout.file.clone(), !layout.stable)
-        };
+        let file = lock(&self.layouts)
+            .get(request.input)
+            .and_then(|layout| layout.file.clone());
         let prefetch = file.map_or_else(Prefetch::default, |file| {
             let (first, ahead) = batches(&file.parts);
             Prefetch {
@@ -117,37 +98,46 @@ impl StartMethod for Spice {
                 from: Some(file.mapped),
             }
         });
-        self.watched.start(clone, request, prefetch, traced)
+        self.watched.start(clone, request, prefetch)
     }
 
-    fn learn(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
-        if let Some(trace) = self.watched.trace(pids) {
-            let mut layout = lock(&self.layout);
-            if layout.add(&trace) {
-                let image = &self.watched.skeleton.image;
-                let file = WorkingSetFile::write(image, &layout.ordered(), Store::Memory)
-                    .map_err(failed("writing the pages in the order of their first use"))?;
-                file.mapped.read_all();
-                layout.file = Some(file);
+    fn learn(&self, pids: &[i32], input: &str) -> Result<bool, ZygoteError> {
+        if let Some(trace) = self.watched.trace(pids, input) {
+            let mut layouts = lock(&self.layouts);
+            let layout = layouts.entry(input);
+            if add(layout, &trace) {
+                self.write(layout)?;
             }
         }
-        self.zygote().learn_files(pids)
+        self.base().learn(pids, input)
     }
 
-    fn helper(&self) -> Option<u32> {
-        Some(self.watched.keeper_pid())
+    fn recorded(&self) -> Vec<Recorded> {
+        let image = &self.watched.skeleton.image;
+        let layouts = lock(&self.layouts);
+        let recorded = layouts
+            .iter()
+            .map(|(input, one)| one.recorded(input, image));
+        recorded.collect()
     }
 
-    fn resident_bytes(&self) -> Result<u64, ZygoteError> {
-        let layout = lock(&self.layout);
-        let file = layout.file.as_ref().map_or(0, |file| file.mapped.length());
-        Ok(self.watched.skeleton.resident_bytes()? + file)
+    fn recall(&self, recorded: &[Recorded]) -> Result<(), ZygoteError> {
+        for one in recorded {
+            let mut layout = RecordedPages::of(one, &self.watched.skeleton.image);
+            self.write(&mut layout)?;
+            *lock(&self.layouts).entry(&one.input) = layout;
+        }
+        Ok(())
+    }
+
+    fn own_bytes(&self) -> u64 {
+        let layouts = lock(&self.layouts);
+        let files = layouts.values().filter_map(|one| one.file.as_ref());
+        files.map(|file| file.mapped.length()).sum()
     }
 
     fn held_bytes(&self) -> u64 {
-        let layout = lock(&self.layout);
-        let file = layout.file.as_ref().map_or(0, |file| file.mapped.length());
-        self.watched.skeleton.image.mapped().length() + file
+        self.watched.skeleton.image.mapped().length() + self.own_bytes()
     }
 }
 
@@ -156,16 +146,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tracing_ends_when_little_is_new() {
-        let mut layout = Layout::default();
+    fn the_order_is_that_of_first_use_and_becomes_stable() {
+        let mut layout = RecordedPages::default();
         let pages: Vec<u64> = (0..128).rev().map(|page| page * PAGE).collect();
-        assert!(layout.add(&pages));
-        assert!(!layout.stable);
-        assert!(layout.add(&[1000 * PAGE, 1001 * PAGE]));
-        assert!(!layout.stable, "two of 128 are too many");
-        assert!(layout.add(&[2000 * PAGE]));
-        assert!(layout.stable);
-        assert!(!layout.add(&[3000 * PAGE]));
+        assert!(add(&mut layout, &pages));
+        assert!(!layout.rounds.stable);
+        assert!(add(
+            &mut layout,
+            &[1000, 1001, 1002].map(|page| page * PAGE)
+        ));
+        assert!(!layout.rounds.stable, "three of 128 are too many");
+        assert!(add(&mut layout, &[2000 * PAGE]));
+        assert!(layout.rounds.stable);
+        assert!(!add(&mut layout, &[3000 * PAGE]));
         assert_eq!(layout.pages[..2], [127 * PAGE, 126 * PAGE]);
     }
 

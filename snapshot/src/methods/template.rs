@@ -1,6 +1,6 @@
 //! `template`: a clone of a zygote that has all pages, shared until they are written.
 
-use super::{Method, StartMethod};
+use super::{Base, Method, StartMethod};
 use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
 
 #[derive(Debug)]
@@ -20,12 +20,8 @@ impl StartMethod for Template {
         Method::Template
     }
 
-    fn zygote(&self) -> &Zygote {
-        &self.zygote
-    }
-
-    fn ready(&self, _: &PreparedClone) -> Result<(), ZygoteError> {
-        Ok(())
+    fn base(&self) -> Base<'_> {
+        Base::Zygote(&self.zygote)
     }
 
     fn start(
@@ -34,13 +30,5 @@ impl StartMethod for Template {
         request: &StartRequest<'_>,
     ) -> Result<Started, ZygoteError> {
         clone.start(request)
-    }
-
-    fn learn(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
-        self.zygote.learn(pids)
-    }
-
-    fn resident_bytes(&self) -> Result<u64, ZygoteError> {
-        self.zygote.resident_bytes()
     }
 }

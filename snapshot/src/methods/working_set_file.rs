@@ -54,9 +54,6 @@ impl WorkingSetFile {
 
 /// Whether two addresses lie in one mapping: a copy must not go beyond one.
 fn same_area(image: &Image, first: u64, second: u64) -> bool {
-    let area = |at: u64| {
-        let after = image.areas.partition_point(|area| area.at <= at);
-        after.checked_sub(1)
-    };
+    let area = |at: u64| image.area(at).map(|area| area.at);
     area(first) == area(second)
 }

@@ -28,6 +28,9 @@ pub enum Fill {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Area {
     pub at: u64,
+    /// Where its process has it.
+    pub process: usize,
+    pub start: u64,
     pub length: u64,
     /// PROT_READ, PROT_WRITE, PROT_EXEC.
     pub protection: u32,
@@ -83,6 +86,8 @@ pub fn areas(manifest: &Manifest, placement: &Placement, pieces: &[Vec<Piece>]) 
         }
         areas.push(Area {
             at: place.at,
+            process: place.process,
+            start: mapping.start,
             length: place.length,
             protection: mapping.protection,
             anonymous,

@@ -11,13 +11,6 @@ use super::{PreparedClone, Zygote, ZygoteError, io_error, lock, receive_soon, zy
 use crate::plan::skeleton::{self, MOST_MAPS, Map};
 
 impl Zygote {
-    /// [`Zygote::learn`] for pages of files alone.
-    pub(crate) fn learn_files(&self, pids: &[i32]) -> Result<bool, ZygoteError> {
-        lock(&self.working_set)
-            .learn_files(self.pid, pids)
-            .map_err(io_error("reading page maps"))
-    }
-
     /// Puts parts of files into the address space that clones copy from now on.
     pub(crate) fn rework(&self, maps: &[Map], files: &[BorrowedFd<'_>]) -> Result<(), ZygoteError> {
         let program = skeleton::rework(maps.get(..MOST_MAPS).unwrap_or(maps), self.tree.control);

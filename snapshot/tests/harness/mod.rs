@@ -287,13 +287,19 @@ impl Bed {
 
     /// Starts an instance by a method.
     pub fn start_with(&self, method: &dyn StartMethod) -> Made<Instance> {
+        self.start_for(method, "")
+    }
+
+    /// Starts an instance for a call of an input.
+    pub fn start_for(&self, method: &dyn StartMethod, input: &str) -> Made<Instance> {
         let (sandbox, init) = sandbox()?;
         self.start_by(sandbox, init, |group, request| {
             let mut agent = method.zygote().agent()?;
             group.add(agent.pid())?;
             let clone = agent.make_clone(None)?;
             method.ready(&clone)?;
-            Ok(method.start(clone, request)?)
+            let request = StartRequest { input, ..*request };
+            Ok(method.start(clone, &request)?)
         })
     }
 
@@ -332,6 +338,7 @@ impl Bed {
         let request = StartRequest {
             init: pidfd.as_fd(),
             stdio: [child_in.as_fd(), child_out.as_fd(), error.as_fd()],
+            input: "",
             deadline: Duration::from_secs(10),
         };
         let started = start(&group, &request)?;
