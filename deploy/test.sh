@@ -127,6 +127,40 @@ virtual_machines() {
     step "Installing what virtual machines need" install_without_services "${vm_packages[@]}" ||
         fail "Packages cannot be installed"
     tests "virtual machines" -p xtask --features vm --test vm
+    step "Installing what a module is built with" install_packages "${kernel_packages[@]}" ||
+        fail "Packages cannot be installed"
+    driver stock
+    driver stock-6.12
+}
+
+# driver KERNEL: the module of kernel-patch on a kernel of Debian's, with a device-dax of QEMU's.
+driver() {
+    local kernel=$1 title="pseudo_mm on $1" begin=$SECONDS log status=0 passes failures_here skips
+    printf '[%s] tests: %s\n' "$(elapsed)" "$title"
+    log=$(mktemp)
+    {
+        local headers
+        headers=$(cargo xtask vm headers --kernel "$kernel") &&
+            make -s -C kernel-patch/driver KDIR="$headers" clean &&
+            make -s -C kernel-patch/driver KDIR="$headers" &&
+            make -s -C kernel-patch/selftests &&
+            cargo xtask vm run --kernel "$kernel" --dax nvdimm --timeout 600 -- \
+                kernel-patch/selftests/run.sh
+    } 2>&1 | tee "$log"
+    status=${PIPESTATUS[0]}
+    skips=$(grep -c '^ok .*# SKIP' "$log")
+    passes=$(($(grep -c '^ok ' "$log") - skips))
+    failures_here=$(grep -c '^not ok ' "$log")
+    if [ "$failures_here" -eq 0 ] && { [ "$status" -ne 0 ] || [ "$passes" -eq 0 ]; }; then
+        # It was not built, the machine did not boot, or the kernel complained.
+        failures_here=1
+    fi
+    [ "$failures_here" -eq 0 ] || failures+=("$title")
+    passed=$((passed + passes))
+    failed=$((failed + failures_here))
+    skipped=$((skipped + skips))
+    rm -f "$log"
+    printf '[%s] %s took %d s\n' "$(elapsed)" "$title" $((SECONDS - begin))
 }
 
 # The whole, with the binaries just built, on a containerd and a provider of the tests' own.
