@@ -8,10 +8,11 @@
 
 mod eviction;
 mod pressure;
+mod recorded;
+mod roots;
 mod standing;
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,11 +21,9 @@ use std::time::{Duration, Instant};
 use trenv_config::Config;
 use trenv_pool::{Pool, PoolError, PoolOptions, TemplateId, TemplateReader};
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
-use trenv_sandbox::rootfs::{Keeper, KeptRoot, Mount, RootfsError, look_up, overlay_from_mounts};
+use trenv_sandbox::rootfs::{Keeper, Mount, overlay_from_mounts};
 use trenv_snapshot::Fingerprint;
 use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
-use trenv_snapshot::methods::StartMethod;
-use trenv_snapshot::recording::{self, Recorded};
 use trenv_snapshot::zygote::{ZygoteError, ZygoteRequest};
 
 use crate::error::{Result, ShimError, pool_error};
@@ -32,8 +31,9 @@ use crate::reap::Unswept;
 use crate::sandbox::{Seat, TemplateRef, Tenancy};
 pub use eviction::{Claim, guard_memory};
 use eviction::{Reason, bytes_of};
+pub use roots::layers_only;
+use standing::Standing;
 pub use standing::TenancyRoot;
-use standing::{Staged, Standing};
 
 /// Seats kept after tenancies have given them back.
 const SEATS_MAX: usize = 32;
@@ -209,144 +209,6 @@ impl Templates {
             stdio: tenancy.stdio,
         };
         dump::dump(&request, writer).map_err(dump_error)
-    }
-
-    /// Mounts a tenancy's root ahead of its start.
-    pub fn stage(&self, template: TemplateRef, rootfs: Vec<Mount>) -> Result<()> {
-        let standing = self.standing_by_any(template).next();
-        let standing = standing.ok_or_else(|| ShimError::NotFound {
-            kind: "prepared template",
-            id: template.id.to_string(),
-        })?;
-        let mounting = ShimError::engine("mount the root of a tenancy to come");
-        let root = self.keep(&rootfs).map_err(mounting)?;
-        let opened = standing.method.zygote().opened().iter().map(String::as_str);
-        look_up(root.mount.as_fd(), opened);
-        standing.add_staged(Staged {
-            mounts: rootfs,
-            root,
-        });
-        Ok(())
-    }
-
-    /// A root that another tenancy may have after the first one.
-    fn keep(&self, mounts: &[Mount]) -> std::result::Result<TenancyRoot, RootfsError> {
-        let mount = overlay_from_mounts(mounts)?;
-        let mut keeper = lock(&self.keeper);
-        let keeper = match keeper.as_mut() {
-            Some(keeper) => keeper,
-            None => keeper.insert(Keeper::start()?),
-        };
-        let kept = keeper.keep(mounts, &mount)?;
-        let mount = kept.as_ref().map_or(Ok(mount), KeptRoot::mount)?;
-        Ok(TenancyRoot { mount, kept })
-    }
-
-    /// Makes the root of a tenancy that has ended the staged root of one to come, if nothing was
-    /// written to it; answers whether that is so.
-    pub fn stage_again(&self, template: TemplateRef, mounts: Vec<Mount>, kept: KeptRoot) -> bool {
-        if !kept.is_untouched() {
-            return false;
-        }
-        let Some(standing) = self.standing_by_any(template).next() else {
-            return false;
-        };
-        match kept.mount() {
-            Ok(mount) => {
-                let kept = Some(kept);
-                let root = TenancyRoot { mount, kept };
-                standing.add_staged(Staged { mounts, root });
-                true
-            }
-            Err(err) => {
-                tracing::warn!("A root is not used again: {err}");
-                false
-            }
-        }
-    }
-
-    /// The root of a tenancy: the one mounted ahead, or mounted now.
-    pub fn root(&self, rootfs: &[Mount]) -> Result<TenancyRoot> {
-        // It may be staged for another template than the one that is started: that of the base.
-        let all: Vec<Arc<Standing>> = lock(&self.standing).values().cloned().collect();
-        if let Some(staged) = all.iter().find_map(|standing| standing.take_staged(rootfs)) {
-            return Ok(staged);
-        }
-        let mount =
-            overlay_from_mounts(rootfs).map_err(ShimError::engine("mount the tenancy's root"))?;
-        Ok(TenancyRoot { mount, kept: None })
-    }
-
-    /// Lets the zygote learn from a tenancy that is about to end which pages its calls touched; what
-    /// is known of the input that they had.
-    pub fn learn(&self, tenancy: &Tenancy, input: &str) -> Option<Recorded> {
-        let template = tenancy.seat.template?;
-        let standing = lock(&self.standing).get(&template).cloned();
-        // Pages of another zygote would all be others.
-        let standing = standing.filter(|standing| standing.made_seat(&tenancy.seat))?;
-        match standing.method.learn(&tenancy.restored, input) {
-            Ok(false) => {}
-            // Clones made before know less.
-            Ok(true) => lock(&standing.seats)
-                .iter()
-                .for_each(|seat| seat.unprepare()),
-            // The tree may have ended by itself; the next tenancy teaches as well.
-            Err(err) => {
-                tracing::debug!("Nothing was learnt from the tenancy {}: {err}", tenancy.id);
-            }
-        }
-        let recorded = standing.method.recorded();
-        recorded.into_iter().find(|one| one.input == input)
-    }
-
-    /// Keeps what was learnt, where it has changed.
-    fn keep_recorded(&self, template: TemplateRef, standing: &Standing) {
-        let recorded = standing.method.recorded();
-        let mut kept = lock(&standing.recorded);
-        if *kept == recorded {
-            return;
-        }
-        let TemplateRef {
-            id,
-            generation,
-            method,
-        } = template;
-        let directory = recording::directory(&self.config.state_dir);
-        match recording::save(&directory, &id, generation, method, &recorded) {
-            Ok(()) => *kept = recorded,
-            Err(err) => tracing::warn!(
-                "The working sets of {id} are not kept in {}: {err}",
-                directory.display()
-            ),
-        }
-    }
-
-    /// What an earlier zygote of the template has learnt.
-    fn recall(&self, template: TemplateRef, method: &dyn StartMethod) -> Vec<Recorded> {
-        let TemplateRef {
-            id,
-            generation,
-            method: name,
-        } = template;
-        let directory = recording::directory(&self.config.state_dir);
-        let recalled = recording::load(&directory, &id, generation, name).and_then(|recorded| {
-            method.recall(&recorded).map_err(std::io::Error::other)?;
-            Ok(recorded)
-        });
-        recalled.unwrap_or_else(|err| {
-            tracing::warn!("The working sets of {id} are recorded anew: {err}");
-            Vec::new()
-        })
-    }
-
-    fn forget_recorded(&self, id: &TemplateId, before: Option<u64>) {
-        let directory = recording::directory(&self.config.state_dir);
-        if let Err(err) = recording::remove(&directory, id, before) {
-            tracing::warn!(
-                "Working sets of {id} stay in {}: {err}",
-                directory.display()
-            );
-        }
     }
 
     /// Deletes a template of any generation; one that does not exist is fine.
@@ -645,35 +507,6 @@ impl Templates {
     }
 }
 
-/// The read-only layers behind an active snapshot's mounts.
-pub fn layers_only(active: &[Mount]) -> Vec<Mount> {
-    active
-        .iter()
-        .map(|mount| {
-            let mut layers = mount.clone();
-            layers.options.retain(|option| {
-                !option.starts_with("upperdir=") && !option.starts_with("workdir=")
-            });
-            if layers.options.len() == mount.options.len() {
-                return layers;
-            }
-            let lower = layers
-                .options
-                .iter()
-                .find_map(|option| option.strip_prefix("lowerdir="));
-            match lower {
-                // overlayfs wants two layers when there is no upper one.
-                Some(lower) if !lower.contains(':') => Mount {
-                    kind: "bind".into(),
-                    source: lower.to_owned(),
-                    options: vec!["rbind".into(), "ro".into()],
-                },
-                _ => layers,
-            }
-        })
-        .collect()
-}
-
 /// Locks; a panic elsewhere leaves what is locked as usable as it was.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -723,36 +556,5 @@ fn dump_error(err: DumpError) -> ShimError {
         },
         DumpError::Pool(err) => pool_error("store the snapshot")(err),
         err => ShimError::engine("dump the function")(err),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn overlay(options: &[&str]) -> Vec<Mount> {
-        vec![Mount {
-            kind: "overlay".into(),
-            source: "overlay".into(),
-            options: options.iter().map(|text| (*text).to_owned()).collect(),
-        }]
-    }
-
-    #[test]
-    fn the_layers_of_an_active_snapshot_are_found() {
-        let many = layers_only(&overlay(&[
-            "index=off",
-            "workdir=/w",
-            "upperdir=/u",
-            "lowerdir=/a:/b",
-        ]));
-        assert_eq!(many, overlay(&["index=off", "lowerdir=/a:/b"]));
-        let one = layers_only(&overlay(&["workdir=/w", "upperdir=/u", "lowerdir=/a"]));
-        assert_eq!(
-            (one[0].kind.as_str(), one[0].source.as_str()),
-            ("bind", "/a")
-        );
-        let view = overlay(&["lowerdir=/a:/b"]);
-        assert_eq!(layers_only(&view), view);
     }
 }

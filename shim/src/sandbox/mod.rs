@@ -6,6 +6,7 @@
 
 mod change;
 mod container;
+mod plan;
 mod requests;
 mod service;
 mod spec;

@@ -10,7 +10,8 @@ use trenv_snapshot::recording::Recorded;
 use ttrpc::r#async::TtrpcContext;
 
 use super::Sandboxes;
-use super::change::{End, limits_of, mounts_of, template_ref};
+use super::change::End;
+use super::plan::{limits_of, mounts_of, template_ref};
 use crate::runc::blocking;
 use crate::template::{Base, Templates};
 
