@@ -14,7 +14,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("trenv-fuzz", &[]),
     // Its command reads where the pool is.
     ("trenv-pool", &["trenv-config", "trenv-fuzz"]),
-    ("trenv-restorer", &[]),
+    ("trenv-restorer", &["trenv-fuzz"]),
     (
         "trenv-snapshot",
         &["trenv-fuzz", "trenv-pool", "trenv-restorer"],

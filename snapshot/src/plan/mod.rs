@@ -161,12 +161,14 @@ impl Plan {
         );
         let programs = process::programs(tree, &mut region)?;
         let frame = Frame::of(&build, &words, &mut region);
-        let rework = match fill {
-            Fill::Pages => 0,
-            Fill::Skeleton { .. } => skeleton::REWORK,
+        let of_stacks = 2 * MAX_AGENTS * STACK;
+        let (stacks, rework) = match fill {
+            Fill::Pages => (region.reserve(of_stacks), 0),
+            Fill::Skeleton { .. } => {
+                let stacks = region.reserve(of_stacks + skeleton::REWORK);
+                (stacks, stacks + of_stacks)
+            }
         };
-        let stacks = region.reserve(2 * MAX_AGENTS * STACK + rework);
-        let rework = stacks + 2 * MAX_AGENTS * STACK;
         let heir = &manifest.processes[placement.heir];
         let (vdso_length, vdso_offset) = kernel_block(heir);
         let content = Header {

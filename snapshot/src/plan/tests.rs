@@ -207,3 +207,14 @@ fn pages_that_do_not_match_the_manifest_are_an_error() {
         Err(PlanError::Pages)
     ));
 }
+
+#[test]
+fn only_a_skeleton_has_room_for_a_rework() {
+    let (manifest, extents) = sample();
+    let plan = |fill| Plan::of(&manifest, &extents, fill).unwrap();
+    assert_eq!(plan(Fill::Pages).rework, 0);
+    let skeleton = plan(Fill::Skeleton { watched: false });
+    let room = skeleton.rework..skeleton.rework + skeleton::REWORK;
+    let region = skeleton.base..skeleton.base + skeleton.length;
+    assert!(region.start < room.start && room.end <= region.end);
+}
