@@ -2,8 +2,8 @@
 //!
 //! A recording is iterated: each tenancy that ends is a round, which adds the pages that it touched
 //! beyond those known. It is stable once a round agrees with those before it, which is when it touched
-//! few pages that were not known; after [`MOST_ROUNDS`] without agreement it rests. From then on every
-//! [`LOOK`]th tenancy is looked at, and the pages that it touched beyond the recorded ones are the
+//! few pages that were not known; after five rounds without agreement it rests. From then on every
+//! sixteenth tenancy is looked at, and the pages that it touched beyond the recorded ones are the
 //! drift; where these are many, as when an input has changed, recording begins again.
 //!
 //! The shim keeps recordings in a file for each template and start method, so that a zygote that is

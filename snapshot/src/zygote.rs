@@ -8,6 +8,8 @@
 
 mod channel;
 mod derive;
+#[cfg(test)]
+mod hostile;
 mod learning;
 mod loader;
 mod skeleton;
@@ -31,7 +33,7 @@ use crate::plan::base::Ground;
 use crate::plan::skeleton::{Area, Fill};
 use crate::plan::{Plan, PlanError};
 use crate::working_set::WorkingSet;
-use channel::{receive, receive_from, send, socket_pair};
+use channel::{nonsense, receive, receive_from, send, socket_pair};
 use loader::Loader;
 pub use loader::fd as loader_fd;
 
@@ -520,16 +522,7 @@ impl PreparedClone {
                     Err(ZygoteError::Gone) => return Err(ZygoteError::TreeGone),
                     received => received?,
                 };
-            if message.kind != wire::report::RESTORED {
-                return Err(step_error(&message, &self.tree));
-            }
-            if let Some(place) = pids.get_mut(message.process as usize) {
-                *place = pid;
-            }
-            // Each step ends with the last process to take it.
-            for (mark, one) in marks.iter_mut().zip(message.marks) {
-                *mark = one.max(*mark);
-            }
+            note(&message, pid, &self.tree, &mut pids, &mut marks)?;
             restored += 1;
         }
         Ok(Started {
@@ -589,11 +582,31 @@ fn now() -> u64 {
     })
 }
 
+/// Notes that a process is restored, which each of them says once.
+fn note(
+    message: &Report,
+    pid: i32,
+    tree: &Tree,
+    pids: &mut [i32],
+    marks: &mut [u64; MARKS],
+) -> Result<(), ZygoteError> {
+    if message.kind != wire::report::RESTORED {
+        return Err(step_error(message, tree));
+    }
+    let place = pids.get_mut(message.process as usize);
+    *place.filter(|place| **place == 0).ok_or_else(nonsense)? = pid;
+    // Each step ends with the last process to take it.
+    for (mark, one) in marks.iter_mut().zip(message.marks) {
+        *mark = one.max(*mark);
+    }
+    Ok(())
+}
+
 fn zygote_error(message: &Report, tree: &Tree) -> Result<(), ZygoteError> {
-    if message.kind == wire::report::FAILED {
-        Err(step_error(message, tree))
-    } else {
-        Ok(())
+    match message.kind {
+        wire::report::IDLE => Ok(()),
+        wire::report::FAILED => Err(step_error(message, tree)),
+        _ => Err(nonsense()),
     }
 }
 

@@ -17,6 +17,12 @@ const TARGETS: &[(&str, &str, &str)] = &[
         "trenv-pool",
         "no_superblock_brings_reading_down",
     ),
+    (
+        "request",
+        "trenv-restorer",
+        "no_request_brings_reading_down",
+    ),
+    ("report", "trenv-snapshot", "no_report_brings_a_start_down"),
 ];
 
 pub fn run(target: &str, seconds: u64) -> anyhow::Result<()> {

@@ -18,7 +18,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "trenv-pool",
         &["pseudo-mm-uapi", "trenv-config", "trenv-fuzz"],
     ),
-    ("trenv-restorer", &[]),
+    ("trenv-restorer", &["trenv-fuzz"]),
     (
         "trenv-snapshot",
         &[

@@ -321,9 +321,11 @@ mod tests {
         }
     }
 
+    type Write = fn(&OwnedFd);
+
     #[test]
     fn every_kind_of_writing_is_seen() {
-        let writes: [(&str, fn(&OwnedFd)); 6] = [
+        let writes: [(&str, Write); 6] = [
             ("a new file", |root| {
                 std::fs::write(inside(root, "new"), "").unwrap();
             }),

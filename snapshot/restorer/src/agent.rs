@@ -10,8 +10,7 @@
 use crate::interpreter::{fail, leave, run, send, task};
 use crate::sys::{self, CLONE_VM, CloneArgs, SIGCHLD, nr, syscall};
 use crate::wire::{
-    Header, MAX_AGENTS, MOST_DESCRIPTORS, Op, Range, Report, Request, STACK, fd, report, request,
-    task_fd,
+    Header, MOST_DESCRIPTORS, Op, Range, Report, Request, STACK, Wanted, fd, report, task_fd,
 };
 
 const CLONE_VFORK: u64 = 0x4000;
@@ -26,6 +25,8 @@ const F_GETFD: u64 = 1;
 const MSG_CMSG_CLOEXEC: u64 = 0x4000_0000;
 const SOL_SOCKET: i32 = 1;
 const SCM_RIGHTS: i32 = 1;
+const MSG_CTRUNC: u64 = 8;
+const EINVAL: i64 = 22;
 /// End of the user's half of the address space.
 const TASK_END: u64 = 0x7fff_ffff_f000;
 
@@ -127,24 +128,25 @@ unsafe fn serve(header: *mut Header, index: u64) -> ! {
         };
         // SAFETY: the header is the planner's.
         unsafe { send(header, &idle) };
-        let mut wanted = Request { kind: 0, agent: 0 };
-        // SAFETY: the header is the planner's; `wanted` outlives the call.
-        let received = unsafe { receive(control, &mut wanted) };
-        if received <= 0 {
+        // SAFETY: the header is the planner's; what came with the last request is closed.
+        let Ok(wanted) = (unsafe { receive(control) }) else {
             leave(0);
-        }
-        match wanted.kind {
+        };
+        // SAFETY: the header is the planner's.
+        let rework = unsafe { (*header).rework };
+        match wanted {
             // SAFETY: the descriptors of a start lie where `receive` put them.
-            request::START => unsafe { start(header, index) },
-            // SAFETY: the new task's socket lies where `receive` put it.
-            request::AGENT => unsafe { another(header, u64::from(wanted.agent)) },
+            Some(Wanted::Start) => unsafe { start(header, index) },
+            // SAFETY: the new task's socket lies where `receive` put it; the number is in range.
+            Some(Wanted::Agent(number)) => unsafe { another(header, number) },
             // SAFETY: as above.
-            request::CLONE => unsafe { clone(header) },
+            Some(Wanted::Clone) => unsafe { clone(header) },
             // SAFETY: as above.
-            request::DERIVE => unsafe { derive(header) },
+            Some(Wanted::Derive) => unsafe { derive(header) },
             // SAFETY: the owner has written a program there before it asks.
-            request::REWORK => unsafe { run(header, (*header).rework as *const Op) },
-            _ => {}
+            Some(Wanted::Rework) if rework != 0 => unsafe { run(header, rework as *const Op) },
+            // SAFETY: the header is the planner's.
+            _ => unsafe { report_failure(header, 5, -EINVAL) },
         }
         // SAFETY: closes what came with the request; the agent keeps its socket and its home.
         unsafe {
@@ -156,21 +158,21 @@ unsafe fn serve(header: *mut Header, index: u64) -> ! {
     }
 }
 
-/// Takes one request; its descriptors land at `control + fd::STDIO` and above, in order.
+/// Takes one request, or nothing if it cannot be served; its descriptors land at
+/// `control + fd::STDIO` and above, in order. Once the socket has closed there is an error.
 ///
 /// # Safety
 /// Descriptors from there on must be free.
-unsafe fn receive(control: u64, wanted: &mut Request) -> i64 {
+unsafe fn receive(control: u64) -> Result<Option<Wanted>, i64> {
+    // A longer message is known by the byte too many.
+    let mut bytes = [0u8; size_of::<Request>() + 1];
     let mut ancillary = ControlMessage {
         length: 0,
         level: 0,
         kind: 0,
         descriptors: [-1; MOST_DESCRIPTORS],
     };
-    let part = [
-        core::ptr::from_mut(wanted) as u64,
-        size_of::<Request>() as u64,
-    ];
+    let part = [(&raw mut bytes) as u64, size_of_val(&bytes) as u64];
     let mut message = MessageHeader {
         name: 0,
         name_length: 0,
@@ -195,13 +197,14 @@ unsafe fn receive(control: u64, wanted: &mut Request) -> i64 {
         )
     };
     if got <= 0 {
-        return got;
+        return Err(got);
     }
-    if ancillary.level == SOL_SOCKET && ancillary.kind == SCM_RIGHTS && ancillary.length > 16 {
-        let count = (ancillary.length - 16) / 4;
+    let count = descriptors(ancillary.length, ancillary.level, ancillary.kind);
+    let mut whole = message.flags & MSG_CTRUNC == 0;
+    if count > 0 {
         for (place, descriptor) in ancillary.descriptors.iter().take(count).enumerate() {
             // SAFETY: moves a descriptor that was just received to its fixed place.
-            unsafe {
+            let placed = unsafe {
                 syscall(
                     nr::DUP3,
                     &[
@@ -212,13 +215,23 @@ unsafe fn receive(control: u64, wanted: &mut Request) -> i64 {
                         0,
                         0,
                     ],
-                );
-            }
+                )
+            };
+            whole &= placed >= 0;
         }
         // SAFETY: the received numbers lie below the control socket, where an agent has none.
         unsafe { syscall(nr::CLOSE_RANGE, &[0, control - 1, 0, 0, 0, 0]) };
     }
-    got
+    let message = bytes.get(..got as usize).filter(|_| whole);
+    Ok(message.and_then(|message| Wanted::of(message, count)))
+}
+
+/// How many descriptors a control message with this head holds (cmsg(3)).
+pub(crate) fn descriptors(length: usize, level: i32, kind: i32) -> usize {
+    if level != SOL_SOCKET || kind != SCM_RIGHTS {
+        return 0;
+    }
+    (length.saturating_sub(16) / 4).min(MOST_DESCRIPTORS)
 }
 
 /// Gives this address space to the tree's root, in the sandbox whose pid 1 came with the request.
@@ -356,14 +369,12 @@ unsafe fn prepare(header: *mut Header) {
 /// Makes another agent, which takes the socket that came with the request.
 ///
 /// # Safety
-/// As [`serve`]; only the zygote itself makes agents.
+/// As [`serve`]; only the zygote itself makes agents, and `index` lies below [`MAX_AGENTS`].
+///
+/// [`MAX_AGENTS`]: crate::wire::MAX_AGENTS
 unsafe fn another(header: *mut Header, index: u64) {
     // SAFETY: the owner of the socket gives each living agent an index, and so stacks, of its own.
     unsafe {
-        if index == 0 || index >= MAX_AGENTS {
-            report_failure(header, 4, -11);
-            return;
-        }
         let args = CloneArgs {
             flags: CLONE_VM,
             exit_signal: SIGCHLD,

@@ -97,7 +97,7 @@ pub struct Header {
     /// Words that the kernel clears when the clone and its helper have left the address space.
     pub clone_left: u64,
     pub helper_left: u64,
-    /// Where the owner writes a program of a [`request::REWORK`].
+    /// Where the owner writes a program of a [`request::REWORK`]; 0 where there is no room for one.
     pub rework: u64,
     pub marks: [u64; MARKS],
 }
@@ -231,6 +231,38 @@ pub struct Request {
     pub agent: u32,
 }
 
+/// What a [`Request`] asks for, once it is known to be one that can be served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    Start,
+    /// With the number of the new agent.
+    Agent(u64),
+    Clone,
+    Derive,
+    Rework,
+}
+
+impl Wanted {
+    /// Reads a message that came with so many descriptors; none if its length, its kind, their
+    /// number or the agent's is not as it must be.
+    #[must_use]
+    pub fn of(message: &[u8], descriptors: usize) -> Option<Self> {
+        let &[a, b, c, d, e, f, g, h] = message else {
+            return None;
+        };
+        let kind = u32::from_ne_bytes([a, b, c, d]);
+        let agent = u64::from(u32::from_ne_bytes([e, f, g, h]));
+        match (kind, descriptors) {
+            (request::START, 4) => Some(Self::Start),
+            (request::AGENT, 1) if agent > 0 && agent < MAX_AGENTS => Some(Self::Agent(agent)),
+            (request::CLONE, 1 | 2) => Some(Self::Clone),
+            (request::DERIVE, 1) => Some(Self::Derive),
+            (request::REWORK, _) => Some(Self::Rework),
+            _ => None,
+        }
+    }
+}
+
 /// Kinds of [`Report`].
 pub mod report {
     /// A zygote, agent or clone waits for requests (again).
@@ -264,7 +296,7 @@ pub fn own_sentence(what: u32) -> &'static str {
         2 => "cloning a process into the sandbox's pid namespace",
         3 => "cloning the tree's root process (its pid may be taken, or the process limit reached)",
         4 => "making another agent",
-        5 => "receiving a request",
+        5 => "receiving a request (is the limit of open files reached?)",
         6 => "unmapping the zygote's own program",
         7 => "cloning the zygote's memory (is the machine or the cgroup out of memory?)",
         8 => "entering the tree's time namespace",

@@ -207,3 +207,17 @@ fn pages_that_do_not_match_the_manifest_are_an_error() {
         Err(PlanError::Pages)
     ));
 }
+
+#[test]
+fn a_rework_has_its_room_in_the_region() {
+    let (manifest, extents) = sample();
+    for (fill, length) in [
+        (Fill::Pages, super::base::ARRIVAL),
+        (Fill::Skeleton { watched: false }, skeleton::REWORK),
+    ] {
+        let plan = Plan::of(&manifest, &extents, fill).unwrap();
+        let room = plan.rework..plan.rework + length;
+        let region = plan.base..plan.base + plan.length;
+        assert!(region.start < room.start && room.end <= region.end);
+    }
+}

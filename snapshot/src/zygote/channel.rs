@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use trenv_restorer::wire::{MARKS, MOST_DESCRIPTORS, Report, Request};
+use trenv_restorer::wire::{MARKS, MOST_DESCRIPTORS, Report, Request, report};
 
 use super::{ZygoteError, errno};
 
@@ -85,7 +85,8 @@ pub fn receive_from(
             Err(err) => return Err(errno("waiting for the zygote")(err)),
         }
     }
-    let mut bytes = [0u8; size_of::<Report>()];
+    // A longer message is known by the byte too many.
+    let mut bytes = [0u8; size_of::<Report>() + 1];
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [io::IoSliceMut::new(&mut bytes)];
@@ -109,30 +110,43 @@ pub fn receive_from(
     if got == 0 {
         return Err(ZygoteError::Gone);
     }
-    if got != size_of::<Report>() {
-        return Err(ZygoteError::Io {
-            doing: "hearing from the zygote".into(),
-            source: io::ErrorKind::InvalidData.into(),
-        });
-    }
     let pid = ancillary.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmCredentials(credentials) => {
             Some(credentials.pid.as_raw_nonzero().get())
         }
         _ => None,
     });
-    let word =
-        |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let report = bytes.get(..got).and_then(parse);
+    report.zip(pid).ok_or_else(nonsense)
+}
+
+/// Reads a report; none if its length or its kind is not as it must be.
+pub fn parse(bytes: &[u8]) -> Option<Report> {
+    let (head, rest) = bytes.split_first_chunk::<16>()?;
+    let mut words = head.chunks_exact(4).map(|word| word.try_into().ok());
+    let mut word = || words.next().flatten().map(u32::from_ne_bytes);
+    let (kind, process, what, errno) = (word()?, word()?, word()?, word()? as i32);
+    let rest: &[u8; 8 * MARKS] = rest.try_into().ok()?;
     let mut marks = [0; MARKS];
-    for (mark, bytes) in marks.iter_mut().zip(bytes[16..].chunks_exact(8)) {
-        *mark = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
+    for (mark, bytes) in marks.iter_mut().zip(rest.chunks_exact(8)) {
+        *mark = u64::from_ne_bytes(bytes.try_into().ok()?);
     }
-    let report = Report {
-        kind: word(0),
-        process: word(4),
-        what: word(8),
-        errno: word(12) as i32,
+    matches!(kind, report::IDLE | report::RESTORED | report::FAILED).then_some(Report {
+        kind,
+        process,
+        what,
+        errno,
         marks,
-    };
-    Ok((report, pid.unwrap_or_default()))
+    })
+}
+
+/// The error of a report that no restorer sends.
+pub fn nonsense() -> ZygoteError {
+    ZygoteError::Io {
+        doing: "hearing from the zygote".into(),
+        source: io::Error::new(
+            io::ErrorKind::InvalidData,
+            "no restorer sends such a report; the start can be made again",
+        ),
+    }
 }
