@@ -18,9 +18,6 @@ const CLONE_PARENT: u64 = 0x8000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const NAMESPACES: u64 = 0x2_0000 | 0x0400_0000 | 0x0800_0000 | 0x2000_0000 | 0x4000_0000;
 const WALL: u64 = 0x4000_0000;
-const SCHED_OTHER: u64 = 0;
-/// Such a task takes no processor from another when it wakes up (kernel: kernel/sched/fair.c).
-const SCHED_BATCH: u64 = 3;
 const F_GETFD: u64 = 1;
 const MSG_CMSG_CLOEXEC: u64 = 0x4000_0000;
 const SOL_SOCKET: i32 = 1;
@@ -270,8 +267,6 @@ unsafe extern "C" fn helper(header: u64, _: u64) -> ! {
     let header = header as *mut Header;
     // SAFETY: the header is the planner's, and so is the root's stack, which nobody else uses.
     unsafe {
-        // The root's, who inherits it.
-        schedule(SCHED_OTHER);
         let pid = (*header).root_pid as i32;
         let args = CloneArgs::sharing(&pid, (*header).root_stack, (*header).root_left);
         let root = sys::clone_onto(&args, task, header as u64, (*header).root);
@@ -305,24 +300,12 @@ unsafe fn clone(header: *mut Header) {
         let made = syscall(nr::CLONE3, &[(&raw const args) as u64, length, 0, 0, 0, 0]);
         if made == 0 {
             take_socket(header);
-            // Its end, once the root goes on, must not push the root from its processor.
-            schedule(SCHED_BATCH);
             prepare(header);
             serve(header, 0)
         }
         if made < 0 {
             report_failure(header, 7, made);
         }
-    }
-}
-
-/// Sets this task's scheduling policy, for the sake of speed only.
-fn schedule(policy: u64) {
-    let priority = 0_i32;
-    // SAFETY: the parameter outlives the call.
-    unsafe {
-        let parameter = (&raw const priority) as u64;
-        syscall(nr::SCHED_SETSCHEDULER, &[0, policy, parameter, 0, 0, 0]);
     }
 }
 

@@ -19,7 +19,6 @@ pub mod nr {
     pub const MADVISE: u64 = 28;
     pub const WAIT4: u64 = 61;
     pub const FCNTL: u64 = 72;
-    pub const SCHED_SETSCHEDULER: u64 = 144;
     pub const FUTEX: u64 = 202;
     pub const SET_TID_ADDRESS: u64 = 218;
     pub const CLOCK_GETTIME: u64 = 228;
