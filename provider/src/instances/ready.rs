@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use axum::body::Body;
-use http::{Request, StatusCode};
+use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -108,22 +109,36 @@ pub async fn load(address: SocketAddr, limit: Duration) -> Result<(), String> {
 
 async fn ask_to_load(address: SocketAddr) -> Option<(StatusCode, String)> {
     let stream = TcpStream::connect(address).await.ok()?;
+    get(stream, address, LOAD_PATH, |answer| async move {
+        let status = answer.status();
+        let body = Limited::new(answer.into_body(), MOST_SAID).collect().await;
+        let said = body.map(|body| body.to_bytes()).unwrap_or_default();
+        (status, String::from_utf8_lossy(&said).trim().to_owned())
+    })
+    .await
+}
+
+/// Asks over a connection of its own, which is closed when `read` has what it wants of the answer.
+async fn get<T, F: Future<Output = T>>(
+    stream: TcpStream,
+    address: SocketAddr,
+    path: &str,
+    read: impl FnOnce(Response<Incoming>) -> F,
+) -> Option<T> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .ok()?;
-    let request = Request::get(LOAD_PATH)
+    let request = Request::get(path)
         .header("host", address.to_string())
         .header("connection", "close")
         .header("user-agent", "trenv-readiness")
         .body(Body::empty())
         .ok()?;
+    // Both run here, so that the connection is closed when the check is over.
     let (answer, _) = futures::join!(
         async move {
             let answer = sender.send_request(request).await.ok()?;
-            let status = answer.status();
-            let body = Limited::new(answer.into_body(), MOST_SAID).collect().await;
-            let said = body.map(|body| body.to_bytes()).unwrap_or_default();
-            Some((status, String::from_utf8_lossy(&said).trim().to_owned()))
+            Some(read(answer).await)
         },
         connection
     );
@@ -135,26 +150,10 @@ async fn probe(address: SocketAddr, path: Option<&str>) -> Probe {
     let Ok(Ok(stream)) = connected else {
         return Probe::Refused;
     };
-    let ask = async {
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .ok()?;
-        let request = Request::get(path.unwrap_or(HEALTH_PATH))
-            .header("host", address.to_string())
-            .header("connection", "close")
-            .header("user-agent", "trenv-readiness")
-            .body(Body::empty())
-            .ok()?;
-        // Both run here, so that the connection is closed when the check is over.
-        let (answer, _) = futures::join!(
-            async move {
-                let answer = sender.send_request(request).await.ok()?;
-                Some(answer.status())
-            },
-            connection
-        );
-        answer
-    };
+    let path_asked = path.unwrap_or(HEALTH_PATH);
+    let ask = get(stream, address, path_asked, |answer| async move {
+        answer.status()
+    });
     match tokio::time::timeout(ANSWER_TIMEOUT, ask).await {
         Ok(Some(StatusCode::OK)) => Probe::Answer,
         // A watchdog that is starting says so; a path named by the user must answer 200.
