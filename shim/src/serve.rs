@@ -30,8 +30,9 @@ use crate::{logging, reap, sandbox, start, template};
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
 const PROMISE_LIMIT: Duration = Duration::from_secs(30);
-/// A shim that nobody ever gave a task ends by itself.
-const UNUSED_LIMIT: Duration = Duration::from_secs(60);
+/// How often a shim without tasks looks whether it is still wanted: one whose `start` was killed
+/// never hears from containerd.
+const UNUSED_CHECK: Duration = Duration::from_secs(5);
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
 /// The state of one shim process.
@@ -100,7 +101,7 @@ async fn serve(flags: &Flags, config: Config) -> anyhow::Result<Flock<File>> {
         flags.socket
     );
 
-    let mut unused = tokio::time::interval(UNUSED_LIMIT);
+    let mut unused = tokio::time::interval(UNUSED_CHECK);
     unused.tick().await;
     let lock = loop {
         let terminated = tokio::select! {
@@ -188,9 +189,10 @@ impl Shim {
         self.shutdown.notify_one();
     }
 
-    /// Notes that a container which `start` promised has come.
-    pub fn promise_kept(&self, id: &str) {
-        let _ = std::fs::remove_file(self.endpoint.promise(id));
+    /// Notes that a container which `start` promised has come, or will not come any more; false when
+    /// it was not promised, or that was noted before.
+    pub fn end_promise(&self, id: &str) -> bool {
+        std::fs::remove_file(self.endpoint.promise(id)).is_ok()
     }
 
     /// Takes the socket away if nothing needs it; no new task can come then. A successor starts

@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::os::unix::process::CommandExt;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -11,6 +12,7 @@ use nix::unistd::Pid;
 use support::{IMAGE, TRENV, containerd};
 
 const FUNCTION: &str = "dev.trenv.sandbox=function";
+const IDLE: &str = "dev.trenv.sandbox=idle";
 const FOREVER: &str = "while :; do echo tick; sleep 0.2; done";
 
 #[test]
@@ -188,6 +190,39 @@ fn a_killed_shim_leaves_nothing() {
     containerd.remove("s1");
     for id in ids.iter().filter(|id| *id != "s1") {
         containerd.ctr(&["container", "rm", id]);
+    }
+    containerd.assert_clean();
+}
+
+#[test]
+fn a_client_that_goes_away_during_a_creation_leaves_no_shim() {
+    let Some(containerd) = containerd("gone") else {
+        return;
+    };
+    for pause_ms in (0..300).step_by(12) {
+        let id = format!("i{pause_ms}");
+        let arguments = [
+            "run",
+            "-d",
+            "--runtime",
+            TRENV,
+            "--annotation",
+            IDLE,
+            IMAGE,
+            &id,
+        ];
+        let mut client = containerd.command(&arguments);
+        let mut client = client.process_group(0).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(pause_ms));
+        let group = Pid::from_raw(client.id().cast_signed());
+        nix::sys::signal::killpg(group, Signal::SIGKILL).unwrap();
+        client.wait().unwrap();
+        containerd.until("the container can be removed", || {
+            containerd.try_ctr(&["task", "rm", "-f", &id]);
+            containerd.try_ctr(&["container", "rm", &id]);
+            !containerd.ctr(&["container", "ls", "-q"]).contains(&id)
+        });
+        containerd.until("the shim ends", || containerd.shims().is_empty());
     }
     containerd.assert_clean();
 }

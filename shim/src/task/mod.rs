@@ -137,9 +137,10 @@ pub struct Reservation<'a> {
 }
 
 impl Reservation<'_> {
-    /// Puts the created container into the table; gives it back when it is not wanted any more.
+    /// Puts the created container into the table; gives it back when it is not wanted any more. The
+    /// id stays taken then until the reservation is dropped.
     #[must_use]
-    pub fn keep(mut self, container: Arc<dyn Container>) -> Option<Arc<dyn Container>> {
+    pub fn keep(&mut self, container: Arc<dyn Container>) -> Option<Arc<dyn Container>> {
         let mut slots = self.tasks.lock();
         if matches!(slots.get(&self.id), Some(Slot::Creating { unwanted: true })) {
             drop(slots);

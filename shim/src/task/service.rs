@@ -293,8 +293,16 @@ async fn create(
     shim: Arc<Shim>,
     request: api::CreateTaskRequest,
 ) -> Result<api::CreateTaskResponse> {
-    let reservation = shim.tasks.reserve(&request.id)?;
-    shim.promise_kept(&request.id);
+    let mut reservation = shim.tasks.reserve(&request.id)?;
+    if !shim.end_promise(&request.id) {
+        tracing::info!("{} was deleted before it was created", request.id);
+        drop(reservation);
+        shim.request_shutdown();
+        return Err(ShimError::NotFound {
+            kind: "task",
+            id: request.id,
+        });
+    }
     if !request.checkpoint.is_empty() {
         return Err(ShimError::Unimplemented(
             "Cannot create a task from a checkpoint directory; use Repurpose of trenv.sandbox.v1"
@@ -308,6 +316,9 @@ async fn create(
     if let Some(unwanted) = reservation.keep(container) {
         drop(turn);
         unwanted.delete("").await?;
+        drop(reservation);
+        // containerd's own Shutdown came while this one was still counted.
+        shim.request_shutdown();
         return Err(ShimError::NotFound {
             kind: "task",
             id: request.id,
@@ -366,8 +377,13 @@ async fn start(shim: Arc<Shim>, request: api::StartRequest) -> Result<api::Start
 }
 
 async fn delete(shim: Arc<Shim>, request: api::DeleteRequest) -> Result<api::DeleteResponse> {
-    if request.exec_id.is_empty() && shim.tasks.give_up(&request.id) {
-        tracing::info!("{} was deleted while it was being created", request.id);
+    if request.exec_id.is_empty() {
+        // containerd deletes so when its client went away. Its Create may come after this, or never:
+        // it takes the id first and the promise then, so one of the two below meets it.
+        shim.end_promise(&request.id);
+        if shim.tasks.give_up(&request.id) {
+            tracing::info!("{} was deleted while it was being created", request.id);
+        }
     }
     let container: Arc<dyn Container> = shim.tasks.get(&request.id)?;
     let (pid, exit) = container.delete(&request.exec_id).await?;
