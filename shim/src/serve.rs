@@ -195,6 +195,11 @@ impl Shim {
         std::fs::remove_file(self.endpoint.promise(id)).is_ok()
     }
 
+    /// Whether `start` has promised a container that has not come yet.
+    pub fn is_promised(&self, id: &str) -> bool {
+        self.endpoint.promise(id).exists()
+    }
+
     /// Takes the socket away if nothing needs it; no new task can come then. A successor starts
     /// when the returned lock is released: not while this shim still frees what the two would
     /// share, nor while a client's old connection would still be answered.
@@ -204,7 +209,7 @@ impl Shim {
         }
         let lock = start::lock(&self.endpoint)?;
         // In this order: a promised container is a task before its promise goes.
-        if self.is_promised() || !self.tasks.is_empty() {
+        if self.has_promises() || !self.tasks.is_empty() {
             return Ok(None);
         }
         let _ = std::fs::remove_file(&self.endpoint.socket);
@@ -217,7 +222,7 @@ impl Shim {
         Ok(Some(lock))
     }
 
-    fn is_promised(&self) -> bool {
+    fn has_promises(&self) -> bool {
         let Ok(entries) = std::fs::read_dir(self.endpoint.promises()) else {
             return false;
         };

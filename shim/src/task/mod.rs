@@ -71,17 +71,30 @@ enum Slot {
         unwanted: bool,
     },
     Created(Arc<dyn Container>),
+    /// Deleted before its creation was asked for, which may still come.
+    GivenUp,
 }
 
 impl Tasks {
     /// Takes an id for a container about to be created; it is given back when the value is dropped.
-    pub fn reserve(&self, id: &str) -> Result<Reservation<'_>> {
+    /// An id that was given up is taken only if it is `promised` again.
+    pub fn reserve(&self, id: &str, promised: impl Fn() -> bool) -> Result<Reservation<'_>> {
         let mut slots = self.lock();
-        if slots.contains_key(id) {
-            return Err(ShimError::AlreadyExists {
-                kind: "task",
-                id: id.into(),
-            });
+        match slots.get(id) {
+            Some(Slot::GivenUp) if !promised() => {
+                slots.remove(id);
+                return Err(ShimError::NotFound {
+                    kind: "task",
+                    id: id.into(),
+                });
+            }
+            None | Some(Slot::GivenUp) => {}
+            Some(_) => {
+                return Err(ShimError::AlreadyExists {
+                    kind: "task",
+                    id: id.into(),
+                });
+            }
         }
         slots.insert(id.to_owned(), Slot::Creating { unwanted: false });
         Ok(Reservation {
@@ -103,12 +116,18 @@ impl Tasks {
     }
 
     /// Has a container that is being created deleted as soon as it is there; false when none is
-    /// being created. containerd deletes so when its own client went away during the creation.
-    pub fn give_up(&self, id: &str) -> bool {
-        match self.lock().get_mut(id) {
+    /// being created. containerd deletes so when its own client went away during the creation: of a
+    /// container that is only `promised`, the request may come yet, or never.
+    pub fn give_up(&self, id: &str, promised: bool) -> bool {
+        let mut slots = self.lock();
+        match slots.get_mut(id) {
             Some(Slot::Creating { unwanted }) => {
                 *unwanted = true;
                 true
+            }
+            None if promised => {
+                slots.insert(id.to_owned(), Slot::GivenUp);
+                false
             }
             _ => false,
         }
@@ -121,7 +140,8 @@ impl Tasks {
 
     /// Whether there is no container, not even one being created.
     pub fn is_empty(&self) -> bool {
-        self.lock().is_empty()
+        let slots = self.lock();
+        slots.values().all(|slot| matches!(slot, Slot::GivenUp))
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {

@@ -293,16 +293,15 @@ async fn create(
     shim: Arc<Shim>,
     request: api::CreateTaskRequest,
 ) -> Result<api::CreateTaskResponse> {
-    let mut reservation = shim.tasks.reserve(&request.id)?;
-    if !shim.end_promise(&request.id) {
-        tracing::info!("{} was deleted before it was created", request.id);
-        drop(reservation);
-        shim.request_shutdown();
-        return Err(ShimError::NotFound {
-            kind: "task",
-            id: request.id,
-        });
-    }
+    let promised = || shim.is_promised(&request.id);
+    let reserved = shim.tasks.reserve(&request.id, promised);
+    let mut reservation = reserved.inspect_err(|err| {
+        if matches!(err, ShimError::NotFound { .. }) {
+            tracing::info!("{} was deleted before it was created", request.id);
+            shim.request_shutdown();
+        }
+    })?;
+    shim.end_promise(&request.id);
     if !request.checkpoint.is_empty() {
         return Err(ShimError::Unimplemented(
             "Cannot create a task from a checkpoint directory; use Repurpose of trenv.sandbox.v1"
@@ -378,10 +377,8 @@ async fn start(shim: Arc<Shim>, request: api::StartRequest) -> Result<api::Start
 
 async fn delete(shim: Arc<Shim>, request: api::DeleteRequest) -> Result<api::DeleteResponse> {
     if request.exec_id.is_empty() {
-        // containerd deletes so when its client went away. Its Create may come after this, or never:
-        // it takes the id first and the promise then, so one of the two below meets it.
-        shim.end_promise(&request.id);
-        if shim.tasks.give_up(&request.id) {
+        let promised = shim.end_promise(&request.id);
+        if shim.tasks.give_up(&request.id, promised) {
             tracing::info!("{} was deleted while it was being created", request.id);
         }
     }
