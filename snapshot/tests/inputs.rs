@@ -28,7 +28,10 @@ fn of_input(method: &dyn StartMethod, input: &str) -> Made<Recorded> {
 
 fn prepare(bed: &Bed, method: Method) -> Made<(trenv_pool::TemplateId, Box<dyn StartMethod>)> {
     let program = bed.compile("spread")?;
-    let template = bed.dump(bed.run(&[&program])?)?;
+    let mut instance = bed.run(&[&program])?;
+    // It answers once its memory is filled.
+    instance.ask("ready");
+    let template = bed.dump(instance)?;
     Ok((template, bed.prepare(method, &template)?))
 }
 

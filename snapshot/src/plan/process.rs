@@ -73,6 +73,10 @@ impl Tree<'_> {
         &self.manifest.processes[index]
     }
 
+    fn way_exists(&self, way: Way) -> bool {
+        self.placement.ways.contains(&way)
+    }
+
     /// Those that are made in the address space of `host` and leave it, by exec or at their end.
     fn passing_through(&self, host: Option<usize>) -> Vec<usize> {
         let kin = &self.placement.lineage.kin;
@@ -145,6 +149,9 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
     if let Some(table) = tables[tree.placement.heir] {
         prepare.verb(verb::COPY_AHEAD, [table]);
     }
+    if tree.way_exists(Way::Forked) {
+        advise_heir(libc::MADV_DONTFORK, tree, &mut prepare);
+    }
     let words = Words {
         left: &left,
         clones: [clone_left, helper_left],
@@ -216,6 +223,9 @@ pub fn program_of(
                 program.verb(verb::WAIT_LEFT, [word]);
             }
             program.verb(verb::ENTER_CLOCK, []);
+            if tree.way_exists(Way::Forked) {
+                advise_heir(libc::MADV_DOFORK, tree, &mut program);
+            }
             move_memory(index, tree, region, &mut program);
             become_process(index, tree, region, &mut program);
         }
@@ -380,6 +390,16 @@ fn move_memory(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut 
             program.call(libc::SYS_close, [0]).from(0, 0);
         }
         memory::describe_memory(process, exe, region, program);
+    }
+}
+
+/// Keeps what the heir alone needs from those that are forked, or ends that.
+fn advise_heir(advice: i32, tree: Tree<'_>, program: &mut Program) {
+    for (start, end) in tree.placement.of_heir_alone(tree.manifest) {
+        // The whole range is advised, though the gaps in it make the call fail (madvise(2), ENOMEM).
+        program
+            .call(libc::SYS_madvise, [start, end - start, advice as u64])
+            .or_not();
     }
 }
 

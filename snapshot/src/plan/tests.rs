@@ -125,7 +125,7 @@ pub fn sample() -> (Manifest, Vec<Extent>) {
     (manifest, extents)
 }
 
-fn ways(sizes: &[u64], parents: &[Option<usize>]) -> Vec<Way> {
+fn ways(sizes: &[u64], parents: &[Option<usize>], fill: Fill) -> Vec<Way> {
     let (mut manifest, _) = sample();
     let template = manifest.processes.remove(0);
     manifest.processes = sizes
@@ -143,7 +143,7 @@ fn ways(sizes: &[u64], parents: &[Option<usize>]) -> Vec<Way> {
         })
         .collect();
     let lineage = Lineage::of(&manifest).unwrap();
-    Placement::of(&manifest, lineage, REGION_LIMIT, &[])
+    Placement::of(&manifest, lineage, REGION_LIMIT, &[], fill)
         .unwrap()
         .ways
 }
@@ -151,13 +151,21 @@ fn ways(sizes: &[u64], parents: &[Option<usize>]) -> Vec<Way> {
 #[test]
 fn the_largest_process_below_small_ones_gets_the_memory() {
     use Way::{Forked, Heir, Loaded};
-    assert_eq!(ways(&[5000], &[None]), [Heir]);
+    let skeleton = Fill::Skeleton { watched: false };
+    let both = |sizes, parents| {
+        let ways = ways(sizes, parents, Fill::Pages);
+        assert_eq!(ways, super::tests::ways(sizes, parents, skeleton));
+        ways
+    };
+    assert_eq!(both(&[5000], &[None]), [Heir]);
     let parents = [None, Some(0), Some(0)];
-    assert_eq!(ways(&[50, 900, 800], &parents), [Loaded, Heir, Forked]);
+    assert_eq!(both(&[50, 900, 800], &parents), [Loaded, Heir, Forked]);
     // A large parent cannot make room for its child.
-    assert_eq!(ways(&[300, 9000, 10], &parents), [Heir, Forked, Loaded]);
+    let sizes = [300, 9000, 10];
+    assert_eq!(ways(&sizes, &parents, skeleton), [Heir, Forked, Loaded]);
+    assert_eq!(ways(&sizes, &parents, Fill::Pages), [Heir, Forked, Forked]);
     let line = [None, Some(0), Some(1)];
-    assert_eq!(ways(&[50, 20, 900], &line), [Loaded, Loaded, Heir]);
+    assert_eq!(both(&[50, 20, 900], &line), [Loaded, Loaded, Heir]);
 }
 
 #[test]
@@ -167,7 +175,8 @@ fn processes_are_loaded_only_as_far_as_there_are_descriptors() {
     parents[0] = None;
     let mut sizes = vec![5; count];
     sizes[1] = 5000;
-    let ways = ways(&sizes, &parents);
+    let skeleton = Fill::Skeleton { watched: false };
+    let ways = ways(&sizes, &parents, skeleton);
     let loaded = ways.iter().filter(|way| **way == Way::Loaded).count();
     assert_eq!(loaded, count - 3);
     assert_eq!((ways[0], ways[1]), (Way::Loaded, Way::Heir));
@@ -184,7 +193,7 @@ fn mappings_in_the_way_of_the_heir_are_staged() {
     manifest.processes[1].mappings[1].start += 300 * PAGE;
     manifest.processes[1].mappings[1].end += 300 * PAGE;
     let lineage = Lineage::of(&manifest).unwrap();
-    let placement = Placement::of(&manifest, lineage, REGION_LIMIT, &[]).unwrap();
+    let placement = Placement::of(&manifest, lineage, REGION_LIMIT, &[], Fill::Pages).unwrap();
     assert_eq!(placement.ways, [Way::Heir, Way::Forked]);
     let staged = placement.of_process(1).next().unwrap();
     assert_ne!(staged.at, 0x40_0000);
