@@ -43,7 +43,11 @@ check = lambda do
   asked << count
   return 'the queue' unless Timeout.timeout(5) { answered.pop } == 2 * count
   lock.synchronize { changed.signal }
-  sleep 0.005
+  400.times do
+    break if lock.synchronize { seen } == count
+
+    sleep 0.005
+  end
   return 'the condition' unless lock.synchronize { seen } == count
   return 'the fiber' unless numbers.resume == count
   to_child.puts 'add'
