@@ -122,7 +122,7 @@ main() {
     report
 }
 
-# What this machine's kernel lacks, on Debian's kernels in QEMU; a minute or two.
+# What this machine's kernel lacks, on Debian's kernels in QEMU; some minutes.
 virtual_machines() {
     local kernel
     step "Installing what virtual machines need" install_without_services "${vm_packages[@]}" ||
@@ -152,7 +152,7 @@ driver() {
             make -s -C kernel-patch/driver KDIR="$headers" clean &&
             make -s -C kernel-patch/driver KDIR="$headers" &&
             make -s -C kernel-patch/selftests &&
-            cargo xtask vm run --kernel "$kernel" --dax nvdimm --timeout 600 -- \
+            cargo xtask vm run --kernel "$kernel" --dax nvdimm --numa --timeout 1200 -- \
                 kernel-patch/selftests/run.sh
     } 2>&1 | tee "$log"
     status=${PIPESTATUS[0]}

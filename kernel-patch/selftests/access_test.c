@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Others that read and write an attached area: tracers, I/O, core dumps, /proc,
- * and the parts of the kernel that look for memory to improve.
+ * Others that read and write an attached area: tracers, I/O, core dumps, /proc
+ * and userfaultfd.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -309,45 +309,6 @@ TEST_F(access, a_core_dump_has_the_pages_that_the_filter_asks_for)
 	unlink(core);
 	EXPECT_EQ(0, chdir("/"));
 	rmdir(folder);
-}
-
-static bool setting(const char *path, const char *value)
-{
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	bool written;
-
-	if (fd < 0)
-		return false;
-	written = write(fd, value, strlen(value)) == (ssize_t)strlen(value);
-	close(fd);
-	return written;
-}
-
-TEST_F(access, memory_improvers_leave_it_alone)
-{
-	/* Each may be missing in a kernel; what there is works as hard as it can. */
-	setting("/sys/kernel/mm/transparent_hugepage/enabled", "always");
-	setting("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs", "1");
-	setting("/sys/kernel/mm/transparent_hugepage/khugepaged/pages_to_scan", "65536");
-	setting("/sys/kernel/mm/ksm/sleep_millisecs", "1");
-	setting("/sys/kernel/mm/ksm/pages_to_scan", "65536");
-	setting("/sys/kernel/mm/ksm/run", "1");
-	setting("/proc/sys/kernel/numa_balancing", "1");
-	setting("/sys/kernel/mm/lru_gen/enabled", "7");
-	(void)madvise(self->at, PAGES * PAGE, MADV_HUGEPAGE);
-	(void)madvise(self->at, PAGES * PAGE, MADV_MERGEABLE);
-	for (int round = 0; round < 20; round++) {
-		unsigned long some = (unsigned long)round * 37;
-
-		page_fill(page(self->at, some), 8, some);
-		usleep(20000);
-		setting("/proc/sys/vm/compact_memory", "1");
-		ASSERT_TRUE(page_is(page(self->at, some), 8, some));
-		memcpy(page(self->at, some), self->pool.pages + POOL(some) * PAGE, PAGE);
-		ASSERT_TRUE(pages_are(&self->pool, self->at, POOL(0), PAGES));
-	}
-	setting("/sys/kernel/mm/ksm/run", "2");
-	EXPECT_EQ(0, smaps_value(START, "AnonHugePages"));
 }
 
 static int userfaultfd_open(void)
