@@ -122,15 +122,23 @@ main() {
     report
 }
 
-# What this machine's kernel lacks, on Debian's kernels in QEMU; a minute or two.
+# What this machine's kernel lacks, on Debian's kernels in QEMU; some minutes.
 virtual_machines() {
+    local kernel
     step "Installing what virtual machines need" install_without_services "${vm_packages[@]}" ||
         fail "Packages cannot be installed"
     tests "virtual machines" -p xtask --features vm --test vm
     step "Installing what a module is built with" install_packages "${kernel_packages[@]}" ||
         fail "Packages cannot be installed"
-    driver stock
-    driver stock-6.12
+    for kernel in stock stock-6.12; do
+        check "dkms on $kernel" dkms_build "$kernel"
+        driver "$kernel"
+    done
+}
+
+dkms_build() {
+    local headers
+    headers=$(cargo xtask vm headers --kernel "$1") && bash kernel-patch/dkms.sh "$headers"
 }
 
 # driver KERNEL: the module of kernel-patch on a kernel of Debian's, with a device-dax of QEMU's.
@@ -144,7 +152,7 @@ driver() {
             make -s -C kernel-patch/driver KDIR="$headers" clean &&
             make -s -C kernel-patch/driver KDIR="$headers" &&
             make -s -C kernel-patch/selftests &&
-            cargo xtask vm run --kernel "$kernel" --dax nvdimm --timeout 600 -- \
+            cargo xtask vm run --kernel "$kernel" --dax nvdimm --numa --timeout 1200 -- \
                 kernel-patch/selftests/run.sh
     } 2>&1 | tee "$log"
     status=${PIPESTATUS[0]}

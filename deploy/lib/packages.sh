@@ -12,8 +12,8 @@ test_packages=(shellcheck procps golang-go python3 python3-numpy nodejs libjemal
 # What `cargo xtask vm` needs: the emulator, and what its VMs run of the machine's own root.
 vm_packages=(qemu-system-x86 kmod xz-utils zstd ndctl daxctl iproute2
     ibverbs-providers ibverbs-utils criu)
-# What building a kernel for them needs besides.
-kernel_packages=(make gcc flex bison bc libelf-dev libssl-dev patch)
+# What building a kernel or a module for them needs besides.
+kernel_packages=(make gcc flex bison bc libelf-dev libssl-dev patch dkms)
 
 # The oldest compiler that the workspace accepts.
 oldest_rust() {

@@ -206,6 +206,25 @@ static long pmm_v0_add_map(const struct pseudo_mm_v0_add_map __user *arg)
 	return err;
 }
 
+/*
+ * The one mapping of a template that has the whole range. The caller holds
+ * pmm_published_lock, under which alone a template with a number changes.
+ */
+static const struct pmm_map *pmm_v0_map(int id, unsigned long start, unsigned long size)
+{
+	struct file *file = id > 0 ? xa_load(&pmm_published, id) : NULL;
+	const struct pmm_map *map;
+
+	if (!file)
+		return ERR_PTR(-ENOENT);
+	if ((start | size) & ~PAGE_MASK || !size)
+		return ERR_PTR(-EINVAL);
+	if (start + size < start)
+		return ERR_PTR(-EFAULT);
+	map = pmm_layout_map(&pmm_template_of(file)->layout, start, start + size);
+	return map ?: ERR_PTR(-EFAULT);
+}
+
 static int pmm_v0_setup_range(const struct pseudo_mm_v0_setup_pt *given)
 {
 	struct pmm_extent extent = {
@@ -213,24 +232,11 @@ static int pmm_v0_setup_range(const struct pseudo_mm_v0_setup_pt *given)
 		.pages = given->size >> PAGE_SHIFT,
 		.device_page = given->pgoff,
 	};
-	struct pmm_template *template;
-	const struct pmm_map *map;
-	struct file *file;
+	const struct pmm_map *map = pmm_v0_map(given->id, given->start, given->size);
 	int err;
 
-	file = given->id > 0 ? xa_load(&pmm_published, given->id) : NULL;
-	if (!file)
-		return -ENOENT;
-	template = pmm_template_of(file);
-	if ((given->start | given->size) & ~PAGE_MASK || !given->size)
-		return -EINVAL;
-	if (given->start + given->size < given->start)
-		return -EFAULT;
-	mutex_lock(&template->lock);
-	map = pmm_layout_map(&template->layout, given->start, given->start + given->size);
-	mutex_unlock(&template->lock);
-	if (!map)
-		return -EFAULT;
+	if (IS_ERR(map))
+		return PTR_ERR(map);
 	if (given->type != PSEUDO_MM_MEMORY_DAX && given->type != PSEUDO_MM_MEMORY_RDMA)
 		return -EINVAL;
 	/* No remote pool is ever registered with the module. */
@@ -303,12 +309,21 @@ static long pmm_v0_attach(const struct pseudo_mm_v0_attach __user *arg)
 static long pmm_v0_bring_back(const struct pseudo_mm_v0_bring_back __user *arg)
 {
 	struct pseudo_mm_v0_bring_back given;
+	const struct pmm_map *map;
+	int err;
 
 	if (copy_from_user(&given, arg, sizeof(given)))
 		return -EFAULT;
-	if ((given.start | given.size) & ~PAGE_MASK || !given.size)
-		return -EINVAL;
-	return -EOPNOTSUPP;
+	err = mutex_lock_killable(&pmm_published_lock);
+	if (err)
+		return err;
+	map = pmm_v0_map(given.id, given.start, given.size);
+	if (IS_ERR(map))
+		err = PTR_ERR(map);
+	else
+		err = map->flags & MAP_ANONYMOUS ? -EOPNOTSUPP : -EINVAL;
+	mutex_unlock(&pmm_published_lock);
+	return err;
 }
 
 static long pmm_v0_pf_stat(const struct pseudo_mm_v0_pf_stat __user *arg)

@@ -15,7 +15,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -467,50 +466,6 @@ TEST_F(attach, processes_killed_in_the_middle_leave_nothing)
 	ASSERT_EQ(0, template_stat(racers.fd, &stat));
 	EXPECT_EQ(0ULL, stat.mapped);
 	EXPECT_EQ(0, attach_often(&racers));
-}
-
-/* Writes all of a mapping in a memory cgroup that is too small for that. */
-static int write_under_limit(void *argument)
-{
-	const struct racers *racers = argument;
-	FILE *procs = fopen("/sys/fs/cgroup/pseudo_mm_test/cgroup.procs", "w");
-
-	if (!procs || fprintf(procs, "%d", getpid()) < 0 || fclose(procs))
-		return 77;
-	if (template_attach(racers->fd, NULL))
-		return 1;
-	/* Reading costs nothing. */
-	if (!pages_are(racers->pool, (char *)BASE, 0, PAGES))
-		return 2;
-	for (unsigned long i = 0; i < PAGES; i++)
-		((char *)BASE)[i * PAGE] = 1;
-	return 3;
-}
-
-static bool write_file(const char *path, const char *text)
-{
-	FILE *file = fopen(path, "w");
-
-	return file && fputs(text, file) >= 0 && !fclose(file);
-}
-
-TEST_F(attach, a_memory_limit_counts_private_copies)
-{
-	struct racers racers = { .pool = &self->pool };
-	int result;
-
-	write_file("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
-	if (mkdir("/sys/fs/cgroup/pseudo_mm_test", 0700) ||
-	    !write_file("/sys/fs/cgroup/pseudo_mm_test/memory.max", "4M")) {
-		rmdir("/sys/fs/cgroup/pseudo_mm_test");
-		SKIP(return, "no memory controller in cgroup v2");
-	}
-	write_file("/sys/fs/cgroup/pseudo_mm_test/memory.swap.max", "0");
-	racers.fd = template_simple(&self->pool, BASE, 0, PAGES);
-	result = in_child(write_under_limit, &racers);
-	/* 8 MB of pool pages fit into 4 MB, their copies do not: the OOM killer ends the child. */
-	EXPECT_EQ(128 + SIGKILL, result);
-	EXPECT_EQ(0, rmdir("/sys/fs/cgroup/pseudo_mm_test"));
 }
 
 TEST_HARNESS_MAIN

@@ -20,7 +20,11 @@ failed=()
 
 # Direct I/O needs a file system that has it: a small one in a file.
 disk=$(mktemp -d /tmp/pseudo_mm.disk.XXXXXX)
+swap=
 cleanup() {
+    if [[ -n $swap ]]; then
+        swapoff "$swap" && zramctl --reset "$swap"
+    fi
     umount "$disk/mnt" 2>/dev/null || true
     rm -rf "$disk"
 }
@@ -34,13 +38,24 @@ else
     echo "# no ext4 on a loop device here: direct I/O is tried in /var/tmp"
 fi
 
+# Swap, of compressed memory if the machine has none.
+if [[ $(wc -l </proc/swaps) -lt 2 ]]; then
+    modprobe -q zram num_devices=0 || true
+    if swap=$(zramctl --find --size 512M 2>/dev/null); then
+        mkswap -q "$swap" && swapon "$swap"
+    else
+        swap=
+        echo "# no zram here: nothing is swapped"
+    fi
+fi
+
 if [[ ! -e /dev/pseudo_mm ]]; then
     insmod "$module"
 fi
 dmesg --clear 2>/dev/null || dmesg -c >/dev/null
 
 # What ends the device runs last.
-for program in abi_test attach_test memory_test access_test published_test unbind_test; do
+for program in abi_test attach_test memory_test access_test system_test random_test published_test unbind_test; do
     echo "# == $program"
     "$output/$program" ${filter:+"$filter"} || failed+=("$program")
 done

@@ -50,6 +50,16 @@ fn long_output_comes_back_whole() {
 }
 
 #[test]
+fn two_numa_nodes_share_memory_and_processors() {
+    let output = vm(
+        &["--numa", "--dax", "nvdimm", "--cpus", "3"],
+        "cat /sys/devices/system/node/has_memory /sys/devices/system/node/node?/cpulist",
+    );
+    assert_status(&output, 0);
+    assert_eq!(stdout(&output), "0-1\n0\n1-2\n");
+}
+
+#[test]
 fn a_signal_that_ends_the_command_is_its_status() {
     assert_status(&vm(&[], "kill -KILL $$"), 128 + 9);
 }

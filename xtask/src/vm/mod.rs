@@ -66,6 +66,9 @@ pub struct Options {
     memory: u64,
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=64))]
     cpus: u64,
+    /// Two NUMA nodes, each with half of the memory and of the processors.
+    #[arg(long, conflicts_with = "icount")]
+    numa: bool,
     /// One nanosecond of the VM's clock per instruction, on one processor.
     #[arg(long)]
     icount: bool,

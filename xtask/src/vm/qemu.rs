@@ -60,6 +60,22 @@ pub fn command(
         device("-device", nvdimm.into());
     }
 
+    if options.numa {
+        // What does not divide evenly goes to the second node.
+        let halves = [options.memory / 2, options.memory.div_ceil(2)];
+        let first_cpus = options.cpus / 2;
+        let cpus = [0..first_cpus, first_cpus..options.cpus];
+        for (node, (half, cpus)) in halves.into_iter().zip(cpus).enumerate() {
+            let backend = format!("memory-backend-ram,id=node{node},size={half}M");
+            device("-object", backend.into());
+            let mut value = format!("node,nodeid={node},memdev=node{node}");
+            if !cpus.is_empty() {
+                value.push_str(&format!(",cpus={}-{}", cpus.start, cpus.end - 1));
+            }
+            device("-numa", value.into());
+        }
+    }
+
     device("-fsdev", export("root", Path::new("/"), ",readonly=on")?);
     device(
         "-device",
@@ -108,6 +124,12 @@ pub fn command(
         // Page tables of five levels would only cost time.
         command.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]);
     }
+    let processors = if options.numa {
+        // The kernel takes exception to a socket in two nodes.
+        format!("{cpus},sockets={cpus}")
+    } else {
+        cpus.to_string()
+    };
     command
         .args([
             "-nodefaults",
@@ -117,7 +139,7 @@ pub fn command(
             "-no-reboot",
         ])
         .args(["-machine", &machine, "-m", &memory])
-        .args(["-smp", &cpus.to_string()])
+        .args(["-smp", &processors])
         .args(devices)
         .arg("-kernel")
         .arg(files.vmlinux)

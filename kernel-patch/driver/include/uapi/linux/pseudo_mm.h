@@ -208,6 +208,7 @@ struct pseudo_mm_seal {
  * ENODEV: the device has gone away. ENOENT: the template was deleted.
  * EPERM, EACCES: as mmap() says, for instance below vm.mmap_min_addr. ENOMEM:
  * also vm.max_map_count, RLIMIT_AS or an address outside the address space.
+ * EAGAIN: the caller locks all that it maps, and RLIMIT_MEMLOCK is too low.
  *
  * mmap(MAP_PRIVATE) of the template's descriptor makes a mapping of a part,
  * anywhere. The offset is the part's address in the template. The range must
