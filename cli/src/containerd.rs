@@ -11,9 +11,9 @@ use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClien
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Code, Request, Status};
-use containerd_client::types::Mount;
 use prost_types::{Any, FieldMask};
 use trenv_config::Config;
+use trenv_sandbox_proto as proto;
 
 pub use containerd_client::services::v1::Container;
 
@@ -155,17 +155,52 @@ impl Containerd {
         unless_gone(answer.map(drop), format!("delete the container {id}"))
     }
 
-    /// Makes a writable layer over `parent`; its mounts.
-    pub async fn prepare_layer(&self, key: &str, parent: &str) -> anyhow::Result<Vec<Mount>> {
+    /// Makes a writable layer over `parent`, which a record of that id keeps; its mounts.
+    pub async fn prepare_layer(
+        &self,
+        key: &str,
+        parent: &str,
+    ) -> anyhow::Result<Vec<proto::Mount>> {
+        self.prepare(key, parent, HashMap::new()).await
+    }
+
+    /// Makes a writable layer beside the layer `of`, with the same parent; its mounts. It stays until
+    /// it is removed.
+    pub async fn prepare_beside(&self, key: &str, of: &str) -> anyhow::Result<Vec<proto::Mount>> {
+        let request = self.request(layers::StatSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: of.to_owned(),
+        })?;
+        let answer = self.layers().stat(request).await;
+        let answer = answer.map_err(refused(format!("describe the layer {of}")))?;
+        let parent = answer.into_inner().info.unwrap_or_default().parent;
+        self.prepare(key, &parent, kept()).await
+    }
+
+    async fn prepare(
+        &self,
+        key: &str,
+        parent: &str,
+        labels: HashMap<String, String>,
+    ) -> anyhow::Result<Vec<proto::Mount>> {
         let request = self.request(layers::PrepareSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             key: key.to_owned(),
             parent: parent.to_owned(),
-            labels: HashMap::new(),
+            labels,
         })?;
         let answer = self.layers().prepare(request).await;
         let answer = answer.map_err(refused(format!("make the layer {key}")))?;
-        Ok(answer.into_inner().mounts)
+        let mounts = answer.into_inner().mounts.into_iter();
+        Ok(mounts
+            .map(|mount| proto::Mount {
+                type_: mount.r#type,
+                source: mount.source,
+                target: mount.target,
+                options: mount.options,
+                ..proto::Mount::default()
+            })
+            .collect())
     }
 
     /// Turns the writable layer `key` into the layer `name`, which stays until it is removed.
@@ -174,8 +209,7 @@ impl Containerd {
             snapshotter: self.snapshotter.clone(),
             name: name.to_owned(),
             key: key.to_owned(),
-            // Its value only tells people something.
-            labels: [("containerd.io/gc.root".to_owned(), "trenv".to_owned())].into(),
+            labels: kept(),
         })?;
         let answer = self.layers().commit(request).await;
         answer.map_err(refused(format!("commit the layer {key} as {name}")))?;
@@ -189,6 +223,30 @@ impl Containerd {
         })?;
         let answer = self.layers().remove(request).await;
         unless_gone(answer.map(drop), format!("remove the layer {key}"))
+    }
+
+    /// Removes a layer, or leaves it to containerd's garbage collection where others are based on it.
+    pub async fn leave_layer(&self, key: &str) -> anyhow::Result<()> {
+        let request = self.request(layers::RemoveSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.to_owned(),
+        })?;
+        match self.layers().remove(request).await {
+            Err(status) if status.code() == Code::FailedPrecondition => {}
+            answer => return unless_gone(answer.map(drop), format!("remove the layer {key}")),
+        }
+        let request = self.request(layers::UpdateSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            info: Some(layers::Info {
+                name: key.to_owned(),
+                ..layers::Info::default()
+            }),
+            update_mask: Some(FieldMask {
+                paths: vec!["labels".to_owned()],
+            }),
+        })?;
+        let answer = self.layers().update(request).await;
+        unless_gone(answer.map(drop), format!("give the layer {key} up"))
     }
 
     pub async fn create_task(&self, id: &str, streams: &Streams) -> anyhow::Result<()> {
@@ -242,6 +300,12 @@ impl Containerd {
         let answer = self.tasks().delete(request).await;
         unless_gone(answer.map(drop), format!("delete the task of {id}"))
     }
+}
+
+/// What keeps a layer from containerd's garbage collection.
+fn kept() -> HashMap<String, String> {
+    // Its value only tells people something.
+    [("containerd.io/gc.root".to_owned(), "trenv".to_owned())].into()
 }
 
 fn any_spec(value: Vec<u8>) -> Any {

@@ -77,6 +77,7 @@ pub async fn run(
         cold: options.calls / 2,
         runc: options.calls / 4,
         sandboxes: 10,
+        input: None,
         pause_ms: 50,
         weigh: Vec::new(),
         instances: options.instances,
@@ -116,7 +117,7 @@ async fn first_calls(
     let mut table = Table::new(["FUNCTION", "START", "FIRST BYTE", "REPLY"]);
     let mut calls = Vec::new();
     for name in &options.functions {
-        let reply = call(gateway, name).await?;
+        let reply = call(gateway, name, None).await?;
         let text = String::from_utf8_lossy(&reply.body);
         let line: String = text
             .lines()
@@ -154,7 +155,7 @@ async fn turns(
     }
     // The last one stays, so that it can be ended from outside.
     if let Some(name) = options.functions.last() {
-        call(gateway, name).await?;
+        call(gateway, name, None).await?;
     }
     Ok(turns)
 }
@@ -167,7 +168,7 @@ async fn one_turn(
     wanted: Option<&str>,
 ) -> anyhow::Result<Turn> {
     for _ in 0..ATTEMPTS {
-        let reply = call(gateway, name).await?;
+        let reply = call(gateway, name, None).await?;
         let serving = sandboxes(config, &config.provider.namespace)
             .await?
             .into_iter()

@@ -39,12 +39,19 @@ impl Shim {
         Ok(answer.map_err(said)?.fingerprint)
     }
 
-    /// Dumps a sandbox's program into the template `key`; the program ends.
-    pub async fn snapshot(&self, id: &str, key: &str) -> anyhow::Result<proto::SnapshotResponse> {
+    /// Dumps a sandbox's program into the template `key`. The program ends, or goes on where its files
+    /// are to be copied to the layer `copy`.
+    pub async fn snapshot(
+        &self,
+        id: &str,
+        key: &str,
+        copy: Vec<proto::Mount>,
+    ) -> anyhow::Result<proto::SnapshotResponse> {
         let request = proto::SnapshotRequest {
             request_id: request_id(),
             sandbox_id: id.to_owned(),
             key: key.to_owned(),
+            copy,
             ..proto::SnapshotRequest::default()
         };
         let context = ttrpc::context::with_duration(SLOW);

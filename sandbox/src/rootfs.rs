@@ -5,10 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod copy;
 mod kept;
 mod look_up;
 mod mounts;
 
+pub use copy::copy_upper;
 pub use kept::{Keeper, KeptRoot};
 pub use look_up::look_up;
 pub use mounts::{bind, overlay_from_mounts, sync_upper, tmpfs};

@@ -13,6 +13,7 @@ mod roots;
 mod standing;
 
 use std::collections::HashMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 use trenv_config::Config;
 use trenv_pool::{Pool, PoolError, PoolOptions, TemplateId, TemplateReader};
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
-use trenv_sandbox::rootfs::{Keeper, Mount, overlay_from_mounts};
+use trenv_sandbox::rootfs::{Keeper, Mount, copy_upper, overlay_from_mounts};
 use trenv_snapshot::Fingerprint;
 use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
 use trenv_snapshot::zygote::{ZygoteError, ZygoteRequest};
@@ -196,8 +197,15 @@ impl Templates {
         }
     }
 
-    /// Writes a tenancy's template to the pool and ends its processes. After an error they go on.
-    pub fn dump(&self, key: &str, init_pid: i32, tenancy: &Tenancy) -> Result<Dumped> {
+    /// Writes a tenancy's template to the pool and ends its processes. They go on after an error, and
+    /// where `copy` is a root to copy theirs to.
+    pub fn dump(
+        &self,
+        key: &str,
+        init_pid: i32,
+        tenancy: &Tenancy,
+        copy: &[Mount],
+    ) -> Result<Dumped> {
         let writer = self
             .pool()?
             .begin(key)
@@ -208,7 +216,13 @@ impl Templates {
             root_pid: tenancy.root.pid.cast_signed(),
             stdio: tenancy.stdio,
         };
-        dump::dump(&request, writer).map_err(dump_error)
+        let dumped = if copy.is_empty() {
+            dump::dump(&request, writer)
+        } else {
+            let copy = || copy_upper(&tenancy.mounts, copy).map_err(io::Error::other);
+            dump::dump_and_go_on(&request, writer, &copy)
+        };
+        dumped.map_err(dump_error)
     }
 
     /// Deletes a template of any generation; one that does not exist is fine.

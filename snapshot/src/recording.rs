@@ -233,6 +233,10 @@ impl<T: Default> Inputs<T> {
         self.0.iter().map(|(input, one)| (input.as_str(), one))
     }
 
+    pub fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.0.values_mut()
+    }
+
     pub fn values(&self) -> impl Iterator<Item = &T> {
         self.0.values()
     }

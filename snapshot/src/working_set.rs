@@ -322,7 +322,13 @@ fn is_equal(one: (&File, u64), other: (&File, u64)) -> io::Result<bool> {
     Ok(bytes[0] == bytes[1])
 }
 
-fn page_map(pid: i32) -> io::Result<File> {
+/// Whether a page is in a process's page tables.
+pub fn is_present(map: &File, at: u64) -> io::Result<bool> {
+    let entry = entries(map, at, 1)?;
+    Ok(entry.first().is_some_and(|entry| entry & PRESENT != 0))
+}
+
+pub fn page_map(pid: i32) -> io::Result<File> {
     File::open(format!("/proc/{pid}/pagemap"))
 }
 

@@ -22,6 +22,26 @@ fn waiting_calls_are_not_interrupted_by_a_restore() -> TestResult {
 }
 
 #[test]
+fn waiting_calls_are_not_interrupted_by_dumps_one_after_the_other() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("blocked")?;
+    let mut first = bed.run(&[&program])?;
+    assert_eq!(first.ask("are you"), "here");
+    bed.dump_and_go_on(&first)?;
+    assert_eq!(first.ask("are you"), "here");
+    // Sleep, poll and the futex with a timeout go on by restart_syscall(2) now.
+    let dumped = bed.dump_and_go_on(&first)?;
+    assert_eq!(first.ask("go"), "ok", "the program that was dumped");
+    let zygote = bed.zygote(&dumped.template.id)?;
+    let mut agent = zygote.agent()?;
+    let mut instances = [bed.start(&mut agent)?, bed.start(&mut agent)?];
+    for instance in &mut instances {
+        assert_eq!(instance.ask("go"), "ok");
+    }
+    Ok(())
+}
+
+#[test]
 fn waiting_calls_are_not_interrupted_by_a_refused_dump() -> TestResult {
     let bed = Bed::new()?;
     let program = bed.compile("blocked")?;

@@ -2,7 +2,7 @@
 
 mod harness;
 
-use harness::{Bed, TestResult};
+use harness::{Bed, TestResult, wait_for};
 use trenv_snapshot::methods::{Method, StartMethod};
 use trenv_snapshot::recording::{Recorded, Touch};
 
@@ -28,10 +28,10 @@ fn of_input(method: &dyn StartMethod, input: &str) -> Made<Recorded> {
 
 fn prepare(bed: &Bed, method: Method) -> Made<(trenv_pool::TemplateId, Box<dyn StartMethod>)> {
     let program = bed.compile("spread")?;
-    let mut instance = bed.run(&[&program])?;
-    // It answers once its memory is filled.
-    instance.ask("ready");
-    let template = bed.dump(instance)?;
+    let mut first = bed.run(&[&program])?;
+    // Its memory is filled when it answers.
+    first.ask("ready");
+    let template = bed.dump(first)?;
     Ok((template, bed.prepare(method, &template)?))
 }
 
@@ -96,6 +96,38 @@ fn an_input_that_changed_is_drift_and_recorded_again() -> TestResult {
         assert!(drift.outside >= 4096, "{method}: {drift:?}");
         assert!(!after.stable, "{method}");
         assert!(after.count() >= before.count() + 4096, "{method}");
+    }
+    Ok(())
+}
+
+/// `faasnap` records an input once; what the kernel reads ahead counts too.
+#[test]
+fn a_loader_brings_in_what_its_input_touched() -> TestResult {
+    let bed = Bed::new()?;
+    let (template, prepared) = prepare(&bed, Method::FaaSnap)?;
+    tenancy(&bed, prepared.as_ref(), "many", "whole")?;
+    tenancy(&bed, prepared.as_ref(), "few", "some")?;
+    let recorded = prepared.recorded();
+    let many = of_input(prepared.as_ref(), "many")?.count();
+    let few = of_input(prepared.as_ref(), "few")?.count();
+    assert!(many >= 4096 && few >= 200, "{recorded:?}");
+    let next = bed.prepare(Method::FaaSnap, &template)?;
+    next.recall(&recorded)?;
+    assert_eq!(next.recorded(), recorded);
+    for method in [prepared, next] {
+        for (input, least, most) in [("many", many, u64::MAX), ("few", few, many)] {
+            let mut instance = bed.start_for(method.as_ref(), input)?;
+            assert_eq!(instance.ask("some"), "ok");
+            let loaded = || {
+                let loaded = instance.work.figures().pages_prefetched;
+                (loaded >= least).then_some(loaded)
+            };
+            let loaded = wait_for(loaded)?;
+            assert!(
+                loaded < most,
+                "{input}: {loaded} pages, not {least} of {many}"
+            );
+        }
     }
     Ok(())
 }

@@ -147,6 +147,7 @@ fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult 
         ("lease", "has a lock of the kind LEASE"),
         ("timer", "which goes by the CPU time of a process"),
         ("inotify", "is an inotify that watches inode"),
+        ("executable", "refused (deleted), which has no path"),
         ("namespace", "made a uts namespace of its own"),
     ] {
         let program = bed.compile("refused")?;

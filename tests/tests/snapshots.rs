@@ -148,6 +148,162 @@ fn a_program_goes_on_as_often_as_it_is_started() -> anyhow::Result<()> {
 }
 
 #[test]
+fn a_program_that_is_left_running_goes_on_beside_its_snapshot() -> anyhow::Result<()> {
+    /// Counts in a file of its root too, which the snapshot must have as it was.
+    const SCRIPT: &str = "exec 3>>/var/counts; i=0; \
+                          trap 'tail -n 1 /var/counts; exit 7' TERM; \
+                          while true; do i=$((i+1)); echo $i; echo $i >&3; sleep 0.1; done";
+    let machine = Machine::start()?;
+    run(&machine, "counter", SCRIPT)?;
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    // It has counted without a gap so far.
+    let count = |id: &str| -> anyhow::Result<u64> {
+        let exec = format!("look-{}", std::time::UNIX_EPOCH.elapsed()?.as_nanos());
+        let cat = ["task", "exec", "--exec-id", &exec, id, "cat", "/var/counts"];
+        let text = machine.ctr(&cat)?;
+        for (number, line) in (1..).zip(text.lines()) {
+            assert_eq!(line, number.to_string(), "{id}");
+        }
+        Ok(text.lines().count() as u64)
+    };
+    snapshot(&machine, &["take", "counter", "--leave-running"])?;
+    let before = count("counter")?;
+    trenv_tests::until("it to go on", std::time::Duration::from_secs(20), || {
+        count("counter").is_ok_and(|now| now > before + 3)
+    })?;
+
+    let mut program = start(&machine, &["counter", "--id", "second"])?;
+    let first: u64 = program.line()?.parse()?;
+    assert!((4..=before + 1).contains(&first), "{first} after {before}");
+    assert_eq!(program.line()?, (first + 1).to_string());
+    // Each writes to its own file.
+    let other = count("counter")?;
+    assert!(count("second")? < other);
+    let (last, status) = program.end(Signal::SIGTERM)?;
+    assert_eq!(status, 7);
+    let last: u64 = last.parse()?;
+    assert!(last > first && last < other, "{last} of {other}");
+
+    // It can be taken once more, and ends when it is told to.
+    snapshot(
+        &machine,
+        &["take", "counter", "--name", "later", "--leave-running"],
+    )?;
+    let mut later = start(&machine, &["later"])?;
+    assert!(later.line()?.parse::<u64>()? > before + 3);
+    later.end(Signal::SIGTERM)?;
+    machine.ctr(&["task", "kill", "-s", "SIGTERM", "counter"])?;
+    trenv_tests::until("it to end", std::time::Duration::from_secs(20), || {
+        machine
+            .ctr(&["task", "ls"])
+            .is_ok_and(|all| all.contains("STOPPED"))
+    })?;
+    machine.ctr(&["task", "rm", "-f", "counter"])?;
+    machine.ctr(&["container", "rm", "counter"])?;
+    snapshot(&machine, &["rm", "counter", "later"])?;
+    machine.stop()
+}
+
+#[test]
+fn verify_names_a_snapshot_with_a_damaged_page_which_does_not_start() -> anyhow::Result<()> {
+    let machine = Machine::start()?;
+    for (id, mark) in [
+        ("sound", "mark-of-the-sound"),
+        ("damaged", "mark-of-the-damaged"),
+    ] {
+        run(&machine, id, &format!("mark={mark}; {COUNTER}"))?;
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        snapshot(&machine, &["take", id])?;
+    }
+    assert_eq!(
+        snapshot(&machine, &["verify"])?.matches("sound,").count(),
+        2
+    );
+
+    let data = machine.directory().join("state/pool/pool.data");
+    let mark = b"mark-of-the-damaged";
+    let bytes = std::fs::read(&data)?;
+    let at = bytes.windows(mark.len()).position(|window| window == mark);
+    let at = at.context("its memory is not in the pool")? as u64;
+    let file = std::fs::File::options().write(true).open(&data)?;
+    std::os::unix::fs::FileExt::write_all_at(&file, b"M", at)?;
+
+    let output = machine
+        .command("trenv")
+        .args(["snapshot", "-n", NAMESPACE, "verify", "--json"])
+        .output()?;
+    assert!(!output.status.success(), "a damaged page is no success");
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    for one in report.as_array().context("no list")? {
+        let error = one["error"].as_str().unwrap_or_default();
+        let damaged = one["name"] == "damaged";
+        assert_eq!(error.contains("checksum"), damaged, "{report:#}");
+    }
+    snapshot(&machine, &["verify", "sound"])?;
+    let refused = snapshot(&machine, &["start", "damaged"]).expect_err("it is damaged");
+    assert!(refused.to_string().contains("checksum"), "{refused}");
+    let mut sound = start(&machine, &["sound"])?;
+    sound.line()?;
+    sound.end(Signal::SIGTERM)?;
+    for id in ["sound", "damaged"] {
+        machine.ctr(&["task", "rm", "-f", id])?;
+        machine.ctr(&["container", "rm", id])?;
+    }
+    snapshot(&machine, &["rm", "sound", "damaged"])?;
+    machine.stop()
+}
+
+#[test]
+fn programs_go_on_when_their_snapshot_is_removed() -> anyhow::Result<()> {
+    let machine = Machine::start()?;
+    run(&machine, "counter", COUNTER)?;
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    snapshot(&machine, &["take", "counter"])?;
+    let mut programs = Vec::new();
+    for method in ["template", "copy", "lazy"] {
+        let mut program = start(&machine, &["counter", "--method", method])?;
+        program.line()?;
+        programs.push(program);
+    }
+    let layers = machine.ctr(&["snapshots", "ls"])?;
+    assert!(layers.contains("snapshot-counter-"), "{layers}");
+    snapshot(&machine, &["rm", "counter"])?;
+    assert!(snapshot(&machine, &["list"])?.contains("No snapshots"));
+    let refused = snapshot(&machine, &["start", "counter"]).expect_err("it is gone");
+    assert!(
+        refused.to_string().contains("no snapshot counter"),
+        "{refused}"
+    );
+
+    // The name is free, also while they run.
+    run(&machine, "other", COUNTER)?;
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    snapshot(&machine, &["take", "other", "--name", "counter"])?;
+    let mut again = start(&machine, &["counter"])?;
+    again.line()?;
+    again.end(Signal::SIGTERM)?;
+    snapshot(&machine, &["rm", "counter"])?;
+
+    for mut program in programs {
+        let next: u64 = program.line()?.parse()?;
+        assert_eq!(program.line()?, (next + 1).to_string());
+        // Its file is in the layer of the snapshot.
+        let (last, status) = program.end(Signal::SIGTERM)?;
+        assert_eq!((last.as_str(), status), ("kept", 7));
+    }
+    for id in ["counter", "other"] {
+        machine.ctr(&["task", "rm", "-f", id])?;
+        machine.ctr(&["container", "rm", id])?;
+    }
+    // containerd collects the layer with the last container on it.
+    machine.ctr(&["leases", "create", "--id", "collect"])?;
+    machine.ctr(&["leases", "delete", "--sync", "collect"])?;
+    let layers = machine.ctr(&["snapshots", "ls"])?;
+    assert!(!layers.contains("snapshot-counter-"), "{layers}");
+    machine.stop()
+}
+
+#[test]
 fn input_reaches_the_program_and_its_end_too() -> anyhow::Result<()> {
     let machine = Machine::start()?;
     // It reads only when it is told to: input in the background has ended.

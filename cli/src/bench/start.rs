@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use http::Method;
+use http::{HeaderValue, Method};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 use trenv_config::Config;
@@ -56,6 +56,9 @@ pub struct StartOptions {
     /// Deployed functions to weigh besides
     #[arg(long, value_delimiter = ',')]
     pub weigh: Vec<String>,
+    /// Kind of input that the calls name, by which the pages that they need are recorded
+    #[arg(long)]
+    pub input: Option<HeaderValue>,
     /// Milliseconds between calls, in which the next start is prepared; 0: calls in a row
     #[arg(long, default_value_t = 100)]
     pub pause_ms: u64,
@@ -328,7 +331,7 @@ impl<'a> Bench<'a> {
     }
 
     async fn call_now(&mut self, name: &str, wanted: Kind) {
-        let reply = call(self.gateway, name).await;
+        let reply = call(self.gateway, name, self.options.input.as_ref()).await;
         self.bar.inc(1);
         let reply = match reply {
             Ok(reply) => reply,
@@ -353,7 +356,7 @@ impl<'a> Bench<'a> {
 
     async fn have_instance(&self, name: &str) -> anyhow::Result<()> {
         if self.instances(name).await? == 0 {
-            call(self.gateway, name).await?;
+            call(self.gateway, name, self.options.input.as_ref()).await?;
         }
         Ok(())
     }
@@ -383,9 +386,17 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// Calls a function; any status but success is an error.
-pub async fn call(gateway: &Gateway, name: &str) -> anyhow::Result<Reply> {
-    let request = gateway.request(Method::GET, &format!("/function/{name}"), "")?;
+/// Calls a function with a kind of input; any status but success is an error.
+pub async fn call(
+    gateway: &Gateway,
+    name: &str,
+    input: Option<&HeaderValue>,
+) -> anyhow::Result<Reply> {
+    let mut request = gateway.request(Method::GET, &format!("/function/{name}"), "")?;
+    if let Some(input) = input {
+        let headers = request.headers_mut();
+        headers.insert("x-trenv-input", input.clone());
+    }
     let reply = tokio::time::timeout(PATIENCE, gateway.measure(request))
         .await
         .with_context(|| format!("No reply after {} s", PATIENCE.as_secs()))??;

@@ -1,11 +1,12 @@
 //! `trenv snapshot`: snapshots of any program in a trenv container, by hand.
 //!
 //! A file for each verb. [`saved`] is what a snapshot consists of besides its memory, and where that
-//! is kept; [`stored`] reads its memory and its description from the pool; [`spec`] is the OCI spec of
-//! a program between the two.
+//! is kept; [`stored`] reads its memory and its description from the pool; [`recorded`] what was learnt
+//! of its calls; [`spec`] is the OCI spec of a program between the two.
 
 mod diff;
 mod list;
+mod recorded;
 mod rm;
 mod saved;
 mod show;
@@ -37,7 +38,7 @@ pub struct SnapshotArguments {
 
 #[derive(Debug, clap::Subcommand)]
 enum SnapshotVerb {
-    /// Take a snapshot of a container's program, which ends with it
+    /// Take a snapshot of a container's program, which ends with it unless it is left running
     Take(take::TakeOptions),
     /// Start a program from its snapshot, and exit with its status
     Start(start::StartOptions),
@@ -47,7 +48,7 @@ enum SnapshotVerb {
         #[arg(long)]
         json: bool,
     },
-    /// Show processes, mappings and pages of a snapshot
+    /// Show processes, mappings and pages of a snapshot, and its working sets
     Show {
         /// Name, or the first digits of the template's id
         snapshot: String,

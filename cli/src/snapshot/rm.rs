@@ -1,11 +1,12 @@
-//! `trenv snapshot rm`: files, memory and record go, in this order, so that it can be repeated.
+//! `trenv snapshot rm`: files, memory and record go, in this order, so that it can be repeated. Programs
+//! started from it go on: the files stay for as long as a container is based on them.
 
 use anyhow::Context;
 use serde_json::json;
 use trenv_config::Config;
 use trenv_pool::{Pool, TemplateId};
 
-use super::saved::{Saved, record_id};
+use super::saved::Saved;
 use crate::containerd::Containerd;
 use crate::shim::Shim;
 
@@ -34,11 +35,7 @@ pub async fn run(
 }
 
 async fn remove(config: &Config, containerd: &Containerd, saved: &Saved) -> anyhow::Result<()> {
-    let id = record_id(&saved.name);
-    containerd
-        .remove_layer(&id)
-        .await
-        .context("Containers started from it may still be there; remove them first")?;
+    containerd.leave_layer(&saved.record.snapshot_key).await?;
     match Shim::connect(config, &containerd.namespace).await {
         Ok(shim) => shim.delete_template(&saved.template).await?,
         // Without a shim nobody uses it.
@@ -47,5 +44,5 @@ async fn remove(config: &Config, containerd: &Containerd, saved: &Saved) -> anyh
             Pool::open(&config.pool_path())?.delete(&template)?;
         }
     }
-    containerd.delete_container(&id).await
+    containerd.delete_container(&saved.record.id).await
 }

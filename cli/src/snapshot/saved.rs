@@ -4,6 +4,7 @@
 //! long as the record is there; labels name the template. So there is no second database.
 
 use std::collections::HashMap;
+use std::time::UNIX_EPOCH;
 
 use anyhow::Context;
 
@@ -23,9 +24,15 @@ pub struct Saved {
     pub record: Container,
 }
 
-/// Id of the record, and key of the layer, of a snapshot.
+/// Id of the record of a snapshot.
 pub fn record_id(name: &str) -> String {
     format!("snapshot-{name}")
+}
+
+/// Key of a new layer for a snapshot. Programs may still run on that of an earlier one of this name.
+pub fn new_layer(name: &str) -> String {
+    let time = UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
+    format!("{}-{time}", record_id(name))
 }
 
 pub fn labels(name: &str, template: &str, generation: u64) -> HashMap<String, String> {

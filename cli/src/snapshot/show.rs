@@ -1,4 +1,5 @@
-//! `trenv snapshot show`: the process tree of a snapshot, its mappings and pages by kind.
+//! `trenv snapshot show`: the process tree of a snapshot, its mappings and pages by kind, and what is
+//! recorded of the pages that calls touch.
 
 use std::collections::BTreeMap;
 
@@ -7,6 +8,7 @@ use trenv_config::Config;
 use trenv_pool::PAGE_SIZE;
 use trenv_snapshot::manifest::Manifest;
 
+use super::recorded::WorkingSets;
 use super::stored::{Kind, Stored, all, find, places, unique_and_shared};
 use crate::table::{Table, bytes};
 
@@ -35,6 +37,7 @@ pub async fn run(config: &Config, namespace: &str, name: &str, json: bool) -> an
     let counts: Vec<BTreeMap<Kind, Count>> = (0..stored.manifest.processes.len())
         .map(|index| count(&stored, index))
         .collect();
+    let sets = WorkingSets::read(config, info)?;
     let page = PAGE_SIZE as u64;
     if json {
         let report = json!({
@@ -46,6 +49,7 @@ pub async fn run(config: &Config, namespace: &str, name: &str, json: bool) -> an
             "uniqueBytes": unique,
             "sharedBytes": shared,
             "processes": processes(&stored.manifest, &counts),
+            "workingSets": sets.json(&stored.manifest),
         });
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
@@ -98,7 +102,7 @@ pub async fn run(config: &Config, namespace: &str, name: &str, json: bool) -> an
             total.zero.to_string(),
         ]);
     }
-    print!("{table}");
+    print!("{table}{}", sets.text(&stored.manifest));
     Ok(())
 }
 

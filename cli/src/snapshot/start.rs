@@ -10,7 +10,6 @@ use anyhow::Context;
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use trenv_config::Config;
-use trenv_sandbox_proto as proto;
 
 use super::saved::Saved;
 use super::spec;
@@ -113,16 +112,7 @@ async fn start(
     request.method = method.to_owned();
     request.template_id.clone_from(&saved.template);
     request.generation = saved.generation;
-    request.rootfs = mounts
-        .into_iter()
-        .map(|mount| proto::Mount {
-            type_: mount.r#type,
-            source: mount.source,
-            target: mount.target,
-            options: mount.options,
-            ..proto::Mount::default()
-        })
-        .collect();
+    request.rootfs = mounts;
     let shim = Shim::connect(config, &containerd.namespace).await?;
     shim.repurpose(request).await?;
     // So that containerd tells what runs there, and the program can be snapshotted again.

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use trenv_config::Config;
 use trenv_sandbox_proto as proto;
 
-use super::saved::{Saved, labels, record_id};
+use super::saved::{Saved, labels, new_layer, record_id};
 use super::spec;
 use crate::containerd::{Container, Containerd, RUNTIME};
 use crate::shim::Shim;
@@ -18,6 +18,9 @@ pub struct TakeOptions {
     /// Name of the snapshot; the container's when absent
     #[arg(long)]
     name: Option<String>,
+    /// Let the program go on; its files are copied while it is stopped
+    #[arg(long)]
+    leave_running: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -32,22 +35,23 @@ pub async fn run(config: &Config, namespace: &str, options: &TakeOptions) -> any
     })?;
     let program =
         check(&record).with_context(|| format!("The container {id} cannot be snapshotted"))?;
-    let saved = record_id(name);
     if Saved::find(&containerd, name).await?.is_some() {
         bail!("There is a snapshot {name} already; remove it, or give another name by --name");
     }
     let shim = Shim::connect(config, namespace).await?;
     let key = format!("{}\nby hand from {id} in {namespace}", record.image);
     let key = format!("{key}\n{name}\n{}", shim.fingerprint().await?);
-    let taken = shim.snapshot(id, &key).await?;
-    if let Err(err) = keep(&containerd, &record, program, name, &taken).await {
-        let _ = containerd.remove_layer(&saved).await;
-        let _ = shim.delete_template(&taken.template_id).await;
-        let _ = containerd.kill_task(id, nix::libc::SIGKILL).await;
-        return Err(err.context("The program has ended, but its snapshot could not be kept"));
-    }
-    // What is left is a sandbox without a program.
-    containerd.kill_task(id, nix::libc::SIGKILL).await?;
+    let take = Take {
+        containerd: &containerd,
+        shim: &shim,
+        record: &record,
+        program,
+        name,
+    };
+    let taken = match options.leave_running {
+        true => take.and_leave_running(&key).await?,
+        false => take.and_end(&key).await?,
+    };
     if options.json {
         let report = json!({
             "name": name,
@@ -112,22 +116,65 @@ fn check(record: &Container) -> anyhow::Result<Value> {
     Ok(program)
 }
 
-/// Keeps the files and the spec.
-async fn keep(
-    containerd: &Containerd,
-    record: &Container,
+/// A snapshot that is being taken.
+struct Take<'a> {
+    containerd: &'a Containerd,
+    shim: &'a Shim,
+    record: &'a Container,
     program: Value,
-    name: &str,
-    taken: &proto::SnapshotResponse,
-) -> anyhow::Result<()> {
-    let saved = record_id(name);
-    containerd
-        .commit_layer(&saved, &record.snapshot_key)
-        .await?;
-    let labels = labels(name, &taken.template_id, taken.generation);
-    let spec = program.to_string().into_bytes();
-    containerd
-        .create_container(record, &saved, spec, &saved, labels)
-        .await?;
-    Ok(())
+    name: &'a str,
+}
+
+impl Take<'_> {
+    /// The program ends, and its files become the snapshot's.
+    async fn and_end(self, key: &str) -> anyhow::Result<proto::SnapshotResponse> {
+        let id = &self.record.id;
+        let taken = self.shim.snapshot(id, key, Vec::new()).await?;
+        let kept = self.keep(&self.record.snapshot_key, &taken).await;
+        // What is left is a sandbox without a program.
+        let ended = self.containerd.kill_task(id, nix::libc::SIGKILL).await;
+        kept.context("The program has ended, but its snapshot could not be kept")?;
+        ended?;
+        Ok(taken)
+    }
+
+    /// The program goes on with its files, of which the snapshot gets a copy.
+    async fn and_leave_running(self, key: &str) -> anyhow::Result<proto::SnapshotResponse> {
+        let layer = format!("{}-copy", record_id(self.name));
+        // One that was given up may have left it.
+        self.containerd.remove_layer(&layer).await?;
+        let beside = &self.record.snapshot_key;
+        let copy = self.containerd.prepare_beside(&layer, beside).await?;
+        let taken = match self.shim.snapshot(&self.record.id, key, copy).await {
+            Ok(taken) => taken,
+            Err(err) => {
+                let _ = self.containerd.remove_layer(&layer).await;
+                return Err(err);
+            }
+        };
+        if let Err(err) = self.keep(&layer, &taken).await {
+            let _ = self.containerd.remove_layer(&layer).await;
+            return Err(err.context("The program goes on, but its snapshot could not be kept"));
+        }
+        Ok(taken)
+    }
+
+    /// Keeps the files, which are in `layer`, and the spec; else nothing, the memory neither.
+    async fn keep(&self, layer: &str, taken: &proto::SnapshotResponse) -> anyhow::Result<()> {
+        let (record, files) = (record_id(self.name), new_layer(self.name));
+        let kept = async {
+            self.containerd.commit_layer(&files, layer).await?;
+            let labels = labels(self.name, &taken.template_id, taken.generation);
+            let spec = self.program.to_string().into_bytes();
+            self.containerd
+                .create_container(self.record, &record, spec, &files, labels)
+                .await
+        };
+        if let Err(err) = kept.await {
+            let _ = self.containerd.remove_layer(&files).await;
+            let _ = self.shim.delete_template(&taken.template_id).await;
+            return Err(err);
+        }
+        Ok(())
+    }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use trenv_sandbox::Rootfs;
-use trenv_sandbox::rootfs::{KeptRoot, sync_upper};
+use trenv_sandbox::rootfs::{KeptRoot, Mount, sync_upper};
 use trenv_sandbox_proto as proto;
 use trenv_snapshot::recording::Recorded;
 use trenv_snapshot::zygote::{Parked, StartRequest, Started, ZygoteError};
@@ -152,8 +152,13 @@ impl SandboxContainer {
         }
     }
 
-    /// Writes the function's template and ends the tenancy; a refused dump leaves it running.
-    pub async fn snapshot(self: &Arc<Self>, key: String) -> Result<proto::SnapshotResponse> {
+    /// Writes the function's template and ends the tenancy, or leaves it running where there is a copy
+    /// of its root to be made; a refused dump leaves it running too.
+    pub async fn snapshot(
+        self: &Arc<Self>,
+        key: String,
+        copy: Vec<Mount>,
+    ) -> Result<proto::SnapshotResponse> {
         if key.is_empty() {
             return Err(ShimError::InvalidArgument(
                 "A snapshot needs the template's key".into(),
@@ -175,11 +180,10 @@ impl SandboxContainer {
         let mut steps = Steps::default();
         let begun = Instant::now();
         let this = Arc::clone(self);
+        let to = copy.clone();
         let (tenancy, dumped) = blocking(move || {
-            let dumped = this
-                .all
-                .templates
-                .dump(&key, this.sandbox.init_pid(), &tenancy);
+            let templates = &this.all.templates;
+            let dumped = templates.dump(&key, this.sandbox.init_pid(), &tenancy, &to);
             Ok((tenancy, dumped))
         })
         .await?;
@@ -192,20 +196,25 @@ impl SandboxContainer {
         };
         steps.add("dump", begun.elapsed());
         steps.parts("dump", dumped.steps.iter().copied());
-        let written = self.write_through(&tenancy, &mut steps).await;
-        let ended = match written {
-            Ok(()) => {
-                let end = End::default();
-                self.end_tenancy(Some(tenancy), end, &mut steps).await
+        if copy.is_empty() {
+            let written = self.write_through(tenancy.mounts.clone(), &mut steps).await;
+            let ended = match written {
+                Ok(()) => {
+                    let end = End::default();
+                    self.end_tenancy(Some(tenancy), end, &mut steps).await
+                }
+                Err(err) => Err(err),
+            };
+            if let Err(err) = ended {
+                self.die(Exit::now(137), "the end after the snapshot failed")
+                    .await;
+                return Err(err);
             }
-            Err(err) => Err(err),
-        };
-        if let Err(err) = ended {
-            self.die(Exit::now(137), "the end after the snapshot failed")
-                .await;
-            return Err(err);
+            self.settle(proto::State::IDLE, "the function was snapshotted", |_| {})?;
+        } else {
+            self.settle_tenancy(tenancy, None, "the function was snapshotted and goes on")?;
+            self.write_through(copy, &mut steps).await?;
         }
-        self.settle(proto::State::IDLE, "the function was snapshotted", |_| {})?;
         Ok(proto::SnapshotResponse {
             template_id: dumped.template.id.to_string(),
             generation: dumped.template.generation,
@@ -220,9 +229,8 @@ impl SandboxContainer {
     }
 
     /// The upper layer belongs to the template, so it must be as durable.
-    async fn write_through(&self, tenancy: &Tenancy, steps: &mut Steps) -> Result<()> {
+    async fn write_through(&self, mounts: Vec<Mount>, steps: &mut Steps) -> Result<()> {
         let begun = Instant::now();
-        let mounts = tenancy.mounts.clone();
         blocking(move || {
             sync_upper(&mounts).map_err(ShimError::engine("write the upper layer through"))
         })

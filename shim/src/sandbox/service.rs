@@ -128,7 +128,10 @@ impl proto::Sandbox for SandboxService {
         self.all
             .requests
             .once("Snapshot", &request.request_id.clone(), async move {
-                all.get(&request.sandbox_id)?.snapshot(request.key).await
+                let copy = mounts_of(&request.copy);
+                all.get(&request.sandbox_id)?
+                    .snapshot(request.key, copy)
+                    .await
             })
             .await
     }

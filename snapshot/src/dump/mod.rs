@@ -2,7 +2,8 @@
 //!
 //! The tree is stopped thread by thread (cgroup freezer first, so that no process escapes by
 //! forking), everything about it is read, its pages go to the pool, and only when the template is
-//! committed does the tree end. A dump that is refused or fails lets the tree go on unharmed.
+//! committed does the tree end, or go on where that is asked for. A dump that is refused or fails lets
+//! the tree go on unharmed.
 //!
 //! The work runs on a thread of its own: ptrace belongs to a thread, and the thread enters the
 //! sandbox's network namespace for the questions that only it can answer.
@@ -18,6 +19,7 @@ pub(crate) mod memory;
 mod memory_objects;
 mod notes;
 mod process;
+mod renewed;
 mod socket_files;
 mod sockets;
 mod sysv;
@@ -42,6 +44,7 @@ use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::lineage::Lineage;
 use crate::manifest::{Manifest, ManifestError, VERSION};
 use memory_objects::MemoryObjects;
+use renewed::Renewed;
 use tracee::Tracee;
 
 /// How long the stop of all threads may take.
@@ -126,6 +129,30 @@ impl DumpError {
 /// # Errors
 /// When the tree holds state that cannot be captured, or the machine fails; the tree goes on.
 pub fn dump(request: &DumpRequest<'_>, writer: TemplateWriter) -> Result<Dumped, DumpError> {
+    dump_and(request, writer, None)
+}
+
+/// Dumps the tree into `writer`'s template and lets it go on. While it is stopped, `copy` copies what
+/// belongs to the snapshot and the tree goes on changing: its files.
+///
+/// # Errors
+/// As [`dump`], and when `copy` fails.
+pub fn dump_and_go_on(
+    request: &DumpRequest<'_>,
+    writer: TemplateWriter,
+    copy: Copying<'_>,
+) -> Result<Dumped, DumpError> {
+    dump_and(request, writer, Some(copy))
+}
+
+type Copying<'a> = &'a (dyn Fn() -> io::Result<()> + Sync);
+
+/// The tree goes on where something is to be copied.
+fn dump_and(
+    request: &DumpRequest<'_>,
+    writer: TemplateWriter,
+    copy: Option<Copying<'_>>,
+) -> Result<Dumped, DumpError> {
     let begun = Instant::now();
     let mut writer = Some(writer);
     loop {
@@ -133,7 +160,7 @@ pub fn dump(request: &DumpRequest<'_>, writer: TemplateWriter) -> Result<Dumped,
         let done = std::thread::scope(|scope| {
             let work = std::thread::Builder::new()
                 .name("dump".into())
-                .spawn_scoped(scope, || dump_here(request, &mut writer))
+                .spawn_scoped(scope, || dump_here(request, &mut writer, copy))
                 .map_err(DumpError::io("starting the dump's thread"))?;
             work.join()
                 .map_err(|_| DumpError::Refused("the dump itself failed; report this".into()))?
@@ -151,6 +178,7 @@ pub fn dump(request: &DumpRequest<'_>, writer: TemplateWriter) -> Result<Dumped,
 fn dump_here(
     request: &DumpRequest<'_>,
     writer: &mut Option<TemplateWriter>,
+    copy: Option<Copying<'_>>,
 ) -> Result<Dumped, DumpError> {
     let mut steps = Vec::new();
     let mut clock = Instant::now();
@@ -176,10 +204,17 @@ fn dump_here(
     let image_bytes = memory::store(&tree, &mut manifest, &mut writer)?
         + objects.store(&mut manifest.memory, &mut writer)?;
     step("store");
+    if let Some(copy) = copy {
+        copy().map_err(DumpError::io("copying the files that it wrote"))?;
+        step("copy");
+    }
     let encoded = manifest.encode()?;
     let template = writer.commit(&encoded)?;
     step("commit");
-    tree.end(request.group)?;
+    match copy {
+        None => tree.end(request.group)?,
+        Some(_) => drop(tree),
+    }
     step("end");
     Ok(Dumped {
         template,
@@ -224,6 +259,7 @@ impl StoppedTree {
             threads: BTreeMap::new(),
             pidfds: BTreeMap::new(),
         };
+        let renewed = Renewed::look(group)?;
         group
             .freeze()
             .map_err(DumpError::io("freezing the function"))?;
@@ -274,7 +310,15 @@ impl StoppedTree {
             let threads = tree.threads.entry(pid).or_default();
             for tid in tids {
                 match Tracee::stopped(tid, until) {
-                    Ok(Some(tracee)) => threads.push(tracee),
+                    Ok(Some(mut tracee)) => {
+                        let known = tracee.renew(&renewed);
+                        threads.push(tracee);
+                        if !known {
+                            return Err(DumpError::Stuck {
+                                stuck: format!("the interrupted call of thread {tid}"),
+                            });
+                        }
+                    }
                     Ok(None) => {
                         return Err(DumpError::Stuck {
                             stuck: format!("thread {tid}"),

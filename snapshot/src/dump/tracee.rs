@@ -12,6 +12,7 @@ use nix::libc;
 use nix::sys::ptrace;
 use nix::unistd::Pid;
 
+use super::renewed::Renewed;
 use crate::manifest::Registers;
 
 const PTRACE_EVENT_STOP: i32 = 128;
@@ -40,6 +41,8 @@ const TOLD_BY_EINTR: [i64; 11] = [
 ];
 /// ERESTARTNOHAND (kernel: include/linux/errno.h).
 const RESTART_WITHOUT_HANDLER: i64 = -514;
+/// ERESTART_RESTARTBLOCK, of the same file.
+const RESTART_BY_BLOCK: i64 = -516;
 
 /// A thread held by ptrace, as it was when it stopped.
 #[derive(Debug)]
@@ -47,6 +50,8 @@ pub struct Tracee {
     tid: Pid,
     registers: libc::user_regs_struct,
     blocked: u64,
+    /// The call that it goes on with where its registers do not tell.
+    renewed: Option<u64>,
     /// Set once calls were made in its name: it must be put back before it goes on.
     disturbed: bool,
 }
@@ -83,6 +88,7 @@ impl Tracee {
             tid,
             registers,
             blocked,
+            renewed: None,
             disturbed: false,
         };
         stopped.forget_interruption()?;
@@ -111,6 +117,18 @@ impl Tracee {
         self.registers.rax = RESTART_WITHOUT_HANDLER as u64;
         self.disturbed = true;
         Ok(())
+    }
+
+    /// Learns which call the thread goes on with, where an earlier interruption hides it; `false` when
+    /// that is not known.
+    pub fn renew(&mut self, all: &Renewed) -> bool {
+        let registers = &self.registers;
+        let hidden = registers.orig_rax as i64 == libc::SYS_restart_syscall
+            && registers.rax as i64 == RESTART_BY_BLOCK;
+        if hidden {
+            self.renewed = all.number(self.tid(), registers);
+        }
+        !hidden || self.renewed.is_some()
     }
 
     #[must_use]
@@ -155,7 +173,7 @@ impl Tracee {
         // The last one's state lives in the kernel and is lost; the original call with its relative
         // timeout is made again.
         if r.orig_rax as i64 >= 0 && matches!(r.rax as i64, -512 | -513 | -514 | -516) {
-            registers.rax = r.orig_rax;
+            registers.rax = self.renewed.unwrap_or(r.orig_rax);
             registers.rip = r.rip.wrapping_sub(2);
         }
         registers

@@ -1,35 +1,37 @@
 //! `faasnap`: the clone has parts of the snapshot file mapped, and faults are the kernel's to serve
 //! (FaaSnap, EuroSys '22).
 //!
-//! The first start records: the snapshot file is put out of the page cache, and mincore(2) tells in
-//! which order the instance and the kernel's read-ahead bring it back. These pages are the loading
-//! set. They are written to a file of their own, group by group, which later clones have mapped in
-//! place of the snapshot file, and which a loader reads while the function runs.
+//! The first start of each input records: the page cache is emptied of the files that clones have
+//! mapped, and mincore(2) tells in which order the instance and the kernel's read-ahead bring it back.
+//! These pages are the input's loading set. Those of all inputs are written to one file, group by
+//! group, which later clones have mapped in place of the snapshot file: a clone waits for a call whose
+//! input is not known yet. A start then knows it, and a loader reads its input's part of the file while
+//! the function runs.
 
-use std::collections::HashMap;
+mod recorder;
+
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::image::{Image, Part, Store};
+use super::image::{self, Part, Store};
+use super::recorded_pages::RecordedPages;
 use super::skeleton::{Skeleton, failed, lock};
 use super::work::Work;
 use super::working_set_file::WorkingSetFile;
 use super::{Base, Method, StartMethod};
 use crate::manifest::PAGE;
 use crate::plan::skeleton::{Area, MOST_MAPS, Map};
+use crate::recording::{Inputs, Recorded};
 use crate::zygote::{PreparedClone, StartRequest, Started, ZygoteError, ZygoteRequest};
+use recorder::{Files, Recorder};
 
 /// Pages of a group of first use.
-const GROUP: u64 = 1024;
+const GROUP: usize = 1024;
 /// Pages between two regions of the loading set that make them one.
 const GAP: u64 = 32;
-/// How often the page cache is looked at.
-const LOOK: Duration = Duration::from_millis(1);
-/// A recording ends by itself after this.
-const RECORDING: Duration = Duration::from_secs(60);
 /// Bytes that the loader reads at once.
 const STEP: u64 = 1 << 20;
 
@@ -39,32 +41,40 @@ pub struct FaaSnap {
     directory: PathBuf,
     /// Anonymous pages that cannot be mapped: of stacks, and of processes that move their memory.
     copied: Vec<Part>,
-    stage: Mutex<Stage>,
+    sets: Mutex<Sets>,
+}
+
+#[derive(Debug, Default)]
+struct Sets {
+    /// One instance at a time is recorded: the page cache is everybody's.
+    recording: Option<Recording>,
+    inputs: Inputs<LoadingSet>,
+    /// What all inputs touch.
+    file: Option<WorkingSetFile>,
 }
 
 #[derive(Debug)]
-enum Stage {
-    /// Nothing has been started.
-    Fresh,
-    Recording {
-        recorder: Arc<Recorder>,
-        root: i32,
-    },
-    Loaded(WorkingSetFile),
-}
-
-/// In which group each page of the image came into the page cache.
-#[derive(Debug, Default)]
-struct Recorder {
-    groups: Mutex<Groups>,
-    ended: AtomicBool,
+struct Recording {
+    recorder: Arc<Recorder>,
+    input: String,
+    /// None until it has started.
+    root: Option<i32>,
 }
 
 #[derive(Debug, Default)]
-struct Groups {
-    of_page: HashMap<usize, u64>,
-    in_group: u64,
-    group: u64,
+struct LoadingSet {
+    pages: RecordedPages,
+    /// Where they are in the file.
+    parts: Arc<[Part]>,
+}
+
+/// Pages of the loading set that are brought in together.
+#[derive(Debug, Clone, Copy)]
+struct Region<'a> {
+    group: usize,
+    area: &'a Area,
+    at: u64,
+    end: u64,
 }
 
 impl FaaSnap {
@@ -91,56 +101,137 @@ impl FaaSnap {
             skeleton,
             directory: directory.into(),
             copied,
-            stage: Mutex::new(Stage::Fresh),
+            sets: Mutex::default(),
         })
     }
 
-    /// Makes the loading set's file and maps it in clones to come.
-    fn load(&self, groups: &Groups) -> Result<WorkingSetFile, ZygoteError> {
+    /// Whether clones have a page mapped from the snapshot's file, or from that of the loading sets.
+    fn is_mapped(&self, at: u64) -> bool {
+        let stored = self.skeleton.image.offset(at).is_some();
+        stored && image::offset(&self.copied, at).is_none()
+    }
+
+    /// Makes the file of all loading sets and maps it in clones to come.
+    fn load(&self, sets: &mut Sets) -> Result<(), ZygoteError> {
         let image = &self.skeleton.image;
-        let mut regions: Vec<(u64, &Area, u64, u64)> = Vec::new();
-        for area in image.areas.iter().filter(|area| area.mappable) {
-            let first = regions.len();
-            let cached = inside(area, &image.parts)
-                .filter(|part| !self.copied.contains(part))
-                .flat_map(|part| (0..part.length / PAGE).map(move |page| (part, page * PAGE)));
-            for (part, from) in cached {
-                let page = ((part.offset + from) / PAGE) as usize;
-                let Some(group) = groups.of_page.get(&page) else {
-                    continue;
-                };
-                let at = part.at + from;
-                match regions[first..].last_mut() {
-                    Some((its, _, _, end)) if *end + GAP * PAGE >= at => {
-                        *end = at + PAGE;
-                        *its = (*its).min(*group);
-                    }
-                    _ => regions.push((*group, area, at, at + PAGE)),
-                }
-            }
-        }
-        regions.sort_by_key(|(group, _, at, _)| (*group, *at));
+        let mut regions = self.regions(sets.inputs.values());
         regions.truncate(MOST_MAPS);
         let pages: Vec<u64> = regions
             .iter()
-            .flat_map(|(_, _, start, end)| (*start..*end).step_by(PAGE as usize))
+            .flat_map(|region| (region.at..region.end).step_by(PAGE as usize))
             .collect();
         let store = Store::Directory(&self.directory);
         let file = WorkingSetFile::write(image, &pages, store)
             .map_err(failed("writing the loading set"))?;
         let mut offset = 0;
+        let mut parts = Vec::new();
         let mut maps = Vec::new();
-        for (_, area, at, end) in regions {
+        for region in regions {
             let part = Part {
-                at,
-                length: end - at,
+                at: region.at,
+                length: region.end - region.at,
                 offset,
             };
-            maps.push(map(area, part, 0));
-            offset += end - at;
+            maps.push(map(region.area, part, 0));
+            parts.push(part);
+            offset += part.length;
         }
         self.skeleton.zygote.rework(&maps, &[file.file.as_fd()])?;
-        Ok(file)
+        parts.sort_unstable_by_key(|part| part.at);
+        for set in sets.inputs.values_mut() {
+            let its = self.regions([&*set]).into_iter().filter_map(|region| {
+                Some(Part {
+                    at: region.at,
+                    length: region.end - region.at,
+                    offset: image::offset(&parts, region.at)?,
+                })
+            });
+            let its = its.collect();
+            set.parts = its;
+        }
+        sets.file = Some(file);
+        Ok(())
+    }
+
+    /// What loading sets have, in the order of first use by any of them.
+    fn regions<'a>(&self, sets: impl IntoIterator<Item = &'a LoadingSet>) -> Vec<Region<'_>> {
+        let image = &self.skeleton.image;
+        let mut groups: BTreeMap<u64, usize> = BTreeMap::new();
+        for set in sets {
+            for (index, at) in set.pages.pages.iter().enumerate() {
+                let group = groups.entry(*at).or_insert(usize::MAX);
+                *group = (*group).min(index / GROUP);
+            }
+        }
+        let mut regions: Vec<Region<'_>> = Vec::new();
+        for area in image.areas.iter().filter(|area| area.mappable) {
+            let first = regions.len();
+            for (&at, &group) in groups.range(area.at..area.at + area.length) {
+                match regions[first..].last_mut() {
+                    Some(last) if last.end + GAP * PAGE >= at => {
+                        last.end = at + PAGE;
+                        last.group = last.group.min(group);
+                    }
+                    _ => regions.push(Region {
+                        group,
+                        area,
+                        at,
+                        end: at + PAGE,
+                    }),
+                }
+            }
+        }
+        regions.sort_by_key(|region| (region.group, region.at));
+        regions
+    }
+
+    /// Begins to record the instance that is about to start, or tells what is to be loaded for it.
+    fn begin(&self, input: &str) -> Result<Begun, ZygoteError> {
+        let mut sets = lock(&self.sets);
+        if sets.recording.as_ref().is_some_and(Recording::is_over) {
+            sets.recording = None;
+        }
+        let under_way = sets.recording.as_ref();
+        if let Some(set) = sets.inputs.get(input) {
+            // What it loads would be taken for the other's.
+            let quiet = under_way.is_some_and(|one| one.recorder.runs());
+            let loaded = sets.file.clone().filter(|_| !quiet);
+            return Ok(loaded.map_or(Begun::Unloaded, |file| {
+                Begun::Loaded(file, Arc::clone(&set.parts))
+            }));
+        }
+        if under_way.is_some() {
+            return Ok(Begun::Unloaded);
+        }
+        let files = Files {
+            image: Arc::clone(&self.skeleton.image),
+            loading_set: sets.file.clone(),
+        };
+        let recorder = Recorder::start(files).map_err(failed("starting a recorder"))?;
+        sets.recording = Some(Recording {
+            recorder,
+            input: input.to_owned(),
+            root: None,
+        });
+        Ok(Begun::Recorded)
+    }
+}
+
+/// How an instance begins.
+enum Begun {
+    /// It is recorded.
+    Recorded,
+    /// The loader brings in these parts of the file.
+    Loaded(WorkingSetFile, Arc<[Part]>),
+    /// Its input was not recorded yet, and another instance is.
+    Unloaded,
+}
+
+impl Recording {
+    /// Whether the instance ended by itself; the next one is recorded.
+    fn is_over(&self) -> bool {
+        let there = |root| Path::new(&format!("/proc/{root}")).exists();
+        self.root.is_some_and(|root| !there(root))
     }
 }
 
@@ -159,42 +250,6 @@ fn map(area: &Area, part: Part, file: u64) -> Map {
         protection: area.protection,
         file,
         offset: part.offset,
-    }
-}
-
-impl Recorder {
-    /// Watches the page cache until the tenancy has ended.
-    fn start(image: Arc<Image>) -> std::io::Result<Arc<Self>> {
-        let recorder = Arc::<Self>::default();
-        let mine = Arc::clone(&recorder);
-        let until = Instant::now() + RECORDING;
-        std::thread::Builder::new()
-            .name("recorder".into())
-            .spawn(move || {
-                while !mine.ended.load(Ordering::Relaxed) && Instant::now() < until {
-                    mine.look(&image);
-                    std::thread::sleep(LOOK);
-                }
-            })?;
-        Ok(recorder)
-    }
-
-    fn look(&self, image: &Image) {
-        let cached = image.mapped().cached();
-        let mut groups = lock(&self.groups);
-        let mut new = 0;
-        for (page, _) in cached.iter().enumerate().filter(|(_, cached)| **cached) {
-            let group = groups.group;
-            groups.of_page.entry(page).or_insert_with(|| {
-                new += 1;
-                group
-            });
-        }
-        groups.in_group += new;
-        if groups.in_group >= GROUP {
-            groups.in_group = 0;
-            groups.group += 1;
-        }
     }
 }
 
@@ -221,43 +276,20 @@ impl StartMethod for FaaSnap {
             .map_err(failed("writing the pages of stacks"))?;
         work.copied(pages);
         work.read(pages * PAGE);
-        let mut stage = lock(&self.stage);
-        let mut recorder = None;
-        if let Stage::Recording { root, .. } = &*stage
-            && *root != 0
-            && !Path::new(&format!("/proc/{root}")).exists()
-        {
-            // It ended by itself; the next one is recorded.
-            *stage = Stage::Fresh;
+        let begun_as = self.begin(request.input)?;
+        if let Begun::Loaded(file, parts) = &begun_as {
+            load_ahead(file, parts, &work).map_err(failed("starting a loader"))?;
         }
-        match &*stage {
-            Stage::Fresh => {
-                image.forget_cached();
-                recorder = Some(
-                    Recorder::start(Arc::clone(image)).map_err(failed("starting a recorder"))?,
-                );
-                // One instance at a time is recorded.
-                if let Some(recorder) = &recorder {
-                    *stage = Stage::Recording {
-                        recorder: Arc::clone(recorder),
-                        root: 0,
-                    };
-                }
-            }
-            Stage::Recording { .. } => {}
-            Stage::Loaded(set) => load_ahead(set, &work).map_err(failed("starting a loader"))?,
-        }
-        drop(stage);
         let brought = begun.elapsed();
         let started = clone.start(request);
-        if recorder.is_some() {
-            let mut stage = lock(&self.stage);
-            match (&started, &mut *stage) {
-                (Ok(started), Stage::Recording { root, .. }) => {
-                    *root = started.pids.first().copied().unwrap_or_default();
+        if let Begun::Recorded = begun_as {
+            let mut sets = lock(&self.sets);
+            match (&started, &mut sets.recording) {
+                (Ok(started), Some(recording)) => {
+                    recording.root = started.pids.first().copied();
                 }
                 // The next one is recorded.
-                _ => *stage = Stage::Fresh,
+                (_, recording) => *recording = None,
             }
         }
         let mut started = started?;
@@ -267,40 +299,72 @@ impl StartMethod for FaaSnap {
     }
 
     fn learn(&self, pids: &[i32], input: &str) -> Result<bool, ZygoteError> {
-        let mut stage = lock(&self.stage);
-        let mut changed = false;
-        if let Stage::Recording { recorder, root } = &*stage
-            && pids.first() == Some(root)
-        {
-            recorder.ended.store(true, Ordering::Relaxed);
-            recorder.look(&self.skeleton.image);
-            let set = self.load(&lock(&recorder.groups))?;
-            *stage = Stage::Loaded(set);
-            changed = true;
+        let mut sets = lock(&self.sets);
+        let ends = |one: &Recording| one.root.is_some() && one.root == pids.first().copied();
+        let recorded = sets.recording.take_if(|one| ends(one));
+        // One that served another input than it was started for tells of neither.
+        let recorded = recorded.filter(|one| one.input == input);
+        if let Some(recorded) = &recorded {
+            let pages = recorded.recorder.pages(pids);
+            let mut pages =
+                pages.map_err(failed("looking at the pages of the recorded instance"))?;
+            pages.retain(|at| self.is_mapped(*at));
+            let set = &mut sets.inputs.entry(input).pages;
+            // One round, with which no other is compared.
+            set.rounds.done = 1;
+            set.add(&pages);
+            self.load(&mut sets)?;
         }
-        drop(stage);
-        Ok(self.base().learn(pids, input)? || changed)
+        drop(sets);
+        Ok(self.base().learn(pids, input)? || recorded.is_some())
+    }
+
+    fn recorded(&self) -> Vec<Recorded> {
+        let sets = lock(&self.sets);
+        let image = &self.skeleton.image;
+        let recorded = sets
+            .inputs
+            .iter()
+            .map(|(input, set)| set.pages.recorded(input, image));
+        recorded.collect()
+    }
+
+    fn recall(&self, recorded: &[Recorded]) -> Result<(), ZygoteError> {
+        let mut sets = lock(&self.sets);
+        for one in recorded {
+            let mut pages = RecordedPages::of(one, &self.skeleton.image);
+            pages.pages.retain(|at| self.is_mapped(*at));
+            sets.inputs.entry(&one.input).pages = pages;
+        }
+        match recorded.is_empty() {
+            true => Ok(()),
+            false => self.load(&mut sets),
+        }
     }
 
     fn own_bytes(&self) -> u64 {
-        match &*lock(&self.stage) {
-            Stage::Loaded(set) => set.mapped.length(),
-            _ => 0,
-        }
+        let sets = lock(&self.sets);
+        sets.file.as_ref().map_or(0, |file| file.mapped.length())
     }
 }
 
-/// Reads the loading set into the page cache on a thread of its own.
-fn load_ahead(set: &WorkingSetFile, work: &Arc<Work>) -> std::io::Result<()> {
-    let (mapped, work) = (Arc::clone(&set.mapped), Arc::clone(work));
+/// Reads parts of the loading sets' file into the page cache on a thread of its own.
+fn load_ahead(file: &WorkingSetFile, parts: &Arc<[Part]>, work: &Arc<Work>) -> std::io::Result<()> {
+    let (mapped, parts, work) = (
+        Arc::clone(&file.mapped),
+        Arc::clone(parts),
+        Arc::clone(work),
+    );
     std::thread::Builder::new()
         .name("loader".into())
         .spawn(move || {
-            for from in (0..mapped.length()).step_by(STEP as usize) {
-                let length = STEP.min(mapped.length() - from);
-                mapped.read(from, length);
-                work.prefetched(length / PAGE);
-                work.read(length);
+            for part in parts.iter() {
+                for from in (0..part.length).step_by(STEP as usize) {
+                    let length = STEP.min(part.length - from);
+                    mapped.read(part.offset + from, length);
+                    work.prefetched(length / PAGE);
+                    work.read(length);
+                }
             }
         })
         .map(drop)

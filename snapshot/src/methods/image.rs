@@ -97,11 +97,7 @@ impl Image {
 
     /// Takes the file out of the page cache.
     pub fn forget_cached(&self) {
-        self.map.forget();
-        // SAFETY: advice about a descriptor; no memory is passed.
-        unsafe {
-            libc::posix_fadvise(self.file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED);
-        }
+        self.map.forget_cached(self.file.as_fd());
     }
 
     /// Writes the pages of file mappings into a process. A process may not write to all of them, and
@@ -255,9 +251,14 @@ impl Mapped {
         }
     }
 
-    fn forget(&self) {
-        // SAFETY: pages of a shared file mapping come back from the file.
-        unsafe { libc::madvise(self.at, self.length, libc::MADV_DONTNEED) };
+    /// Takes the file, which is what is mapped, out of the page cache, but for what others have mapped.
+    pub fn forget_cached(&self, file: BorrowedFd<'_>) {
+        // SAFETY: pages of a shared file mapping come back from the file; the second is advice about a
+        // descriptor.
+        unsafe {
+            libc::madvise(self.at, self.length, libc::MADV_DONTNEED);
+            libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED);
+        }
     }
 
     /// For each page, whether it is in the page cache (mincore(2)).

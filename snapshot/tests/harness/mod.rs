@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use trenv_pool::{Backend, Pool, TemplateId};
 use trenv_snapshot::TaskGroup;
-use trenv_snapshot::dump::{DumpRequest, Dumped, dump};
+use trenv_snapshot::dump::{DumpRequest, Dumped, dump, dump_and_go_on};
 use trenv_snapshot::methods::{Method, StartMethod, Work};
 use trenv_snapshot::zygote::{Agent, Parked, StartRequest, Started, Zygote, ZygoteRequest};
 
@@ -197,8 +197,20 @@ impl Bed {
         Self::dump_to(&self.pool, instance)
     }
 
+    /// Dumps an instance, which goes on.
+    pub fn dump_and_go_on(&self, instance: &Instance) -> Made<Dumped> {
+        let writer = self.pool.begin(&format!("test {}", instance.root))?;
+        let request = Self::request(instance);
+        Ok(dump_and_go_on(&request, writer, &|| Ok(()))?)
+    }
+
     /// Dumps an instance into a pool.
     pub fn dump_to(pool: &Pool, instance: &Instance) -> Made<Dumped> {
+        let writer = pool.begin(&format!("test {}", instance.root))?;
+        Ok(dump(&Self::request(instance), writer)?)
+    }
+
+    fn request(instance: &Instance) -> DumpRequest<'_> {
         let mut tree = children(instance.root);
         tree.extend(children(instance.init));
         while let Some(pid) = tree.pop() {
@@ -206,16 +218,12 @@ impl Bed {
             let _ = instance.group.add(pid);
             tree.extend(children(pid));
         }
-        let request = DumpRequest {
+        DumpRequest {
             group: &instance.group,
             init_pid: instance.init,
             root_pid: instance.root,
             stdio: instance.stdio,
-        };
-        Ok(dump(
-            &request,
-            pool.begin(&format!("test {}", instance.root))?,
-        )?)
+        }
     }
 
     pub fn zygote(&self, template: &TemplateId) -> Made<Zygote> {
@@ -526,7 +534,7 @@ fn children(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-fn wait_for<T>(mut ready: impl FnMut() -> Option<T>) -> Made<T> {
+pub fn wait_for<T>(mut ready: impl FnMut() -> Option<T>) -> Made<T> {
     let begun = Instant::now();
     loop {
         if let Some(found) = ready() {

@@ -41,6 +41,7 @@ int main(int count, char **arguments) {
         failed = failed || timer_create(clock, &none, &timer);
     }
     if (!strcmp(state, "inotify")) failed = inotify_add_watch(inotify_init(), "/proc/sys", IN_CREATE) < 0;
+    if (!strcmp(state, "executable")) failed = unlink(arguments[0]);
     if (!strcmp(state, "namespace")) failed = unshare(CLONE_NEWUTS);
     char line[64];
     while (read(0, line, sizeof line) > 0) dprintf(1, "%s\n", failed ? "failed" : state);

@@ -13,6 +13,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use http::HeaderValue;
 use indicatif::{ProgressBar, ProgressStyle};
 use trenv_config::Config;
 
@@ -59,6 +60,9 @@ pub struct MethodsOptions {
     /// Starts through stock runc
     #[arg(long, default_value_t = 40)]
     pub runc: u64,
+    /// Kind of input that the calls name, by which the pages that they need are recorded
+    #[arg(long)]
+    pub input: Option<HeaderValue>,
     /// Milliseconds before each call, in which the next start is prepared; 0: calls in a row
     #[arg(long, default_value_t = 100)]
     pub pause_ms: u64,
@@ -266,7 +270,7 @@ impl<'a> Bench<'a> {
 
     async fn unmeasured(&self, name: &str, method: &str) -> anyhow::Result<()> {
         self.pause().await;
-        call(self.gateway, name)
+        call(self.gateway, name, self.options.input.as_ref())
             .await
             .with_context(|| format!("{name} does not start by {method}"))?;
         self.scale(name, 0).await
@@ -304,10 +308,10 @@ impl<'a> Bench<'a> {
 
     /// A start by a call, a second call, and the instance's memory then; with the kind of start.
     async fn start(&self, name: &str) -> anyhow::Result<(Start, String)> {
-        let first = computed(call(self.gateway, name).await?)?;
+        let first = computed(call(self.gateway, name, self.options.input.as_ref()).await?)?;
         let kind = first.header("x-trenv-start").to_owned();
         self.pause().await;
-        let second = computed(call(self.gateway, name).await?)?;
+        let second = computed(call(self.gateway, name, self.options.input.as_ref()).await?)?;
         if second.header("x-trenv-start") != "warm" {
             bail!("the second call met another instance");
         }
