@@ -198,10 +198,24 @@ impl Templates {
 
     /// Writes a tenancy's template to the pool and ends its processes. After an error they go on.
     pub fn dump(&self, key: &str, init_pid: i32, tenancy: &Tenancy) -> Result<Dumped> {
-        let writer = self
+        let mut writer = self
             .pool()?
             .begin(key)
             .map_err(pool_error("begin a template"))?;
+        if let Some(origin) = tenancy.seat.template {
+            let shared = self.reader(origin).and_then(|origin| {
+                writer
+                    .share_with(origin)
+                    .map_err(pool_error("share pages with a template"))
+            });
+            if let Err(err) = shared {
+                tracing::warn!(
+                    "A snapshot is stored whole, not beside {}, which it was started from: {}",
+                    origin.id,
+                    err.chain()
+                );
+            }
+        }
         let request = DumpRequest {
             group: tenancy.seat.as_ref(),
             init_pid,

@@ -84,6 +84,21 @@ fn frames(machine: &Machine, function: &Value) -> anyhow::Result<BTreeSet<u64>> 
     Ok(frames)
 }
 
+/// Bytes in the pool, and bytes that sharing saves there.
+struct PoolStat {
+    stored: u64,
+    shared: u64,
+}
+
+fn pool_stat(machine: &Machine) -> anyhow::Result<PoolStat> {
+    let stat: Value = serde_json::from_str(&machine.tool("trenv", &["pool", "stat", "--json"])?)?;
+    let bytes = |name: &str| stat[name].as_u64().context("no such figure");
+    Ok(PoolStat {
+        stored: bytes("storedBytes")?,
+        shared: bytes("sharedBytes")?,
+    })
+}
+
 #[test]
 fn ten_functions_of_a_base_need_half_the_memory_of_ten_alone() -> anyhow::Result<()> {
     let machine = Machine::start_with(&Settings {
@@ -94,6 +109,7 @@ fn ten_functions_of_a_base_need_half_the_memory_of_ten_alone() -> anyhow::Result
     let alone = alone["template"]["imageBytes"]
         .as_u64()
         .context("no image")?;
+    let before = pool_stat(&machine)?.stored;
     let base = machine.deploy("base-python")?;
     let mut all = frames(&machine, &base)?;
     for number in 0..10 {
@@ -116,6 +132,25 @@ fn ten_functions_of_a_base_need_half_the_memory_of_ten_alone() -> anyhow::Result
         images >> 10
     );
     assert!(memory * 2 < images, "{memory} of {images}");
+    let stat = pool_stat(&machine)?;
+    let stored = stat.stored - before;
+    println!(
+        "in the pool {} KiB, and {} KiB of pages that several have are not stored again",
+        stored >> 10,
+        stat.shared >> 10
+    );
+    assert!(stored * 5 < images * 2, "{stored} of {images}");
+    // The base's pages stay as long as a function has them.
+    machine.remove("base-python")?;
+    assert!(
+        stat.stored - pool_stat(&machine)?.stored
+            < base["template"]["storedBytes"].as_u64().unwrap_or(0)
+    );
+    let verified = machine.tool("trenv", &["snapshot", "verify"])?;
+    println!("{verified}");
+    for number in 0..10 {
+        assert_eq!(answer(&machine, &format!("f{number}"))?["intact"], true);
+    }
     machine.stop()
 }
 
