@@ -46,6 +46,16 @@ pub struct Base {
     pub rootfs: Vec<Mount>,
 }
 
+impl Base {
+    /// Whether it is this template.
+    fn is(&self, template: &TemplateRef) -> bool {
+        let newest = self.template.generation == 0;
+        self.template.id == template.id
+            && self.template.method == template.method
+            && (newest || self.template.generation == template.generation)
+    }
+}
+
 /// The templates that this shim uses. All methods may block.
 pub struct Templates {
     config: Arc<Config>,
