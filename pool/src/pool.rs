@@ -280,7 +280,7 @@ impl Pool {
         Ok(infos)
     }
 
-    /// [`Pool::list`], with what each template shares with no other.
+    /// [`Pool::list`], with the space that removing each template would free.
     pub fn usage(&self) -> Result<Vec<Usage>, PoolError> {
         let listing = self.inner.catalogue.read(|view| view.list())?;
         let mut owners: Vec<TemplateId> = Vec::new();
@@ -302,8 +302,7 @@ impl Pool {
     }
 
     /// Removes every generation of a template and frees its pages, but for those that others share;
-    /// `false` when there is none.
-    /// Waits ten seconds for its readers, then says who they are.
+    /// `false` when there is none. Waits ten seconds for its readers, then says who they are.
     pub fn delete(&self, id: &TemplateId) -> Result<bool, PoolError> {
         self.delete_within(id, PATIENCE)
     }
