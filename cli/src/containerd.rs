@@ -1,4 +1,5 @@
-//! containerd over its socket, as far as snapshots by hand need it, and what else of the command does.
+//! containerd over its socket, as far as snapshots by hand and the benchmark of restores need it, and
+//! what else of the command does.
 
 use std::collections::HashMap;
 
@@ -6,11 +7,14 @@ use anyhow::{Context, bail};
 use containerd_client::services::v1 as services;
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::containers_client::ContainersClient;
+use containerd_client::services::v1::leases_client::LeasesClient;
+use containerd_client::services::v1::namespaces_client::NamespacesClient;
 use containerd_client::services::v1::snapshots as layers;
 use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Code, Request, Status};
+use containerd_client::types::Mount;
 use prost_types::{Any, FieldMask};
 use trenv_config::Config;
 use trenv_sandbox_proto as proto;
@@ -19,14 +23,18 @@ pub use containerd_client::services::v1::Container;
 
 /// The runtime whose containers can be snapshotted.
 pub const RUNTIME: &str = "io.containerd.trenv.v2";
-pub const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 
 /// One namespace of containerd.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Containerd {
     channel: Channel,
     pub namespace: String,
     snapshotter: String,
+    /// Keeps what is made from containerd's garbage collection.
+    lease: Option<String>,
+    /// Of all that is made.
+    labels: HashMap<String, String>,
 }
 
 /// Where a task's streams go; empty is nowhere.
@@ -38,7 +46,7 @@ pub struct Streams {
 }
 
 /// Connects to the containerd that the configuration names.
-pub async fn open(config: &Config) -> anyhow::Result<Channel> {
+async fn open(config: &Config) -> anyhow::Result<Channel> {
     let address = &config.containerd.address;
     containerd_client::connect(address).await.with_context(|| {
         format!(
@@ -54,7 +62,19 @@ impl Containerd {
             channel: open(config).await?,
             namespace: namespace.to_owned(),
             snapshotter: config.containerd.snapshotter.clone(),
+            lease: None,
+            labels: HashMap::new(),
         })
+    }
+
+    /// The same, with what it makes under a lease of this name and with these labels.
+    pub fn leased(self, lease: &str, labels: HashMap<String, String>) -> Self {
+        let lease = Some(lease.to_owned());
+        Self {
+            lease,
+            labels,
+            ..self
+        }
     }
 
     fn request<T>(&self, body: T) -> anyhow::Result<Request<T>> {
@@ -63,7 +83,25 @@ impl Containerd {
             format!("{:?} is no name of a containerd namespace", self.namespace)
         })?;
         request.metadata_mut().insert("containerd-namespace", name);
+        if let Some(lease) = &self.lease {
+            let name = lease
+                .parse()
+                .with_context(|| format!("{lease:?} is no name of a containerd lease"))?;
+            request.metadata_mut().insert("containerd-lease", name);
+        }
         Ok(request)
+    }
+
+    /// Labels of a layer that stays until it is removed.
+    fn kept(&self) -> HashMap<String, String> {
+        let mut labels = self.labels.clone();
+        // Its value only tells people something.
+        labels.insert("containerd.io/gc.root".to_owned(), "trenv".to_owned());
+        labels
+    }
+
+    fn leases(&self) -> LeasesClient<Channel> {
+        LeasesClient::new(self.channel.clone())
     }
 
     fn containers(&self) -> ContainersClient<Channel> {
@@ -110,23 +148,36 @@ impl Containerd {
         labels: HashMap<String, String>,
     ) -> anyhow::Result<Container> {
         let container = Container {
-            id: id.to_owned(),
             labels,
             image: like.image.clone(),
+            snapshot_key: layer.to_owned(),
+            ..self.record(id, spec)
+        };
+        self.add_container(container).await
+    }
+
+    /// The record of a container that our runtime runs.
+    pub fn record(&self, id: &str, spec: Vec<u8>) -> Container {
+        Container {
+            id: id.to_owned(),
+            labels: self.labels.clone(),
             runtime: Some(Runtime {
                 name: RUNTIME.to_owned(),
                 options: None,
             }),
             spec: Some(any_spec(spec)),
             snapshotter: self.snapshotter.clone(),
-            snapshot_key: layer.to_owned(),
             ..Container::default()
-        };
+        }
+    }
+
+    pub async fn add_container(&self, container: Container) -> anyhow::Result<Container> {
+        let action = format!("make the container {}", container.id);
         let request = self.request(services::CreateContainerRequest {
             container: Some(container),
         })?;
         let made = self.containers().create(request).await;
-        let made = made.map_err(refused(format!("make the container {id}")))?;
+        let made = made.map_err(refused(action))?;
         made.into_inner()
             .container
             .context("containerd made a container and does not tell it")
@@ -156,17 +207,13 @@ impl Containerd {
     }
 
     /// Makes a writable layer over `parent`, which a record of that id keeps; its mounts.
-    pub async fn prepare_layer(
-        &self,
-        key: &str,
-        parent: &str,
-    ) -> anyhow::Result<Vec<proto::Mount>> {
-        self.prepare(key, parent, HashMap::new()).await
+    pub async fn prepare_layer(&self, key: &str, parent: &str) -> anyhow::Result<Vec<Mount>> {
+        self.prepare(key, parent, self.labels.clone()).await
     }
 
     /// Makes a writable layer beside the layer `of`, with the same parent; its mounts. It stays until
     /// it is removed.
-    pub async fn prepare_beside(&self, key: &str, of: &str) -> anyhow::Result<Vec<proto::Mount>> {
+    pub async fn prepare_beside(&self, key: &str, of: &str) -> anyhow::Result<Vec<Mount>> {
         let request = self.request(layers::StatSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             key: of.to_owned(),
@@ -174,7 +221,7 @@ impl Containerd {
         let answer = self.layers().stat(request).await;
         let answer = answer.map_err(refused(format!("describe the layer {of}")))?;
         let parent = answer.into_inner().info.unwrap_or_default().parent;
-        self.prepare(key, &parent, kept()).await
+        self.prepare(key, &parent, self.kept()).await
     }
 
     async fn prepare(
@@ -182,7 +229,7 @@ impl Containerd {
         key: &str,
         parent: &str,
         labels: HashMap<String, String>,
-    ) -> anyhow::Result<Vec<proto::Mount>> {
+    ) -> anyhow::Result<Vec<Mount>> {
         let request = self.request(layers::PrepareSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             key: key.to_owned(),
@@ -191,16 +238,35 @@ impl Containerd {
         })?;
         let answer = self.layers().prepare(request).await;
         let answer = answer.map_err(refused(format!("make the layer {key}")))?;
-        let mounts = answer.into_inner().mounts.into_iter();
-        Ok(mounts
-            .map(|mount| proto::Mount {
-                type_: mount.r#type,
-                source: mount.source,
-                target: mount.target,
-                options: mount.options,
-                ..proto::Mount::default()
-            })
-            .collect())
+        Ok(answer.into_inner().mounts)
+    }
+
+    /// Makes a read-only view of `parent`; its mounts.
+    pub async fn view_layer(&self, key: &str, parent: &str) -> anyhow::Result<Vec<Mount>> {
+        let request = self.request(layers::ViewSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels: self.labels.clone(),
+        })?;
+        let answer = self.layers().view(request).await;
+        let answer = answer.map_err(refused(format!("make the view {key}")))?;
+        Ok(answer.into_inner().mounts)
+    }
+
+    /// Names of the layers that carry a label.
+    pub async fn labelled_layers(&self, label: &str) -> anyhow::Result<Vec<String>> {
+        let request = self.request(layers::ListSnapshotsRequest {
+            snapshotter: self.snapshotter.clone(),
+            filters: vec![format!("labels.\"{label}\"")],
+        })?;
+        let answer = self.layers().list(request).await;
+        let mut parts = answer.map_err(refused("list layers"))?.into_inner();
+        let mut keys = Vec::new();
+        while let Some(part) = parts.message().await.map_err(refused("list layers"))? {
+            keys.extend(part.info.into_iter().map(|info| info.name));
+        }
+        Ok(keys)
     }
 
     /// Turns the writable layer `key` into the layer `name`, which stays until it is removed.
@@ -209,7 +275,7 @@ impl Containerd {
             snapshotter: self.snapshotter.clone(),
             name: name.to_owned(),
             key: key.to_owned(),
-            labels: kept(),
+            labels: self.kept(),
         })?;
         let answer = self.layers().commit(request).await;
         answer.map_err(refused(format!("commit the layer {key} as {name}")))?;
@@ -250,8 +316,19 @@ impl Containerd {
     }
 
     pub async fn create_task(&self, id: &str, streams: &Streams) -> anyhow::Result<()> {
+        self.create_task_in(id, streams, &[]).await
+    }
+
+    /// Makes a task in these mounts instead of the container's own layer.
+    pub async fn create_task_in(
+        &self,
+        id: &str,
+        streams: &Streams,
+        rootfs: &[Mount],
+    ) -> anyhow::Result<()> {
         let request = self.request(services::CreateTaskRequest {
             container_id: id.to_owned(),
+            rootfs: rootfs.to_vec(),
             stdin: streams.input.clone(),
             stdout: streams.output.clone(),
             stderr: streams.error.clone(),
@@ -300,12 +377,62 @@ impl Containerd {
         let answer = self.tasks().delete(request).await;
         unless_gone(answer.map(drop), format!("delete the task of {id}"))
     }
+
+    /// Makes the lease that all goes under.
+    pub async fn create_lease(&self) -> anyhow::Result<()> {
+        let Some(lease) = &self.lease else {
+            return Ok(());
+        };
+        let request = self.request(services::CreateRequest {
+            id: lease.clone(),
+            labels: self.labels.clone(),
+        })?;
+        match self.leases().create(request).await {
+            Err(status) if status.code() != Code::AlreadyExists => {
+                bail!(refused(format!("make the lease {lease}"))(status))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub async fn delete_lease(&self) -> anyhow::Result<()> {
+        let Some(lease) = &self.lease else {
+            return Ok(());
+        };
+        let request = self.request(services::DeleteRequest {
+            id: lease.clone(),
+            sync: true,
+        })?;
+        let answer = self.leases().delete(request).await;
+        unless_gone(answer.map(drop), format!("delete the lease {lease}"))
+    }
+
+    /// Removes the namespace, unless something is in it.
+    pub async fn delete_namespace(&self) -> anyhow::Result<()> {
+        let name = self.namespace.clone();
+        let action = format!("remove the namespace {name}");
+        let request = self.request(services::DeleteNamespaceRequest { name })?;
+        let mut namespaces = NamespacesClient::new(self.channel.clone());
+        match namespaces.delete(request).await {
+            Err(status) if status.code() == Code::FailedPrecondition => Ok(()),
+            answer => unless_gone(answer.map(drop), action),
+        }
+    }
 }
 
 /// What keeps a layer from containerd's garbage collection.
-fn kept() -> HashMap<String, String> {
-    // Its value only tells people something.
-    [("containerd.io/gc.root".to_owned(), "trenv".to_owned())].into()
+/// Mounts as a shim takes them.
+pub fn wire(mounts: Vec<Mount>) -> Vec<proto::Mount> {
+    let mounts = mounts.into_iter();
+    mounts
+        .map(|mount| proto::Mount {
+            type_: mount.r#type,
+            source: mount.source,
+            target: mount.target,
+            options: mount.options,
+            ..proto::Mount::default()
+        })
+        .collect()
 }
 
 fn any_spec(value: Vec<u8>) -> Any {

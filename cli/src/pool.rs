@@ -3,7 +3,7 @@
 use anyhow::Context;
 use serde_json::json;
 use trenv_config::Config;
-use trenv_pool::{PAGE_SIZE, Pool, Source, TemplateInfo};
+use trenv_pool::{PAGE_SIZE, Pool, Source, Usage};
 
 use crate::table::{Table, bytes};
 
@@ -45,19 +45,31 @@ pub fn run(config: &Config, arguments: &PoolArguments) -> anyhow::Result<()> {
 }
 
 fn list(pool: &Pool, json: bool) -> anyhow::Result<()> {
-    let templates = pool.list()?;
+    let templates = pool.usage()?;
     if json {
-        let list: Vec<_> = templates.iter().map(template_json).collect();
+        let list: Vec<_> = templates.iter().map(usage_json).collect();
         println!("{}", serde_json::to_string_pretty(&list)?);
         return Ok(());
     }
-    let mut table = Table::new(["TEMPLATE", "GENERATION", "MEMORY", "STORED", "KEY"]);
-    for info in &templates {
+    let mut table = Table::new([
+        "TEMPLATE",
+        "GENERATION",
+        "MEMORY",
+        "STORED",
+        "UNIQUE",
+        "KEY",
+    ]);
+    for Usage {
+        info,
+        unshared_bytes,
+    } in &templates
+    {
         table.row([
             info.id.to_string().chars().take(12).collect(),
             info.generation.to_string(),
             bytes(info.pages * PAGE_SIZE as u64),
             bytes(info.stored_pages * PAGE_SIZE as u64),
+            bytes(*unshared_bytes),
             info.key
                 .lines()
                 .next()
@@ -75,13 +87,15 @@ fn list(pool: &Pool, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn template_json(info: &TemplateInfo) -> serde_json::Value {
+fn usage_json(usage: &Usage) -> serde_json::Value {
+    let info = &usage.info;
     json!({
         "id": info.id.to_string(),
         "generation": info.generation,
         "key": info.key,
         "bytes": info.pages * PAGE_SIZE as u64,
         "storedBytes": info.stored_pages * PAGE_SIZE as u64,
+        "uniqueBytes": usage.unshared_bytes,
         "manifestBytes": info.manifest_bytes,
         "created": info.created,
     })
@@ -94,6 +108,7 @@ fn stat(pool: &Pool, json: bool) -> anyhow::Result<()> {
         ("free", stat.free_bytes),
         ("logical", stat.logical_bytes),
         ("stored", stat.stored_bytes),
+        ("shared", stat.shared_bytes),
         ("zero", stat.zero_bytes),
         ("manifests", stat.manifest_bytes),
     ];

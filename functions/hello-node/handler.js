@@ -1,7 +1,7 @@
 // Greets, and proves where its memory comes from: initId is made once, when the function starts,
 // and is the same in every instance that comes from one snapshot; the counter goes on from there.
 // With ?check=1 the whole heap is compared with initId, which is its digest; with ?churn=1 much is
-// allocated and dropped before.
+// allocated and dropped before. The environment variable greeting says how it greets.
 'use strict';
 
 const crypto = require('crypto');
@@ -9,6 +9,7 @@ const crypto = require('crypto');
 const digest = (bytes) => crypto.createHash('sha256').update(bytes).digest('hex').slice(0, 16);
 const heap = crypto.randomBytes(1 << 20);
 const initId = digest(heap);
+const greeting = process.env.greeting || 'Hello';
 let counter = 0;
 
 module.exports = (body, query) => {
@@ -16,7 +17,7 @@ module.exports = (body, query) => {
   const at = (counter * 4096) % heap.length;
   const name = query.name || body.toString().trim() || 'world';
   const result = {
-    message: `Hello, ${name}!`,
+    message: `${greeting}, ${name}!`,
     counter,
     init_id: initId,
     heap: heap.subarray(at, at + 8).toString('hex'),

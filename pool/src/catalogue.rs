@@ -331,6 +331,14 @@ impl Change<'_> {
         Ok(value.map(|value| value.value().to_vec()))
     }
 
+    pub fn list(&self) -> Result<Listing, PoolError> {
+        let table = self
+            .transaction
+            .open_table(RECORDS)
+            .map_err(|e| self.fail(e))?;
+        listing(&table, |e| self.fail(e))
+    }
+
     /// Every generation of `id` that is in the catalogue, readable or not, oldest first.
     pub fn generations(&self, id: &TemplateId) -> Result<Vec<u64>, PoolError> {
         let table = self

@@ -76,6 +76,10 @@ pub enum PoolError {
         end: u64,
         pages: u64,
     },
+    #[error(
+        "Template {id} is in another pool than {path}, where its pages cannot be named; open both anew"
+    )]
+    OtherPool { id: TemplateId, path: PathBuf },
     #[error("A page must have {expected} bytes, got {found}", expected = crate::PAGE_SIZE)]
     PageLength { found: usize },
     #[error(

@@ -3,6 +3,8 @@
 //! A pool is a directory. `pool.data` holds a superblock and, from [`DATA_OFFSET`] on, 4 KiB pages;
 //! `catalogue.redb` says which pages form which template, with a BLAKE3 checksum of every page and
 //! of every record. Free space is whatever no record names, so there is no second truth to repair.
+//! Several templates may name a page: a function's those of the base that it was made from
+//! ([`TemplateWriter::share_with`]). It is freed with the last of them.
 //!
 //! A snapshot goes in through a [`TemplateWriter`] (one at a time, whichever process it is in):
 //! pages are appended to free space and flushed, and only then does one catalogue transaction make
@@ -22,6 +24,7 @@ mod lease;
 mod pool;
 mod reader;
 mod record;
+mod sharing;
 mod space;
 mod superblock;
 mod template;
@@ -29,7 +32,7 @@ mod writer;
 
 pub use backend::{Backend, UnknownBackend};
 pub use error::PoolError;
-pub use pool::{Pool, PoolOptions, PoolStat, Verification};
+pub use pool::{Pool, PoolOptions, PoolStat, Usage, Verification};
 pub use reader::TemplateReader;
 pub use superblock::{DATA_OFFSET, VERSION};
 pub use template::{Extent, InvalidTemplateId, Source, TemplateId, TemplateInfo};

@@ -50,7 +50,7 @@ enum Command {
         #[arg(long)]
         manifest: bool,
     },
-    /// Remove templates and free their pages.
+    /// Remove templates and free the pages that no other template has.
     Rm {
         /// Their ids, or the starts of them.
         #[arg(required = true)]
@@ -91,7 +91,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             let pool = Pool::format(&path, backend, size.unwrap_or(config.pool.size))?;
             report::stat(&pool.stat()?, json)?;
         }
-        Command::Ls => report::list(&Pool::open(&path)?.list()?, json)?,
+        Command::Ls => report::list(&Pool::open(&path)?.usage()?, json)?,
         Command::Stat => report::stat(&Pool::open(&path)?.stat()?, json)?,
         Command::Verify => return verify(&path, json),
         Command::Show { template, manifest } => {

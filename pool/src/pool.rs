@@ -17,7 +17,7 @@ use crate::error::PoolError;
 use crate::lease::{Lease, LeaseFiles, Mode, holders};
 use crate::reader::TemplateReader;
 use crate::record::{Listing, Record};
-use crate::space::{FreeSpace, Run};
+use crate::space::{FreeSpace, Run, unshared};
 use crate::superblock::{DATA_OFFSET, Superblock, VERSION};
 use crate::template::{Source, TemplateId, TemplateInfo};
 use crate::writer::TemplateWriter;
@@ -81,14 +81,25 @@ pub struct PoolStat {
     pub superseded: u64,
     /// Bytes of the templates as their functions see them.
     pub logical_bytes: u64,
-    /// Bytes of their pages in the pool.
+    /// Bytes of their pages in the pool, each page once.
     pub stored_bytes: u64,
+    /// Bytes that pages of several templates would take beyond that if each had its own.
+    pub shared_bytes: u64,
     /// Bytes of pages that hold only zeros and are not stored.
     pub zero_bytes: u64,
     pub manifest_bytes: u64,
     pub free_bytes: u64,
     /// Records that cannot be read; `trenv-pool verify` names them.
     pub damaged_records: u64,
+}
+
+/// A template and what it alone takes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    #[serde(flatten)]
+    pub info: TemplateInfo,
+    /// Bytes in the pool that removing it would free: no other template has these pages too.
+    pub unshared_bytes: u64,
 }
 
 /// What a check of the whole pool found.
@@ -269,8 +280,29 @@ impl Pool {
         Ok(infos)
     }
 
-    /// Removes every generation of a template and frees its pages; `false` when there is none.
-    /// Waits ten seconds for its readers, then says who they are.
+    /// [`Pool::list`], with the space that removing each template would free.
+    pub fn usage(&self) -> Result<Vec<Usage>, PoolError> {
+        let listing = self.inner.catalogue.read(|view| view.list())?;
+        let mut owners: Vec<TemplateId> = Vec::new();
+        let mut named = Vec::new();
+        for record in &listing.records {
+            if owners.last() != Some(&record.info.id) {
+                owners.push(record.info.id);
+            }
+            named.extend(runs(record).map(|run| (owners.len() - 1, run)));
+        }
+        let unshared = unshared(named.into_iter(), owners.len());
+        let usage = std::iter::zip(newest(&listing), unshared).map(|(record, pages)| Usage {
+            info: record.info.clone(),
+            unshared_bytes: pages * PAGE_SIZE as u64,
+        });
+        let mut usage: Vec<Usage> = usage.collect();
+        usage.sort_unstable_by_key(|usage| usage.info.generation);
+        Ok(usage)
+    }
+
+    /// Removes every generation of a template and frees its pages, but for those that others share;
+    /// `false` when there is none. Waits ten seconds for its readers, then says who they are.
     pub fn delete(&self, id: &TemplateId) -> Result<bool, PoolError> {
         self.delete_within(id, PATIENCE)
     }
@@ -298,6 +330,7 @@ impl Pool {
         };
         let templates = newest(&listing).count() as u64;
         let (pages, stored) = (sum(|i| i.pages), sum(|i| i.stored_pages));
+        let used = inner.data_pages() - space.free_pages();
         Ok(PoolStat {
             path: inner.directory.clone(),
             backend: inner.superblock.backend,
@@ -308,7 +341,8 @@ impl Pool {
             templates,
             superseded: listing.records.len() as u64 - templates,
             logical_bytes: pages * page,
-            stored_bytes: stored * page,
+            stored_bytes: used * page,
+            shared_bytes: stored.saturating_sub(used) * page,
             zero_bytes: (pages - stored) * page,
             manifest_bytes: sum(|i| i.manifest_bytes),
             free_bytes: space.free_pages() * page,
@@ -323,12 +357,12 @@ impl Pool {
         mut progress: impl FnMut(&TemplateInfo, Option<&PoolError>),
     ) -> Result<Verification, PoolError> {
         let listing = self.inner.catalogue.read(|view| view.list())?;
-        let (_, conflicts) = self.inner.space_of(&listing);
+        let (_, outside) = self.inner.space_of(&listing);
         let mut found = Verification::default();
         found
             .faults
             .extend(self.inner.catalogue.check_integrity().err());
-        for (id, what) in conflicts {
+        for (id, what) in outside {
             found.faults.push(PoolError::BadRecord { id, what });
         }
         for record in &listing.records {
@@ -346,7 +380,7 @@ impl Pool {
 }
 
 impl Inner {
-    fn data_pages(&self) -> u64 {
+    pub fn data_pages(&self) -> u64 {
         (self.superblock.size - DATA_OFFSET) / PAGE_SIZE as u64
     }
 
@@ -362,18 +396,13 @@ impl Inner {
 
     fn space_of(&self, listing: &Listing) -> (FreeSpace, Vec<(TemplateId, &'static str)>) {
         let used: Vec<Run> = listing.records.iter().flat_map(runs).collect();
-        let (space, conflicts) = FreeSpace::around(used, self.data_pages());
-        let named = conflicts.iter().flat_map(|conflict| {
+        let (space, outside) = FreeSpace::around(used, self.data_pages());
+        let named = outside.iter().flat_map(|outside| {
             let owner = listing
                 .records
                 .iter()
-                .find(|record| runs(record).any(|run| run == conflict.0));
-            owner.map(|record| {
-                (
-                    record.info.id,
-                    "its pages are another's or outside the pool",
-                )
-            })
+                .find(|record| runs(record).any(|run| run == outside.0));
+            owner.map(|record| (record.info.id, "its pages lie outside the pool"))
         });
         (space, named.collect())
     }
@@ -400,6 +429,7 @@ impl Inner {
                         });
                     }
                 }
+                freed.keep_shared(change, self.data_pages())?;
                 Ok(freed)
             },
             |freed| self.release(freed),
@@ -415,6 +445,7 @@ impl Inner {
                 for (id, generation) in generations {
                     self.remove_unused(change, id, *generation, &mut freed)?;
                 }
+                freed.keep_shared(change, self.data_pages())?;
                 Ok(freed)
             },
             |freed| self.release(freed),
@@ -466,6 +497,25 @@ pub(crate) struct Freed {
     leases: Vec<Lease>,
 }
 
+impl Freed {
+    /// Leaves out the pages that other templates name; `change` has all removals and additions.
+    pub fn keep_shared(&mut self, change: &Change<'_>, data_pages: u64) -> Result<(), PoolError> {
+        if self.runs.is_empty() {
+            return Ok(());
+        }
+        let listing = change.list()?;
+        let runs_freed = std::mem::take(&mut self.runs);
+        // A record that cannot be read may name any of them.
+        if listing.damaged.is_empty() {
+            let named = listing.records.iter().flat_map(runs).collect();
+            let (space, _) = FreeSpace::around(named, data_pages);
+            let free = runs_freed.into_iter().flat_map(|run| space.within(run));
+            self.runs = free.collect();
+        }
+        Ok(())
+    }
+}
+
 /// Byte offset in the data file of a data page.
 pub(crate) fn offset_of(page: u64) -> u64 {
     DATA_OFFSET + page * PAGE_SIZE as u64
@@ -479,7 +529,7 @@ fn runs(record: &Record) -> impl Iterator<Item = Run> + '_ {
         .filter_map(|extent| match extent.source {
             Source::Zero => None,
             Source::Data { offset } => Some(Run {
-                // An offset before the data area becomes a page far outside, and so a conflict.
+                // An offset before the data area becomes a page far outside, and so an outlier.
                 start: offset.wrapping_sub(DATA_OFFSET) / PAGE_SIZE as u64,
                 pages: extent.pages,
             }),

@@ -188,12 +188,36 @@ impl TemplateReader {
         Ok(())
     }
 
+    /// Bytes of the data file, whatever they are.
+    pub(crate) fn read_raw(&self, offset: u64, page: &mut [u8]) -> Result<(), PoolError> {
+        let data = &self.pool.data;
+        data.file
+            .read_exact_at(page, offset)
+            .map_err(|e| PoolError::io("read a page from", &data.path, e))
+    }
+
+    /// Where each stored page lies, in order.
+    pub(crate) fn stored_offsets(&self) -> impl Iterator<Item = u64> + '_ {
+        self.stored_extents().flat_map(|extent| {
+            let start = match extent.source {
+                Source::Zero => 0,
+                Source::Data { offset } => offset,
+            };
+            (0..extent.pages).map(move |page| start + page * PAGE_SIZE as u64)
+        })
+    }
+
+    /// Whether both are templates of one pool.
+    pub(crate) fn is_in(&self, pool: &Inner) -> bool {
+        self.pool.superblock.uuid == pool.superblock.uuid
+    }
+
     fn stored_extents(&self) -> impl Iterator<Item = &Extent> {
         let stored = |extent: &&Extent| matches!(extent.source, Source::Data { .. });
         self.record.extents.iter().filter(stored)
     }
 
-    fn sums(&self) -> Result<&[PageSum], PoolError> {
+    pub(crate) fn sums(&self) -> Result<&[PageSum], PoolError> {
         if let Some(sums) = self.sums.get() {
             return Ok(sums);
         }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::json;
 use trenv_pool::{
     Extent, PAGE_SIZE, PoolError, PoolStat, Source, TemplateId, TemplateInfo, TemplateReader,
-    Verification,
+    Usage, Verification,
 };
 
 fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
@@ -71,24 +71,29 @@ fn one_line(key: &str) -> String {
     line
 }
 
-pub fn list(infos: &[TemplateInfo], json: bool) -> anyhow::Result<()> {
+pub fn list(usage: &[Usage], json: bool) -> anyhow::Result<()> {
     if json {
-        return print_json(&infos);
+        return print_json(&usage);
     }
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
-        "{:<12}  {:>10}  {:>10}  {:>10}  {:<19}  KEY",
-        "TEMPLATE", "GENERATION", "MEMORY", "STORED", "CREATED (UTC)"
+        "{:<12}  {:>10}  {:>10}  {:>10}  {:>10}  {:<19}  KEY",
+        "TEMPLATE", "GENERATION", "MEMORY", "STORED", "UNIQUE", "CREATED (UTC)"
     )?;
-    for info in infos {
+    for Usage {
+        info,
+        unshared_bytes,
+    } in usage
+    {
         writeln!(
             out,
-            "{:.12}  {:>10}  {:>10}  {:>10}  {}  {}",
+            "{:.12}  {:>10}  {:>10}  {:>10}  {:>10}  {}  {}",
             info.id.to_string(),
             info.generation,
             pages(info.pages),
             pages(info.stored_pages),
+            size(*unshared_bytes),
             time(info.created),
             one_line(&info.key),
         )?;
@@ -112,6 +117,7 @@ pub fn stat(stat: &PoolStat, json: bool) -> anyhow::Result<()> {
         ("superseded", stat.superseded.to_string()),
         ("memory", size(stat.logical_bytes)),
         ("stored", size(stat.stored_bytes)),
+        ("shared", size(stat.shared_bytes)),
         ("zero pages", size(stat.zero_bytes)),
         ("manifests", size(stat.manifest_bytes)),
     ];

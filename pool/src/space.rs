@@ -1,5 +1,6 @@
 //! Which pages of the data file are free: those that no record of the catalogue names.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// Consecutive pages of the data file; page 0 is the first after the superblock's part.
@@ -15,11 +16,11 @@ impl Run {
     }
 }
 
-/// Two records name the same page, or one names a page outside the pool.
+/// A record names pages outside the pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Conflict(pub Run);
+pub(crate) struct Outside(pub Run);
 
-impl fmt::Display for Conflict {
+impl fmt::Display for Outside {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "pages {}..{}", self.0.start, self.0.end())
     }
@@ -32,12 +33,12 @@ pub(crate) struct FreeSpace {
 }
 
 impl FreeSpace {
-    /// What `used` leaves free of `capacity` pages, and the used runs that overlap an earlier one
-    /// or lie outside. Pages in conflict count as used.
-    pub fn around(mut used: Vec<Run>, capacity: u64) -> (Self, Vec<Conflict>) {
+    /// What `used` leaves free of `capacity` pages, and the used runs that lie outside. Runs may
+    /// overlap: several records may name a page.
+    pub fn around(mut used: Vec<Run>, capacity: u64) -> (Self, Vec<Outside>) {
         used.sort_unstable();
         let mut runs = Vec::new();
-        let mut conflicts = Vec::new();
+        let mut outside = Vec::new();
         let mut at = 0;
         for run in used.iter().filter(|run| run.pages > 0) {
             let Some(end) = run
@@ -45,21 +46,32 @@ impl FreeSpace {
                 .checked_add(run.pages)
                 .filter(|end| *end <= capacity)
             else {
-                conflicts.push(Conflict(*run));
+                outside.push(Outside(*run));
                 if run.start < capacity {
                     push_gap(&mut runs, at, run.start);
                     at = capacity;
                 }
                 continue;
             };
-            if run.start < at {
-                conflicts.push(Conflict(*run));
-            }
             push_gap(&mut runs, at, run.start);
             at = at.max(end);
         }
         push_gap(&mut runs, at, capacity);
-        (Self { runs }, conflicts)
+        (Self { runs }, outside)
+    }
+
+    /// The free parts of a run.
+    pub fn within(&self, run: Run) -> impl Iterator<Item = Run> + '_ {
+        let first = self.runs.partition_point(|free| free.end() <= run.start);
+        let end = run.start.saturating_add(run.pages);
+        let overlapping = self.runs[first..].iter();
+        overlapping
+            .take_while(move |free| free.start < end)
+            .map(move |free| {
+                let start = free.start.max(run.start);
+                let pages = free.end().min(end) - start;
+                Run { start, pages }
+            })
     }
 
     pub fn free_pages(&self) -> u64 {
@@ -108,6 +120,36 @@ impl FreeSpace {
     }
 }
 
+/// How many pages each of `owners` has that no other names; runs come with the number of their owner.
+pub(crate) fn unshared(runs: impl Iterator<Item = (usize, Run)>, owners: usize) -> Vec<u64> {
+    let mut bounds: Vec<(u64, bool, usize)> = runs
+        .flat_map(|(owner, run)| {
+            let end = run.start.saturating_add(run.pages);
+            [(run.start, true, owner), (end, false, owner)]
+        })
+        .collect();
+    bounds.sort_unstable();
+    let mut pages = vec![0; owners];
+    // Who names the pages at hand, and how often: a template may hold a page twice.
+    let mut naming: BTreeMap<usize, usize> = BTreeMap::new();
+    let mut at = 0;
+    for (bound, begins, owner) in bounds {
+        if let (Some((only, _)), 1) = (naming.first_key_value(), naming.len()) {
+            pages[*only] += bound - at;
+        }
+        at = bound;
+        let count = naming.entry(owner).or_default();
+        if begins {
+            *count += 1;
+        } else if *count > 1 {
+            *count -= 1;
+        } else {
+            naming.remove(&owner);
+        }
+    }
+    pages
+}
+
 fn push_gap(runs: &mut Vec<Run>, from: u64, to: u64) {
     if from < to {
         runs.push(Run {
@@ -138,12 +180,35 @@ mod tests {
     }
 
     #[test]
-    fn overlapping_and_outlying_runs_are_named_and_count_as_used() {
+    fn overlapping_and_outlying_runs_count_as_used_and_the_latter_are_named() {
         let used = vec![run(0, 4), run(2, 4), run(8, 1), run(9, 5), run(u64::MAX, 2)];
-        let (space, conflicts) = FreeSpace::around(used, 10);
-        let named: Vec<Run> = conflicts.iter().map(|conflict| conflict.0).collect();
-        assert_eq!(named, [run(2, 4), run(9, 5), run(u64::MAX, 2)]);
+        let (space, outside) = FreeSpace::around(used, 10);
+        let named: Vec<Run> = outside.iter().map(|outside| outside.0).collect();
+        assert_eq!(named, [run(9, 5), run(u64::MAX, 2)]);
         assert_eq!(space.free_pages(), 2);
+    }
+
+    #[test]
+    fn the_free_parts_of_a_run_are_those_that_nobody_names() {
+        let (space, _) = FreeSpace::around(vec![run(2, 3), run(4, 3), run(9, 1)], 20);
+        let within = |start, pages| space.within(run(start, pages)).collect::<Vec<_>>();
+        assert_eq!(within(0, 20), [run(0, 2), run(7, 2), run(10, 10)]);
+        assert_eq!(within(1, 7), [run(1, 1), run(7, 1)]);
+        assert_eq!(within(2, 5), []);
+        assert_eq!(within(15, u64::MAX), [run(15, 5)]);
+    }
+
+    #[test]
+    fn a_page_is_its_owner_s_alone_when_no_other_names_it() {
+        let runs = [
+            (0, run(0, 10)),
+            (1, run(2, 3)),
+            (2, run(4, 2)),
+            (1, run(20, 4)),
+            // Twice in one template.
+            (1, run(21, 1)),
+        ];
+        assert_eq!(unshared(runs.into_iter(), 4), [6, 4, 0, 0]);
     }
 
     proptest! {
@@ -168,8 +233,8 @@ mod tests {
                     let given = held.swap_remove(size as usize % held.len());
                     space.put_back(given);
                 }
-                let (expected, conflicts) = FreeSpace::around(held.clone(), capacity);
-                prop_assert!(conflicts.is_empty());
+                let (expected, outside) = FreeSpace::around(held.clone(), capacity);
+                prop_assert!(outside.is_empty());
                 prop_assert_eq!(&space, &expected);
             }
         }

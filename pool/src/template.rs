@@ -89,7 +89,7 @@ pub struct TemplateInfo {
     pub key: String,
     /// Pages of the template, zero pages included.
     pub pages: u64,
-    /// Pages that occupy space in the pool.
+    /// Pages that are not zeros: those that lie in the pool, shared with other templates or not.
     pub stored_pages: u64,
     pub manifest_bytes: u64,
     /// Seconds since 1970.

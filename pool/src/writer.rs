@@ -8,7 +8,9 @@ use crate::PAGE_SIZE;
 use crate::error::PoolError;
 use crate::lease::Lease;
 use crate::pool::{Freed, Inner, now, offset_of};
+use crate::reader::TemplateReader;
 use crate::record::{PageSum, Record};
+use crate::sharing::Shareable;
 use crate::space::{FreeSpace, Run};
 use crate::template::{Extent, Source, TemplateId, TemplateInfo, push_page};
 
@@ -34,6 +36,10 @@ pub struct TemplateWriter {
     pages: u64,
     extents: Vec<Extent>,
     sums: Vec<PageSum>,
+    /// Pages that need not be stored again.
+    shareable: Option<Shareable>,
+    /// Pages of `sums` that are stored for this template.
+    own: u64,
     committed: bool,
     written: Vec<Run>,
 }
@@ -61,6 +67,8 @@ impl TemplateWriter {
             pages: 0,
             extents: Vec::new(),
             sums: Vec::new(),
+            shareable: None,
+            own: 0,
             committed: false,
             written: Vec::new(),
         }
@@ -71,11 +79,24 @@ impl TemplateWriter {
         self.id
     }
 
+    /// From here on pages that another template has are not stored again: this one names them too,
+    /// and they stay as long as either does.
+    pub fn share_with(&mut self, other: TemplateReader) -> Result<(), PoolError> {
+        if !other.is_in(&self.pool) {
+            return Err(PoolError::OtherPool {
+                id: other.info().id,
+                path: self.pool.directory.clone(),
+            });
+        }
+        self.shareable = Some(Shareable::of(other)?);
+        Ok(())
+    }
+
     /// Says that up to `pages` more pages will come, so that a pool too full for them refuses at
     /// once, and so that they lie together.
     pub fn expect_pages(&mut self, pages: u64) -> Result<(), PoolError> {
         if self.space.free_pages() + self.run.pages < pages {
-            return Err(self.full(self.sums.len() as u64 + pages));
+            return Err(self.full(self.own + pages));
         }
         if self.run.pages < pages {
             self.flush_batch()?;
@@ -95,24 +116,35 @@ impl TemplateWriter {
             self.pages += 1;
             return Ok(());
         }
+        let sum = *blake3::hash(page).as_bytes();
+        let shareable = self.shareable.as_mut();
+        if let Some(offset) = shareable.and_then(|pages| pages.find(&sum, page)) {
+            self.push(Source::Data { offset }, sum);
+            return Ok(());
+        }
         if self.run.pages == 0 {
             self.flush_batch()?;
             self.run = self
                 .space
                 .take(u64::MAX)
-                .ok_or_else(|| self.full(self.sums.len() as u64 + 1))?;
+                .ok_or_else(|| self.full(self.own + 1))?;
         }
         let offset = offset_of(self.run.start);
         self.run.start += 1;
         self.run.pages -= 1;
-        push_page(&mut self.extents, self.pages, Source::Data { offset });
-        self.pages += 1;
-        self.sums.push(*blake3::hash(page).as_bytes());
+        self.own += 1;
+        self.push(Source::Data { offset }, sum);
         self.batch.extend_from_slice(page);
         if self.batch.len() == BATCH * PAGE_SIZE {
             self.flush_batch()?;
         }
         Ok(())
+    }
+
+    fn push(&mut self, source: Source, sum: PageSum) {
+        push_page(&mut self.extents, self.pages, source);
+        self.pages += 1;
+        self.sums.push(sum);
     }
 
     /// Appends pages of zeros.
@@ -135,6 +167,9 @@ impl TemplateWriter {
         for run in &self.written {
             let bytes = run.pages * PAGE_SIZE as u64;
             self.pool.data.forget_cached(offset_of(run.start), bytes);
+        }
+        if let Some(shareable) = &self.shareable {
+            shareable.forget_cached();
         }
         let mut record = Record {
             info: TemplateInfo {
@@ -162,6 +197,7 @@ impl TemplateWriter {
                 }
                 record.info.generation = change.next_generation()?;
                 change.insert(&record, manifest, &self.sums)?;
+                freed.keep_shared(change, pool.data_pages())?;
                 Ok(freed)
             },
             |freed| pool.release(freed),
@@ -206,7 +242,7 @@ impl TemplateWriter {
         match kind {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => PoolError::DiskFull {
                 path: self.pool.data.path.clone(),
-                needed: self.sums.len() as u64 * PAGE_SIZE as u64,
+                needed: self.own * PAGE_SIZE as u64,
                 free: self.pool.data.disk_free(),
             },
             _ => error,

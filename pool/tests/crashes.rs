@@ -71,6 +71,11 @@ fn role_writer() {
             pool.delete(&TemplateId::of(&name)).unwrap();
         }
         let mut writer = pool.begin(&name).unwrap();
+        // Some begin beside another key's newest version, and one beside its own.
+        let beside = TemplateId::of(&format!("key {}", round / 2 % 5));
+        if let (0, Ok(other)) = (round % 2, pool.template(&beside, None)) {
+            writer.share_with(other).unwrap();
+        }
         for seed in seeds(key, round) {
             writer.page(&page(seed)).unwrap();
         }

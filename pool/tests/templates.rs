@@ -2,10 +2,11 @@
 
 mod support;
 
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use support::{page, read_all, store};
-use trenv_pool::{Backend, Extent, PAGE_SIZE, Pool, PoolError, Source, TemplateId};
+use support::{page, read_all, store, store_beside};
+use trenv_pool::{Backend, Extent, PAGE_SIZE, Pool, PoolError, Source, TemplateId, TemplateInfo};
 
 const SIZE: u64 = 8 << 20;
 
@@ -146,6 +147,101 @@ fn deleting_frees_the_pages_and_waits_for_readers() {
     assert!(!pool.delete(&info.id).unwrap());
     assert_eq!(pool.stat().unwrap().free_bytes, free);
     assert!(pool.list().unwrap().is_empty());
+}
+
+#[test]
+fn pages_of_another_template_are_stored_once_and_stay_with_the_last_that_has_them() {
+    for backend in [Backend::File, Backend::Memfd] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pool");
+        let pool = Pool::format(&path, backend, SIZE).unwrap();
+        let empty = pool.stat().unwrap().free_bytes;
+        let base = store(&pool, "base", &[1, 2, 3, 0, 4]);
+        // Equal ones, one of them elsewhere and twice, and others.
+        let seeds = [[1, 2, 9, 0, 4, 2], [1, 2, 3, 4, 8, 0]];
+        let children: Vec<_> = std::iter::zip(["one", "two"], &seeds)
+            .map(|(key, seeds)| store_beside(&pool, key, seeds, &base))
+            .collect();
+        assert_eq!((children[0].pages, children[0].stored_pages), (6, 5));
+        let page_size = PAGE_SIZE as u64;
+        let stat = pool.stat().unwrap();
+        assert_eq!(empty - stat.free_bytes, 6 * page_size);
+        assert_eq!(stat.stored_bytes, 6 * page_size);
+        assert_eq!(stat.shared_bytes, 8 * page_size);
+        let own: Vec<u64> = pool
+            .usage()
+            .unwrap()
+            .iter()
+            .map(|usage| usage.unshared_bytes / page_size)
+            .collect();
+        assert_eq!(own, [0, 1, 1]);
+        let sound = |pool: &Pool, info: &TemplateInfo, seeds: &[u32]| {
+            let reader = pool.template(&info.id, None).unwrap();
+            let expected: Vec<u8> = seeds.iter().flat_map(|seed| page(*seed)).collect();
+            assert!(read_all(&reader) == expected, "{}", info.key);
+        };
+        assert!(pool.verify(|_, _| {}).unwrap().faults.is_empty());
+
+        // In any order, and whatever is stored in what it leaves.
+        assert!(pool.delete(&base.id).unwrap());
+        drop(pool);
+        let pool = Pool::open(&path).unwrap();
+        let other = store(&pool, "other", &[20; 12]);
+        for (info, seeds) in std::iter::zip(&children, &seeds) {
+            sound(&pool, info, seeds);
+        }
+        assert!(pool.delete(&children[0].id).unwrap());
+        let again = store(&pool, "again", &[21; 12]);
+        sound(&pool, &children[1], &seeds[1]);
+        assert!(pool.verify(|_, _| {}).unwrap().faults.is_empty());
+        for info in [&children[1], &other, &again] {
+            assert!(pool.delete(&info.id).unwrap());
+        }
+        assert_eq!(pool.stat().unwrap().free_bytes, empty);
+        drop(pool);
+        Pool::destroy(&path).unwrap();
+    }
+}
+
+#[test]
+fn a_template_made_again_beside_itself_keeps_its_pages() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::format(dir.path(), Backend::File, SIZE).unwrap();
+    let mut info = store(&pool, "key", &[1, 2, 3]);
+    for seed in 4..9 {
+        info = store_beside(&pool, "key", &[1, 2, seed], &info);
+        store(&pool, &format!("other {seed}"), &[seed + 10; 3]);
+        let reader = pool.template(&info.id, None).unwrap();
+        assert!(read_all(&reader) == [page(1), page(2), page(seed)].concat());
+    }
+    let stat = pool.stat().unwrap();
+    assert_eq!((stat.superseded, stat.shared_bytes), (0, 0));
+    assert_eq!(stat.stored_bytes, 18 * PAGE_SIZE as u64);
+}
+
+#[test]
+fn a_damaged_page_is_not_shared_and_nor_is_another_pool_s() {
+    let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let pool = Pool::format(dir.path(), Backend::File, SIZE).unwrap();
+    let base = store(&pool, "base", &[1, 2, 3]);
+    let Source::Data { offset } = pool.template(&base.id, None).unwrap().extents()[0].source else {
+        panic!("The first page is stored");
+    };
+    let data = std::fs::File::options()
+        .write(true)
+        .open(dir.path().join("pool.data"))
+        .unwrap();
+    data.write_all_at(&[0xff], offset + PAGE_SIZE as u64 + 5)
+        .unwrap();
+    let child = store_beside(&pool, "child", &[1, 2, 3], &base);
+    let reader = pool.template(&child.id, None).unwrap();
+    reader.verify().unwrap();
+    assert_eq!(pool.stat().unwrap().shared_bytes, 2 * PAGE_SIZE as u64);
+
+    let other = Pool::format(elsewhere.path(), Backend::File, SIZE).unwrap();
+    let mut writer = other.begin("child").unwrap();
+    let refused = writer.share_with(reader).unwrap_err();
+    assert!(matches!(refused, PoolError::OtherPool { .. }), "{refused}");
 }
 
 #[test]

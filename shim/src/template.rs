@@ -47,6 +47,16 @@ pub struct Base {
     pub rootfs: Vec<Mount>,
 }
 
+impl Base {
+    /// Whether it is this template.
+    fn is(&self, template: &TemplateRef) -> bool {
+        let newest = self.template.generation == 0;
+        self.template.id == template.id
+            && self.template.method == template.method
+            && (newest || self.template.generation == template.generation)
+    }
+}
+
 /// The templates that this shim uses. All methods may block.
 pub struct Templates {
     config: Arc<Config>,
@@ -206,10 +216,24 @@ impl Templates {
         tenancy: &Tenancy,
         copy: &[Mount],
     ) -> Result<Dumped> {
-        let writer = self
+        let mut writer = self
             .pool()?
             .begin(key)
             .map_err(pool_error("begin a template"))?;
+        if let Some(origin) = tenancy.seat.template {
+            let shared = self.reader(origin).and_then(|origin| {
+                writer
+                    .share_with(origin)
+                    .map_err(pool_error("share pages with a template"))
+            });
+            if let Err(err) = shared {
+                tracing::warn!(
+                    "A snapshot is stored whole, not beside {}, which it was started from: {}",
+                    origin.id,
+                    err.chain()
+                );
+            }
+        }
         let request = DumpRequest {
             group: tenancy.seat.as_ref(),
             init_pid,

@@ -5,12 +5,15 @@
 mod support;
 
 use std::collections::BTreeSet;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::service::{Service, Template, seated, start_request};
 use support::{Containerd, TRENV, containerd_with, hierarchies};
+use trenv_sandbox_proto as proto;
 
 const NAMES: [&str; 3] = ["ann", "bob", "cid"];
 
@@ -261,6 +264,117 @@ fn a_template_stays_while_a_start_from_it_is_under_way() {
     let none = || stage.standing().is_empty();
     stage.containerd.until("all are evicted", none);
     stage.goes_on(0);
+    stage.end();
+}
+
+#[test]
+fn a_base_is_evicted_after_the_templates_that_share_its_memory() {
+    let settings = format!("[template]\nmemory_floor = {}\n", 1u64 << 60);
+    let Some(stage) = Stage::new("evictbase", &settings) else {
+        return;
+    };
+    stage.start(0, "ann-child", "");
+    let base = &stage.templates[0];
+    let child = stage
+        .service
+        .snapshot_as(&stage.containerd, NAMES[0], "child");
+    let limits = proto::Limits::default();
+    stage
+        .service
+        .prepare_from(&stage.containerd, &child, &limits, Some(base));
+    // The base was made first and is used no more.
+    let last = |template: &Template| {
+        let logs = stage.containerd.logs();
+        logs.rfind(&format!("Evicted {}", template.id))
+    };
+    stage
+        .containerd
+        .until("both are evicted, the base last", || {
+            let (base, child) = (last(base), last(&child));
+            child.is_some() && base > child
+        });
+    assert!(!stage.containerd.logs().contains("No memory is shared"));
+    stage.end();
+}
+
+/// Bytes of memory that can be had.
+fn available() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"));
+    let kilobytes = line.and_then(|line| line.split_whitespace().nth(1));
+    kilobytes.unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// Programs that read a file again and again with less memory than it has, so that they wait for it.
+struct Waiting {
+    group: PathBuf,
+    file: tempfile::NamedTempFile,
+    readers: Vec<Child>,
+}
+
+impl Waiting {
+    fn begin(parent: &Path) -> Self {
+        let group = parent.join("trenv-waiting");
+        std::fs::create_dir(&group).unwrap();
+        let limit = match group.join("memory.max").exists() {
+            true => "memory.max",
+            false => "memory.limit_in_bytes",
+        };
+        std::fs::write(group.join(limit), "16777216").unwrap();
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        std::fs::write(file.path(), vec![1; 256 << 20]).unwrap();
+        let mut waiting = Self {
+            group,
+            file,
+            readers: Vec::new(),
+        };
+        for _ in 0..4 {
+            let script = r#"echo $$ > "$1/cgroup.procs"; while :; do cat "$2" > /dev/null; done"#;
+            let mut reader = Command::new("/bin/sh");
+            reader.args(["-c", script, "sh"]).arg(&waiting.group);
+            reader.arg(waiting.file.path()).process_group(0);
+            waiting.readers.push(reader.spawn().unwrap());
+        }
+        waiting
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        for reader in &mut self.readers {
+            let group = Pid::from_raw(reader.id().cast_signed());
+            let _ = nix::sys::signal::killpg(group, Signal::SIGKILL);
+            let _ = reader.wait();
+        }
+        // The last program may still be on its way out.
+        for _ in 0..100 {
+            if std::fs::remove_dir(&self.group).is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+}
+
+#[test]
+fn templates_go_when_tasks_wait_for_memory() {
+    if !Path::new("/proc/pressure/memory").exists() {
+        eprintln!("SKIPPED: this kernel does not tell when tasks wait for memory");
+        return;
+    }
+    // So that as much is available as shall be, and too little for tasks to wait.
+    let settings = format!("[template]\nmemory_floor = {}\n", available() / 2);
+    let Some(stage) = Stage::new("evictstall", &settings) else {
+        return;
+    };
+    stage.turn(0, "ann-first", "");
+    let waiting = Waiting::begin(stage.zygotes_memory().parent().unwrap());
+    let none = || stage.standing().is_empty();
+    stage.containerd.until("all are evicted", none);
+    drop(waiting);
+    let logs = stage.containerd.logs();
+    assert!(logs.contains("wait for memory"), "{logs}");
+    stage.turn(0, "ann-again", "");
     stage.end();
 }
 

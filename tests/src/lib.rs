@@ -17,6 +17,7 @@ mod machine;
 mod sandboxes;
 mod variants;
 mod wait;
+mod zygotes;
 
 pub use crash::crash;
 pub use http::Reply;
@@ -25,6 +26,7 @@ pub use machine::{Machine, Settings};
 pub use sandboxes::Sandbox;
 pub use variants::SERVER;
 pub use wait::{until, until_some};
+pub use zygotes::PAGE;
 
 /// The sample functions of `functions/stack.yml`.
 pub const SAMPLES: [&str; 4] = ["hello-python", "hello-node", "json-python", "image-node"];

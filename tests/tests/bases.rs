@@ -1,15 +1,11 @@
 //! Functions that are made from a base: what they share, and what they do without it.
 
-use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
-use trenv_tests::{Machine, Settings, until};
+use trenv_tests::{Machine, PAGE, Settings, until};
 
-const PAGE: u64 = 4096;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn image(sample: &str) -> String {
@@ -50,38 +46,19 @@ fn answer(machine: &Machine, name: &str) -> anyhow::Result<Value> {
     Ok(answer)
 }
 
-/// Page frames of the zygote of a template, without those of files.
-fn frames(machine: &Machine, function: &Value) -> anyhow::Result<BTreeSet<u64>> {
-    let id = function["templateId"].as_str().context("no template")?;
-    let group = format!("/zygotes/{}", id.get(..16).context("a short id")?);
-    let belongs = |pid: &i32| {
-        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-        groups.contains(&group)
-    };
-    let pids = machine.leftovers().pids();
-    let pid = pids.into_iter().find(belongs).context("no zygote")?;
-    let map = File::open(format!("/proc/{pid}/pagemap"))?;
-    let mut frames = BTreeSet::new();
-    for line in fs::read_to_string(format!("/proc/{pid}/maps"))?.lines() {
-        let (range, _) = line.split_once(' ').context("no range")?;
-        let (start, end) = range.split_once('-').context("no range")?;
-        let (start, end) = (
-            u64::from_str_radix(start, 16)?,
-            u64::from_str_radix(end, 16)?,
-        );
-        if start >> 47 != 0 {
-            continue;
-        }
-        let mut entries = vec![0; usize::try_from((end - start) / PAGE * 8)?];
-        map.read_exact_at(&mut entries, start / PAGE * 8)?;
-        for entry in entries.chunks_exact(8) {
-            let entry = u64::from_ne_bytes(entry.try_into()?);
-            if entry >> 63 == 1 && entry >> 61 & 1 == 0 {
-                frames.insert(entry & ((1 << 55) - 1));
-            }
-        }
-    }
-    Ok(frames)
+/// Bytes in the pool, and bytes that sharing saves there.
+struct PoolStat {
+    stored: u64,
+    shared: u64,
+}
+
+fn pool_stat(machine: &Machine) -> anyhow::Result<PoolStat> {
+    let stat: Value = serde_json::from_str(&machine.tool("trenv", &["pool", "stat", "--json"])?)?;
+    let bytes = |name: &str| stat[name].as_u64().context("no such figure");
+    Ok(PoolStat {
+        stored: bytes("storedBytes")?,
+        shared: bytes("sharedBytes")?,
+    })
 }
 
 #[test]
@@ -94,13 +71,14 @@ fn ten_functions_of_a_base_need_half_the_memory_of_ten_alone() -> anyhow::Result
     let alone = alone["template"]["imageBytes"]
         .as_u64()
         .context("no image")?;
+    let before = pool_stat(&machine)?.stored;
     let base = machine.deploy("base-python")?;
-    let mut all = frames(&machine, &base)?;
+    let mut all = machine.zygote_frames(&base)?;
     for number in 0..10 {
         let name = format!("f{number}");
         let function = deploy(&machine, &name, "hello-python", "base-python")?;
         ready(&machine, &function, "base-python")?;
-        let own = frames(&machine, &function)?;
+        let own = machine.zygote_frames(&function)?;
         let fresh = own.difference(&all).count();
         println!("{name}: {} pages, {fresh} of its own", own.len());
         all.extend(own);
@@ -116,6 +94,25 @@ fn ten_functions_of_a_base_need_half_the_memory_of_ten_alone() -> anyhow::Result
         images >> 10
     );
     assert!(memory * 2 < images, "{memory} of {images}");
+    let stat = pool_stat(&machine)?;
+    let stored = stat.stored - before;
+    println!(
+        "in the pool {} KiB, and {} KiB of pages that several have are not stored again",
+        stored >> 10,
+        stat.shared >> 10
+    );
+    assert!(stored * 5 < images * 2, "{stored} of {images}");
+    // The base's pages stay as long as a function has them.
+    machine.remove("base-python")?;
+    assert!(
+        stat.stored - pool_stat(&machine)?.stored
+            < base["template"]["storedBytes"].as_u64().unwrap_or(0)
+    );
+    let verified = machine.tool("trenv", &["snapshot", "verify"])?;
+    println!("{verified}");
+    for number in 0..10 {
+        assert_eq!(answer(&machine, &format!("f{number}"))?["intact"], true);
+    }
     machine.stop()
 }
 
@@ -226,6 +223,40 @@ fn a_start_may_copy_the_base_and_load_the_function() -> anyhow::Result<()> {
 }
 
 #[test]
+fn a_function_of_a_base_has_its_own_environment() -> anyhow::Result<()> {
+    let machine = Machine::start()?;
+    for (language, greeting) in [("python", "Good \"morning\""), ("node", "two\nlines=1")] {
+        let (name, base) = (format!("hello-{language}"), format!("base-{language}"));
+        machine.deploy(&base)?;
+        let mut body = json!({ "service": name, "image": image(&name),
+            "annotations": { "dev.trenv.base": base } });
+        let message =
+            || -> anyhow::Result<Value> { Ok(answer(&machine, &name)?["message"].clone()) };
+        body["envVars"] = json!({ "greeting": greeting, "other": "" });
+        ready(&machine, &machine.deploy_as(&body)?, &base)?;
+        assert_eq!(message()?, format!("{greeting}, world!"));
+        // In every instance, whatever a caller asks of it.
+        machine.scale(&name, 2)?;
+        let path = format!("/function/{name}/_/load");
+        let taken = json!({ "environment": { "greeting": "Mine" } });
+        let refused = machine.request("POST", &path, Some(&taken))?;
+        ensure!(
+            refused.status == 404,
+            "{} {}",
+            refused.status,
+            refused.text()
+        );
+        assert_eq!(message()?, format!("{greeting}, world!"));
+        // By a method that has the first call load it, a start is one of its own snapshot.
+        body["annotations"]["dev.trenv.start-method"] = json!("copy-base");
+        machine.deploy_as(&body)?;
+        machine.scale(&name, 0)?;
+        assert_eq!(message()?, format!("{greeting}, world!"));
+    }
+    machine.stop()
+}
+
+#[test]
 fn what_cannot_be_made_from_a_base_is_told() -> anyhow::Result<()> {
     let machine = Machine::start()?;
     let refused = |body: &Value| -> anyhow::Result<String> {
@@ -241,9 +272,9 @@ fn what_cannot_be_made_from_a_base_is_told() -> anyhow::Result<()> {
     let told = refused(&with_base("base-go"))?;
     ensure!(told.contains("base-go is not deployed"), "{told}");
     let mut other = with_base("base-python");
-    other["envVars"] = json!({ "colour": "blue" });
+    other["envVars"] = json!({ "exec_timeout": "3s" });
     let told = refused(&other)?;
-    ensure!(told.contains("variable colour"), "{told}");
+    ensure!(told.contains("variable exec_timeout"), "{told}");
     let mut plain = with_base("base-python");
     plain["image"] = json!(image("base-python"));
     // There is nothing to load in it.

@@ -14,7 +14,7 @@ use trenv_config::Config;
 use super::saved::Saved;
 use super::spec;
 use super::streams::Attached;
-use crate::containerd::{Containerd, Streams};
+use crate::containerd::{Containerd, Streams, wire};
 use crate::shim::Shim;
 
 /// Signals that the program gets in this command's stead.
@@ -112,7 +112,7 @@ async fn start(
     request.method = method.to_owned();
     request.template_id.clone_from(&saved.template);
     request.generation = saved.generation;
-    request.rootfs = mounts;
+    request.rootfs = wire(mounts);
     let shim = Shim::connect(config, &containerd.namespace).await?;
     shim.repurpose(request).await?;
     // So that containerd tells what runs there, and the program can be snapshotted again.

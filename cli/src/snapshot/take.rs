@@ -7,7 +7,7 @@ use trenv_sandbox_proto as proto;
 
 use super::saved::{Saved, labels, new_layer, record_id};
 use super::spec;
-use crate::containerd::{Container, Containerd, RUNTIME};
+use crate::containerd::{Container, Containerd, RUNTIME, wire};
 use crate::shim::Shim;
 use crate::table::bytes;
 
@@ -144,7 +144,7 @@ impl Take<'_> {
         // One that was given up may have left it.
         self.containerd.remove_layer(&layer).await?;
         let beside = &self.record.snapshot_key;
-        let copy = self.containerd.prepare_beside(&layer, beside).await?;
+        let copy = wire(self.containerd.prepare_beside(&layer, beside).await?);
         let taken = match self.shim.snapshot(&self.record.id, key, copy).await {
             Ok(taken) => taken,
             Err(err) => {

@@ -3,8 +3,8 @@
 The module named by the first argument defines handle(body, query), which returns bytes, text or a
 value for JSON. It is imported, and so initialised, before the socket listens: whoever can connect
 meets a function that is ready. Where there is no such module this is a base, from whose snapshot
-functions start: the module of such a function is imported when GET /_/load asks for it, or by the
-first call.
+functions start: the module of such a function is imported when /_/load asks for it, or by the first
+call. Asked by POST, it takes environment variables of the function's own over first.
 
 A function started from a snapshot pays for every page that its first call touches. So this server
 is small: a few threads that wait in accept() and serve what they get themselves, no thread made for
@@ -18,6 +18,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from urllib.parse import parse_qsl
 
 THREADS = int(os.environ.get("threads", "2"))
@@ -115,10 +116,12 @@ class Server:
         self.lock = threading.Lock()
         self.busy = 0
 
-    def load(self):
+    def load(self, variables=b""):
         """Imports the handler of a function that was started from a base."""
         with self.loading:
             if self.handle is None:
+                if variables:
+                    adopt(json.loads(variables)["environment"])
                 importlib.invalidate_caches()
                 handle = importlib.import_module(self.module).handle
                 settle()
@@ -128,9 +131,10 @@ class Server:
     def call(self, target, body):
         path, _, query = target.partition("?")
         try:
-            handle = self.handle or self.load()
             if path == LOAD:
+                self.load(body)
                 return 200, "loaded\n"
+            handle = self.handle or self.load()
             return 200, handle(body, dict(parse_qsl(query)) if query else {})
         except Exception as error:  # The caller gets to see what went wrong, the log too.
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -165,6 +169,16 @@ class Server:
                 stream.close()
                 with self.lock:
                     self.busy -= 1
+
+
+def adopt(variables):
+    """Sets environment variables; one without a value is removed."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    time.tzset()
 
 
 def rehearse():

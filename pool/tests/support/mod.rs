@@ -1,7 +1,7 @@
 //! Pages and templates for the tests.
 #![allow(dead_code, clippy::unwrap_used)]
 
-use trenv_pool::{PAGE_SIZE, Pool, TemplateInfo, TemplateReader};
+use trenv_pool::{PAGE_SIZE, Pool, TemplateInfo, TemplateReader, TemplateWriter};
 
 /// A page whose every word depends on its seed; zeros for seed 0.
 pub fn page(seed: u32) -> Vec<u8> {
@@ -10,7 +10,18 @@ pub fn page(seed: u32) -> Vec<u8> {
 }
 
 pub fn store(pool: &Pool, key: &str, seeds: &[u32]) -> TemplateInfo {
+    fill(pool.begin(key).unwrap(), key, seeds)
+}
+
+/// [`store`], without the pages that `base` has.
+pub fn store_beside(pool: &Pool, key: &str, seeds: &[u32], base: &TemplateInfo) -> TemplateInfo {
     let mut writer = pool.begin(key).unwrap();
+    let base = pool.template(&base.id, Some(base.generation)).unwrap();
+    writer.share_with(base).unwrap();
+    fill(writer, key, seeds)
+}
+
+fn fill(mut writer: TemplateWriter, key: &str, seeds: &[u32]) -> TemplateInfo {
     for seed in seeds {
         writer.page(&page(*seed)).unwrap();
     }

@@ -3,8 +3,10 @@
 //!
 //! Such a function is not run from its image's command. An instance of the base is started in the
 //! function's layers, loads the handler and is dumped: so the function's memory has the base's layout
-//! and most of its pages, and the shim keeps these once for all functions of the base.
+//! and most of its pages, and the shim keeps these once for all functions of the base. Environment
+//! variables of the function's own are handed over when it loads the handler.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -16,6 +18,45 @@ use super::{
 
 /// The annotation that names a function's base.
 pub const BASE_ANNOTATION: &str = "dev.trenv.base";
+
+/// Variables that a runtime, its loader or the watchdog reads when it starts. A base has done so.
+const READ_AT_START: [&str; 29] = [
+    "HOST",
+    "LANG",
+    "LANGUAGE",
+    "PORT",
+    "UV_THREADPOOL_SIZE",
+    "buffer_http",
+    "cgi_headers",
+    "combine_output",
+    "content_type",
+    "exec_timeout",
+    "fprocess",
+    "function_process",
+    "hard_timeout",
+    "healthcheck_interval",
+    "http_buffer_req_body",
+    "http_upstream_url",
+    "log_buffer_size",
+    "max_inflight",
+    "metrics_port",
+    "mode",
+    "port",
+    "prefix_logs",
+    "read_timeout",
+    "ready_path",
+    "suppress_lock",
+    "threads",
+    "upstream_url",
+    "write_debug",
+    "write_timeout",
+];
+/// How the names of more of them begin.
+const READ_AT_START_BEGIN: [&str; 6] = ["GLIBC_", "LC_", "LD_", "MALLOC_", "NODE_", "PYTHON"];
+
+/// Variables by which a function's environment differs from its base's; those without a value are
+/// the base's alone.
+pub type Variables = BTreeMap<String, Option<String>>;
 
 /// The template that a function's own was made from, as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +74,11 @@ pub struct Base {
 }
 
 impl Base {
+    /// What a function of it has in its environment otherwise.
+    pub fn variables_of(&self, function: &Revision) -> Variables {
+        variables(&function.record.process, &self.revision.record.process)
+    }
+
     /// What is stored of it.
     pub fn record(&self) -> BaseTemplate {
         BaseTemplate {
@@ -55,13 +101,14 @@ impl Source {
     /// What starts of `revision`, whose template is `template`, use by `method`.
     pub fn of(revision: &Arc<Revision>, template: &Template, method: StartMethod) -> Self {
         match (method, revision.base()) {
-            (StartMethod::CopyBase, Some(base)) => Self {
+            // Nobody hands anything over to what the first call loads.
+            (StartMethod::CopyBase, Some(base)) if base.variables_of(revision).is_empty() => Self {
                 owner: base.revision,
                 template: base.template,
                 method: StartMethod::Copy,
             },
-            // Its base is another one by now: what it would be with it is in its own template.
-            (StartMethod::CopyBase, None) => Self::of(revision, template, StartMethod::Copy),
+            // Or its base is another one by now: what it would be with it is in its own template.
+            (StartMethod::CopyBase, _) => Self::of(revision, template, StartMethod::Copy),
             _ => Self {
                 owner: Arc::clone(revision),
                 template: template.clone(),
@@ -184,12 +231,29 @@ fn difference(function: &Process, base: &Process) -> Option<String> {
     if user(function) != user(base) {
         return differ("user", &user(function), &user(base));
     }
-    let missing = |of: &Process, from: &Process| {
-        let entry = of.env.iter().find(|entry| !from.env.contains(entry));
-        let name = entry.and_then(|entry| entry.split('=').next());
-        name.map(|name| format!("the variable {name} of its environment is not the base's"))
-    };
-    missing(function, base).or_else(|| missing(base, function))
+    let fixed = variables(function, base).into_keys().find(|name| {
+        let begins = |start: &&str| name.starts_with(*start);
+        READ_AT_START.contains(&name.as_str()) || READ_AT_START_BEGIN.iter().any(begins)
+    });
+    fixed.map(|name| {
+        format!("the variable {name}, which is read before a function is loaded, is not the base's")
+    })
+}
+
+fn variables(function: &Process, base: &Process) -> Variables {
+    let (own, theirs) = (pairs(function), pairs(base));
+    let mut all: Variables = theirs.keys().map(|name| (name.to_string(), None)).collect();
+    all.extend(
+        own.iter()
+            .map(|(name, value)| (name.to_string(), Some(value.to_string()))),
+    );
+    all.retain(|name, value| theirs.get(name.as_str()).copied() != value.as_deref());
+    all
+}
+
+fn pairs(process: &Process) -> BTreeMap<&str, &str> {
+    let entries = process.env.iter();
+    entries.filter_map(|entry| entry.split_once('=')).collect()
 }
 
 #[cfg(test)]
@@ -208,15 +272,34 @@ mod tests {
         let mut other = base.clone();
         other.env.reverse();
         assert_eq!(difference(&other, &base), None);
-        other.env.push("SECRET=3".into());
-        for (one, two) in [(&other, &base), (&base, &other)] {
-            let told = difference(one, two).unwrap();
-            assert!(told.contains("SECRET") && !told.contains('3'), "{told}");
+        for name in ["exec_timeout", "PYTHONPATH"] {
+            let mut other = base.clone();
+            other.env.push(format!("{name}=3"));
+            for (one, two) in [(&other, &base), (&base, &other)] {
+                let told = difference(one, two).unwrap();
+                assert!(told.contains(name) && !told.contains('3'), "{told}");
+            }
         }
         let user = Process {
             uid: 7,
             ..base.clone()
         };
         assert!(difference(&user, &base).unwrap().contains("user"));
+    }
+
+    #[test]
+    fn variables_of_its_own_are_those_that_the_base_has_not() {
+        let process = |env: &[&str]| Process {
+            env: env.iter().map(ToString::to_string).collect(),
+            ..Process::default()
+        };
+        let base = process(&["A=1", "B=2", "C=3"]);
+        let function = process(&["C=3", "D=x=y", "B=4"]);
+        assert_eq!(difference(&function, &base), None);
+        let own = variables(&function, &base);
+        let expected = [("A", None), ("B", Some("4")), ("D", Some("x=y"))];
+        let expected = expected.map(|(name, value)| (name.to_owned(), value.map(str::to_owned)));
+        assert_eq!(own, Variables::from(expected));
+        assert!(variables(&base, &base).is_empty());
     }
 }

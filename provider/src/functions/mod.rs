@@ -17,7 +17,7 @@ mod revision;
 mod start_method;
 mod store;
 
-pub use base::{Base, BaseTemplate, Source};
+pub use base::{Base, BaseTemplate, Source, Variables};
 pub use deployment::{Deployment, Limits, check_name};
 pub use key::{KeyParts, function_key, template_key};
 pub use process::Process;

@@ -26,7 +26,7 @@ impl Host {
         let (start, steps) = self.restore(sandbox, revision, &source, Some("")).await?;
         let tenancy = start.tenancy.clone();
         self.record_serving(sandbox, revision, start);
-        if let Err(reason) = self.load_handler(revision, address).await {
+        if let Err(reason) = self.load_handler(revision, base, address).await {
             let said = self.logs().last_words(sandbox);
             self.destroy(sandbox, Some(&tenancy)).await;
             let reason = match said {
@@ -42,8 +42,14 @@ impl Host {
         })
     }
 
-    async fn load_handler(&self, revision: &Revision, address: SocketAddr) -> Result<(), String> {
-        load(address, self.ready_timeout()).await?;
+    async fn load_handler(
+        &self,
+        revision: &Revision,
+        base: &Base,
+        address: SocketAddr,
+    ) -> Result<(), String> {
+        let variables = base.variables_of(revision);
+        load(address, &variables, self.ready_timeout()).await?;
         let path = revision.record.ready_path.as_deref();
         if path.is_some() {
             wait_ready(address, path, self.ready_timeout()).await?;

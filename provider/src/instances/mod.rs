@@ -25,6 +25,7 @@ mod tests;
 pub use guard::Guard;
 pub use host::{HOUSEKEEPING_PAUSE, Host, OWNER_LABEL, owner_labels, read_address, refill_spares};
 pub use ops::{ColdStart, ParkedStart, SandboxOps, SandboxRef, StartError};
+pub use ready::LOAD_PATH;
 use ready::wait_ready;
 pub use scheduler::{Scheduler, SchedulerOptions};
 pub use table::Connection;

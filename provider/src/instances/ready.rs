@@ -4,16 +4,19 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use axum::body::Body;
-use http::{Request, Response, StatusCode};
+use http::header::CONTENT_TYPE;
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
+use crate::functions::Variables;
+
 const HEALTH_PATH: &str = "/_/health";
 /// What a base answers with 200 once the function in its root is loaded.
-const LOAD_PATH: &str = "/_/load";
+pub const LOAD_PATH: &str = "/_/load";
 /// Bytes of its reason when it cannot.
 const MOST_SAID: usize = 4096;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -72,20 +75,25 @@ pub async fn wait_ready(
 }
 
 /// Has what was started from a base load the function that its root holds; returns when it has.
+/// `variables` are for its environment.
 ///
 /// # Errors
 /// A sentence that says what the base answered.
-pub async fn load(address: SocketAddr, limit: Duration) -> Result<(), String> {
+pub async fn load(
+    address: SocketAddr,
+    variables: &Variables,
+    limit: Duration,
+) -> Result<(), String> {
     let deadline = Instant::now() + limit;
     let seconds = limit.as_secs();
     let mut seen = "nothing listened on its port 8080".to_owned();
     while Instant::now() < deadline {
-        let asked = tokio::time::timeout_at(deadline, ask_to_load(address)).await;
+        let asked = tokio::time::timeout_at(deadline, ask_to_load(address, variables)).await;
         match asked {
             Ok(Some((StatusCode::OK, _))) => return Ok(()),
             Ok(Some((StatusCode::NOT_FOUND, _))) => {
                 return Err(format!(
-                    "its base does not know GET {LOAD_PATH}, by which it loads a function"
+                    "its base does not know {LOAD_PATH}, by which it loads a function"
                 ));
             }
             // A watchdog or a server that is not there yet.
@@ -107,9 +115,19 @@ pub async fn load(address: SocketAddr, limit: Duration) -> Result<(), String> {
     ))
 }
 
-async fn ask_to_load(address: SocketAddr) -> Option<(StatusCode, String)> {
+async fn ask_to_load(address: SocketAddr, variables: &Variables) -> Option<(StatusCode, String)> {
     let stream = TcpStream::connect(address).await.ok()?;
-    get(stream, address, LOAD_PATH, |answer| async move {
+    let request = match variables.is_empty() {
+        true => request(Method::GET, address, LOAD_PATH, Body::empty())?,
+        false => {
+            let body = serde_json::json!({ "environment": variables }).to_string();
+            let mut request = request(Method::POST, address, LOAD_PATH, body.into())?;
+            let json = HeaderValue::from_static("application/json");
+            request.headers_mut().insert(CONTENT_TYPE, json);
+            request
+        }
+    };
+    ask(stream, request, |answer| async move {
         let status = answer.status();
         let body = Limited::new(answer.into_body(), MOST_SAID).collect().await;
         let said = body.map(|body| body.to_bytes()).unwrap_or_default();
@@ -118,21 +136,25 @@ async fn ask_to_load(address: SocketAddr) -> Option<(StatusCode, String)> {
     .await
 }
 
+fn request(method: Method, address: SocketAddr, path: &str, body: Body) -> Option<Request<Body>> {
+    Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", address.to_string())
+        .header("connection", "close")
+        .header("user-agent", "trenv-readiness")
+        .body(body)
+        .ok()
+}
+
 /// Asks over a connection of its own, which is closed when `read` has what it wants of the answer.
-async fn get<T, F: Future<Output = T>>(
+async fn ask<T, F: Future<Output = T>>(
     stream: TcpStream,
-    address: SocketAddr,
-    path: &str,
+    request: Request<Body>,
     read: impl FnOnce(Response<Incoming>) -> F,
 ) -> Option<T> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
-        .ok()?;
-    let request = Request::get(path)
-        .header("host", address.to_string())
-        .header("connection", "close")
-        .header("user-agent", "trenv-readiness")
-        .body(Body::empty())
         .ok()?;
     // Both run here, so that the connection is closed when the check is over.
     let (answer, _) = futures::join!(
@@ -150,11 +172,16 @@ async fn probe(address: SocketAddr, path: Option<&str>) -> Probe {
     let Ok(Ok(stream)) = connected else {
         return Probe::Refused;
     };
-    let path_asked = path.unwrap_or(HEALTH_PATH);
-    let ask = get(stream, address, path_asked, |answer| async move {
-        answer.status()
-    });
-    match tokio::time::timeout(ANSWER_TIMEOUT, ask).await {
+    let Some(request) = request(
+        Method::GET,
+        address,
+        path.unwrap_or(HEALTH_PATH),
+        Body::empty(),
+    ) else {
+        return Probe::Silent;
+    };
+    let asked = ask(stream, request, |answer| async move { answer.status() });
+    match tokio::time::timeout(ANSWER_TIMEOUT, asked).await {
         Ok(Some(StatusCode::OK)) => Probe::Answer,
         // A watchdog that is starting says so; a path named by the user must answer 200.
         Ok(Some(StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS)) => Probe::NotYet,
@@ -211,16 +238,21 @@ mod tests {
             "HTTP/1.1 500 No\r\ncontent-length: 9\r\nconnection: close\r\n\r\nNameError";
         let limit = Duration::from_secs(5);
         let address = serve(vec![BUSY, OK]).await;
-        assert_eq!(load(address, limit).await, Ok(()));
+        assert_eq!(load(address, &Variables::new(), limit).await, Ok(()));
         let address = serve(vec![BROKEN]).await;
         assert!(
-            load(address, limit)
+            load(address, &Variables::new(), limit)
                 .await
                 .unwrap_err()
                 .contains("NameError")
         );
         let address = serve(vec![MISSING]).await;
-        assert!(load(address, limit).await.unwrap_err().contains(LOAD_PATH));
+        assert!(
+            load(address, &Variables::new(), limit)
+                .await
+                .unwrap_err()
+                .contains(LOAD_PATH)
+        );
     }
 
     #[tokio::test]

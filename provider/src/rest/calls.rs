@@ -10,6 +10,7 @@ use http::{HeaderName, HeaderValue};
 use super::Service;
 use crate::error::ApiError;
 use crate::functions::{Function, FunctionName};
+use crate::instances::LOAD_PATH;
 use crate::proxy::status_of;
 
 const PREFIX: &str = "/function/";
@@ -25,6 +26,13 @@ pub(super) async fn call(State(service): State<Arc<Service>>, mut request: Reque
         ))
         .into_response();
     };
+    // Of the provider alone: it says what the function's environment is.
+    if rest == LOAD_PATH && function.current().record.base.is_some() {
+        return ApiError::not_found(format!(
+            "{LOAD_PATH} of {name} is not for callers: its base is asked once, when it is deployed"
+        ))
+        .into_response();
+    }
     let target = match request.uri().query() {
         Some(query) => format!("{rest}?{query}"),
         None => rest.to_owned(),

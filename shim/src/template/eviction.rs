@@ -4,8 +4,9 @@
 //! What goes is what was made for a template and start method: zygote, image, seats with the clones
 //! that wait in them. The one that was started from longest ago goes first, and none while a start,
 //! or anything else, uses it: whoever uses a [`Standing`] holds a reference that was taken under the
-//! lock of the table of all, so that one which only the table holds is nobody's. Instances keep the
-//! pages that they share with a zygote, and go on.
+//! lock of the table of all, so that one which only the table holds is nobody's. Nor does a base go
+//! before the templates whose zygotes were made from its own: they share its pages, so that none would
+//! be free. Instances keep the pages that they share with a zygote, and go on.
 //!
 //! There is room to be made before a zygote is built ([`Templates::make_room`]) and whenever memory
 //! gets short ([`guard_memory`]), looked at off the call's path.
@@ -18,7 +19,7 @@ use trenv_pool::{Source, TemplateReader};
 
 use super::pressure::{Stalls, available};
 use super::standing::Standing;
-use super::{Templates, lock};
+use super::{Base, Templates, lock};
 use crate::sandbox::Sandboxes;
 
 /// How often what is available is looked at.
@@ -123,14 +124,18 @@ impl Templates {
         }
     }
 
-    /// Evicts the template that was started from longest ago; `false` when none can be.
+    /// Evicts, of the templates that nothing needs, the one that was started from longest ago; `false`
+    /// when there is none.
     pub fn evict(&self, reason: &Reason, spare_last: bool) -> bool {
         let (template, standing) = {
             let mut all = lock(&self.standing);
             let used = |standing: &Arc<Standing>| *lock(&standing.last_used);
             let last = all.values().map(used).max().filter(|_| spare_last);
-            let unused = all.iter().filter(|(_, standing)| {
-                Arc::strong_count(standing) == 1 && Some(used(standing)) != last
+            let bases: Vec<&Base> = all.values().filter_map(|one| one.base.as_ref()).collect();
+            let unused = all.iter().filter(|(template, standing)| {
+                Arc::strong_count(standing) == 1
+                    && Some(used(standing)) != last
+                    && !bases.iter().any(|base| base.is(template))
             });
             let oldest = unused.min_by_key(|(_, standing)| used(standing));
             let Some(oldest) = oldest.map(|(template, _)| *template) else {

@@ -88,10 +88,15 @@ impl Service {
 
     /// Snapshots the cold function of a sandbox, which is idle afterwards.
     pub fn snapshot(&self, containerd: &Containerd, sandbox: &str) -> Template {
+        self.snapshot_as(containerd, sandbox, sandbox)
+    }
+
+    /// Snapshots the function of a sandbox, under another key than the sandbox's.
+    pub fn snapshot_as(&self, containerd: &Containerd, sandbox: &str, key: &str) -> Template {
         let request = proto::SnapshotRequest {
-            request_id: format!("snapshot-{sandbox}"),
+            request_id: format!("snapshot-{key}"),
             sandbox_id: sandbox.into(),
-            key: sandbox.into(),
+            key: key.into(),
             ..proto::SnapshotRequest::default()
         };
         let done = self
@@ -105,7 +110,25 @@ impl Service {
     }
 
     pub fn prepare(&self, containerd: &Containerd, template: &Template, limits: &proto::Limits) {
+        self.prepare_from(containerd, template, limits, None);
+    }
+
+    /// Has the zygote of a template made, from that of a base if there is one.
+    pub fn prepare_from(
+        &self,
+        containerd: &Containerd,
+        template: &Template,
+        limits: &proto::Limits,
+        base: Option<&Template>,
+    ) {
+        let base = base.map(|base| proto::Base {
+            template_id: base.id.clone(),
+            generation: base.generation,
+            rootfs: active(containerd, "view"),
+            ..proto::Base::default()
+        });
         let request = proto::PrepareRequest {
+            base: base.into(),
             request_id: format!("prepare-{}", template.id),
             template_id: template.id.clone(),
             generation: template.generation,

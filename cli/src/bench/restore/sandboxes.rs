@@ -14,9 +14,10 @@ use trenv_sandbox_proto as proto;
 use ttrpc::context::with_duration;
 
 use super::super::memory;
-use super::containerd::Containerd;
+use super::containerd::{self, Containerd};
 use super::figures::Subject;
 use super::{RestoreOptions, spec, subject};
+use crate::containerd::wire;
 use crate::shim::connect;
 
 /// Names the template; the same one again replaces it, should a run have left it.
@@ -79,7 +80,7 @@ pub type Timed = Vec<(String, Duration)>;
 impl Place {
     pub async fn open(config: &Config, namespace: &str) -> anyhow::Result<Self> {
         Ok(Self {
-            containerd: Containerd::connect(config, namespace).await?,
+            containerd: containerd::connect(config, namespace).await?,
             namespace: namespace.to_owned(),
             address_file: config.shim_address_file(namespace),
             logs: config.run_dir.join(format!("{namespace}-logs")),
@@ -91,7 +92,7 @@ impl Place {
     pub async fn clear(&self) -> anyhow::Result<()> {
         // The template first: without a sandbox there is no shim.
         let forgotten = self.delete_template().await;
-        let removed = self.containerd.remove_all().await;
+        let removed = containerd::remove_all(&self.containerd).await;
         match fs::remove_dir_all(&self.logs) {
             Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
                 return Err(err)
@@ -126,7 +127,10 @@ impl Place {
         let mut arguments = vec![format!("/{PROGRAM}")];
         arguments.extend(subject::arguments(options.mb, options.threads));
         let spec = spec::running(&tenancy, &arguments);
-        let rootfs = self.containerd.prepare(&tenancy, PROGRAM_LAYER).await?;
+        let rootfs = self
+            .containerd
+            .prepare_layer(&tenancy, PROGRAM_LAYER)
+            .await?;
         self.run(FIRST, &spec, &rootfs).await?;
         self.wait_until_ready().await?;
         let shim = connect(&self.address_file).await?.with_context(|| {
@@ -143,9 +147,9 @@ impl Place {
         };
         let made = shim.snapshot(with_duration(CALL), &request).await;
         let made = made.context("The benchmark's program was not snapshotted")?;
-        self.containerd.commit(&tenancy, LAYER).await?;
-        let view = self.containerd.view(VIEW, LAYER).await?;
-        let view = wire(&view);
+        self.containerd.commit_layer(LAYER, &tenancy).await?;
+        let view = self.containerd.view_layer(VIEW, LAYER).await?;
+        let view = wire(view);
         let request = proto::PrepareRequest {
             request_id: self.unique("prepare"),
             template_id: made.template_id.clone(),
@@ -185,7 +189,7 @@ impl Place {
     /// A layer with nothing but this very program.
     async fn make_program_layer(&self) -> anyhow::Result<()> {
         let key = self.unique("program");
-        let mounts = self.containerd.prepare(&key, "").await?;
+        let mounts = self.containerd.prepare_layer(&key, "").await?;
         let [mount] = mounts.as_slice() else {
             bail!(
                 "containerd mounts an empty snapshot by {} mounts, not one; use another containerd.snapshotter",
@@ -202,7 +206,7 @@ impl Place {
         fs::copy("/proc/self/exe", &target)
             .and_then(|_| fs::set_permissions(&target, fs::Permissions::from_mode(0o755)))
             .with_context(|| format!("Failed to copy this program to {}", target.display()))?;
-        self.containerd.commit(&key, PROGRAM_LAYER).await
+        self.containerd.commit_layer(PROGRAM_LAYER, &key).await
     }
 
     async fn run(
@@ -212,7 +216,7 @@ impl Place {
         rootfs: &[types::Mount],
     ) -> anyhow::Result<()> {
         let output = format!("file://{}", self.log(id).display());
-        self.containerd.run(id, spec, rootfs, &output).await
+        containerd::run(&self.containerd, id, spec, rootfs, &output).await
     }
 
     async fn wait_until_ready(&self) -> anyhow::Result<()> {
@@ -273,7 +277,7 @@ impl Stage {
     /// Makes the root of a tenancy to come: a writable snapshot, mounted ahead by the shim.
     pub async fn make_root(&self) -> anyhow::Result<Root> {
         let key = self.place.unique("tenancy");
-        let mounts = wire(&self.place.containerd.prepare(&key, LAYER).await?);
+        let mounts = wire(self.place.containerd.prepare_layer(&key, LAYER).await?);
         let request = proto::StageRequest {
             request_id: self.place.unique("stage"),
             template_id: self.template.clone(),
@@ -328,7 +332,7 @@ impl Stage {
         if answer.root_kept {
             return Ok((took, steps, Some(root)));
         }
-        self.place.containerd.remove_snapshot(&root.key).await?;
+        self.place.containerd.remove_layer(&root.key).await?;
         Ok((took, steps, None))
     }
 }
@@ -337,18 +341,5 @@ fn timed(steps: Vec<proto::Step>) -> Timed {
     let steps = steps.into_iter();
     steps
         .map(|step| (step.name, Duration::from_micros(step.microseconds)))
-        .collect()
-}
-
-fn wire(mounts: &[types::Mount]) -> Vec<proto::Mount> {
-    let mounts = mounts.iter().cloned();
-    mounts
-        .map(|mount| proto::Mount {
-            type_: mount.r#type,
-            source: mount.source,
-            target: mount.target,
-            options: mount.options,
-            ..Default::default()
-        })
         .collect()
 }
