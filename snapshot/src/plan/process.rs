@@ -57,9 +57,10 @@ pub struct Own {
     limits: Vec<(u64, u64)>,
     core_filter: u32,
     capabilities: u64,
-    /// The kernel takes a process into the time namespace of its children when it executes a program
-    /// (fs/exec.c, exec_task_namespaces; from 6.2).
-    exec_enters_clock: bool,
+    /// A process that shares memory with its parent enters the time namespace which that has made when
+    /// it executes a program (fs/exec.c, exec_task_namespaces; from 6.2). Earlier kernels make no such
+    /// process there: clone(2) ends with EINVAL.
+    clock_waits_for_exec: bool,
     /// Whether the numbers of POSIX timers can be chosen here.
     chosen_timers: bool,
 }
@@ -191,7 +192,9 @@ pub fn program_of(
     let mut program = Program::default();
     if index == 0 {
         program.verb(verb::MARK, [mark::RUNS]);
-        program.verb(verb::MAKE_CLOCK, [tree.manifest.monotonic]);
+        if tree.own.clock_waits_for_exec {
+            program.verb(verb::MAKE_CLOCK, [tree.manifest.monotonic]);
+        }
         // Open files may lie there.
         files::fill_tmpfs(tree.manifest, region, &mut program);
         tree.shared.fill_tmpfs(tree, region, &mut program);
@@ -253,9 +256,6 @@ pub fn capsule_program(
 ) -> (Program, Vec<memory::Copy>, u64) {
     let process = tree.process(index);
     let mut program = Program::default();
-    if !tree.own.exec_enters_clock {
-        program.verb(verb::ENTER_CLOCK, []);
-    }
     bound(index, tree, region, &mut program);
     // Above everything that `files::make` has made.
     let exe = tree.control + fd::OBJECTS + tree.manifest.objects.len() as u64;
@@ -553,7 +553,7 @@ impl Own {
                 .and_then(|text| u32::from_str_radix(text.trim(), 16).ok())
                 .ok_or_else(|| PlanError::Unsupported("/proc tells no core dump filter".into()))?,
             capabilities,
-            exec_enters_clock: kernel_is_from(6, 2),
+            clock_waits_for_exec: kernel_is_from(6, 2),
             chosen_timers: crate::dump::timers::ids_can_be_chosen(),
         })
     }
