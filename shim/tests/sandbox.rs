@@ -201,17 +201,18 @@ fn a_client_that_goes_away_during_a_creation_leaves_no_shim() {
     };
     for pause_ms in (0..300).step_by(12) {
         let id = format!("i{pause_ms}");
-        let arguments = [
-            "run",
-            "-d",
+        // ctr mounts the root for a moment when it makes the record; that is not to be cut off.
+        containerd.ctr(&[
+            "container",
+            "create",
             "--runtime",
             TRENV,
             "--annotation",
             IDLE,
             IMAGE,
             &id,
-        ];
-        let mut client = containerd.command(&arguments);
+        ]);
+        let mut client = containerd.command(&["task", "start", "-d", &id]);
         let mut client = client.process_group(0).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(pause_ms));
         let group = Pid::from_raw(client.id().cast_signed());
