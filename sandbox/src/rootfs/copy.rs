@@ -272,7 +272,7 @@ mod tests {
         let whiteout = upper.join("gone");
         let none = rustix::fs::makedev(0, 0);
         let device = FileType::CharacterDevice;
-        rustix::fs::mknodat(&upper_fd(&upper), c"gone", device, Mode::empty(), none).unwrap();
+        rustix::fs::mknodat(upper_fd(&upper), c"gone", device, Mode::empty(), none).unwrap();
         rustix::fs::lsetxattr(
             upper.join("a"),
             c"trusted.overlay.opaque",

@@ -11,6 +11,12 @@ use nix::libc;
 
 use super::{DumpError, gone, proc_text, process};
 use crate::TaskGroup;
+use crate::manifest::PAGE;
+
+/// In the name of a function of the kernel in which a sleep waits.
+const SLEEPING: [&str; 3] = ["sleep", "syscall", "sys_call"];
+/// The least of the negative numbers of clocks, for the highest process id there can be.
+const NEGATIVE: u32 = 0xf800_0000;
 
 /// Calls that go on by restart_syscall, by thread.
 #[derive(Debug, Default)]
@@ -71,18 +77,22 @@ fn number(waits_in: &str, first: u64) -> Option<u64> {
     let number = match waits_in {
         poll if poll.contains("poll") => libc::SYS_poll,
         futex if futex.contains("futex") => libc::SYS_futex,
-        // Functions of sleep are left out where they wait, so that their caller may be told. A clock's
-        // number is small, or negative as an int; no time lies there.
-        sleep if ["sleep", "syscall"].iter().any(|part| sleep.contains(part)) => {
-            match i32::try_from(first.cast_signed()).is_ok() || first >> 32 == 0 {
-                true => libc::SYS_clock_nanosleep,
-                false => libc::SYS_nanosleep,
-            }
-        }
+        // Functions of sleep are left out where they wait, so that their caller may be told.
+        sleep if SLEEPING.iter().any(|part| sleep.contains(part)) => match is_clock(first) {
+            true => libc::SYS_clock_nanosleep,
+            false => libc::SYS_nanosleep,
+        },
         // It is stopped.
         _ => return None,
     };
     Some(number.cast_unsigned())
+}
+
+/// Whether an argument is the number of a clock and no address: a small one, or a negative int for that
+/// of a process or a file (kernel: include/linux/posix-timers_types.h).
+fn is_clock(argument: u64) -> bool {
+    let negative = matches!(argument >> 32, 0 | 0xffff_ffff) && argument as u32 >= NEGATIVE;
+    argument < PAGE || negative
 }
 
 #[cfg(test)]
@@ -95,7 +105,11 @@ mod tests {
         assert_eq!(number("poll_schedule_timeout.constprop.0", stack), Some(7));
         assert_eq!(number("futex_do_wait", stack), Some(202));
         assert_eq!(number("do_syscall_64", stack), Some(35));
+        assert_eq!(number("do_syscall_64", 0x1e77_c040), Some(35));
         assert_eq!(number("hrtimer_nanosleep_restart", 1), Some(230));
+        let of_process = -42 << 3 | 2;
+        assert_eq!(number("do_syscall_64", of_process as u64), Some(230));
+        assert_eq!(number("do_syscall_64", of_process as u32 as u64), Some(230));
         assert_eq!(number("0", stack), None, "it runs");
         assert_eq!(number("do_signal_stop", stack), None);
     }
