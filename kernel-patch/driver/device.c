@@ -20,6 +20,7 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/xarray.h>
 
 #include "pseudo_mm.h"
 
@@ -83,6 +84,12 @@ static void pmm_poison_areas(struct mm_struct *mm, struct pmm_device *device)
 
 	mmap_write_lock(mm);
 	for_each_vma(vmi, vma) {
+		/*
+		 * A fork that was broken off leaves this mark in newer kernels. What is
+		 * behind it belongs to the parent.
+		 */
+		if (xa_is_zero(vma))
+			break;
 		if (!pmm_vma_is_template(vma))
 			continue;
 		if (pmm_template_of(vma->vm_file)->device != device)
