@@ -138,13 +138,19 @@ static int pmm_read_page(const struct pmm_device *device, unsigned long device_p
 	return err;
 }
 
-static int pmm_write_page(unsigned long address, void *buffer)
+/*
+ * Not by access_process_vm(), whose faults cannot be killed: a file's page may
+ * have to come from far away before it is overwritten.
+ */
+static int pmm_write_page(unsigned long address, const void *buffer)
 {
-	int done = access_process_vm(current, address, buffer, PAGE_SIZE, FOLL_WRITE | FOLL_FORCE);
+	struct page *page;
 
-	if (done == PAGE_SIZE)
-		return 0;
-	return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
+	if (pin_user_pages_unlocked(address, 1, &page, FOLL_WRITE | FOLL_FORCE) != 1)
+		return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
+	memcpy_to_page(page, 0, buffer, PAGE_SIZE);
+	unpin_user_pages_dirty_lock(&page, 1, true);
+	return 0;
 }
 
 /* Private copies of a mapping's pool pages, for mappings that cannot hold pool pages. */

@@ -20,6 +20,7 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/xarray.h>
 
 #include "pseudo_mm.h"
 
@@ -83,6 +84,12 @@ static void pmm_poison_areas(struct mm_struct *mm, struct pmm_device *device)
 
 	mmap_write_lock(mm);
 	for_each_vma(vmi, vma) {
+		/*
+		 * A fork that was broken off leaves this mark in newer kernels. What is
+		 * behind it belongs to the parent.
+		 */
+		if (xa_is_zero(vma))
+			break;
 		if (!pmm_vma_is_template(vma))
 			continue;
 		if (pmm_template_of(vma->vm_file)->device != device)
@@ -317,8 +324,11 @@ static struct device *pmm_dax_device(struct file *file)
 static struct pmm_device *pmm_device_find(const struct device *dev)
 {
 	struct pmm_device *device;
+	int err;
 
-	mutex_lock(&pmm_lock);
+	err = mutex_lock_killable(&pmm_lock);
+	if (err)
+		return ERR_PTR(err);
 	list_for_each_entry(device, &pmm_devices, node) {
 		if (device->dev == dev && kref_get_unless_zero(&device->ref)) {
 			mutex_unlock(&pmm_lock);
@@ -383,10 +393,16 @@ struct pmm_device *pmm_device_register(int fd)
 		fput(file);
 		return ERR_CAST(dev);
 	}
-	/* Unbinding takes this lock too: the device is bound, or known not to be. */
-	device_lock(dev);
-	device = pmm_device_add(file, dev);
-	device_unlock(dev);
+	/*
+	 * Unbinding takes this lock too: the device is bound, or known not to be.
+	 * It may have it for as long as I/O in flight takes.
+	 */
+	if (device_lock_interruptible(dev)) {
+		device = ERR_PTR(-ERESTARTSYS);
+	} else {
+		device = pmm_device_add(file, dev);
+		device_unlock(dev);
+	}
 	put_device(dev);
 	fput(file);
 	return device;

@@ -453,9 +453,7 @@ long pmm_template_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return pmm_add(template, user);
 	case PSEUDO_MM_SEAL:
 		err = pmm_no_flags(user);
-		if (!err)
-			pmm_template_seal(template);
-		return err;
+		return err ?: pmm_template_seal(template);
 	case PSEUDO_MM_ATTACH:
 		return pmm_do_attach(file, user);
 	case PSEUDO_MM_STAT:

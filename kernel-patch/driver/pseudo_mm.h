@@ -158,7 +158,7 @@ unsigned long pmm_device_run(const struct pmm_device *device, unsigned long page
 struct file *pmm_template_create(struct pmm_device *device);
 int pmm_template_use_device(struct pmm_template *template, struct pmm_device *device);
 struct pmm_template *pmm_template_of(struct file *file);
-void pmm_template_seal(struct pmm_template *template);
+int pmm_template_seal(struct pmm_template *template);
 bool pmm_template_is_sealed(const struct pmm_template *template);
 unsigned int pmm_template_count(void);
 void pmm_template_stat(struct pmm_template *template, struct pseudo_mm_stat *stat);

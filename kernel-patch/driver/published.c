@@ -71,31 +71,35 @@ static long pmm_v0_create(int __user *arg)
 	return err;
 }
 
-static void pmm_v0_delete_all(void)
+static int pmm_v0_delete_all(void)
 {
 	unsigned long id;
 	struct file *file;
+	int err;
 
-	mutex_lock(&pmm_published_lock);
+	err = mutex_lock_killable(&pmm_published_lock);
+	if (err)
+		return err;
 	xa_for_each(&pmm_published, id, file) {
 		xa_erase(&pmm_published, id);
 		fput(file);
 	}
 	mutex_unlock(&pmm_published_lock);
+	return 0;
 }
 
 static long pmm_v0_delete(const int __user *arg)
 {
 	struct file *file;
-	int id;
+	int id, err;
 
 	if (get_user(id, arg))
 		return -EFAULT;
-	if (id == -1) {
-		pmm_v0_delete_all();
-		return 0;
-	}
-	mutex_lock(&pmm_published_lock);
+	if (id == -1)
+		return pmm_v0_delete_all();
+	err = mutex_lock_killable(&pmm_published_lock);
+	if (err)
+		return err;
 	file = id > 0 ? xa_erase(&pmm_published, id) : NULL;
 	mutex_unlock(&pmm_published_lock);
 	if (file)
@@ -294,7 +298,8 @@ static long pmm_v0_attach(const struct pseudo_mm_v0_attach __user *arg)
 	file = given.id > 0 ? xa_load(&pmm_published, given.id) : NULL;
 	if (file) {
 		get_file(file);
-		pmm_template_seal(pmm_template_of(file));
+		/* Fails for a caller that is being killed, and then the attach does too. */
+		(void)pmm_template_seal(pmm_template_of(file));
 	}
 	mutex_unlock(&pmm_published_lock);
 	if (!file)

@@ -99,7 +99,9 @@ struct file *pmm_template_create(struct pmm_device *device)
 	if (err)
 		goto free_template;
 
-	mutex_lock(&pmm_lock);
+	err = mutex_lock_killable(&pmm_lock);
+	if (err)
+		goto release_fs;
 	err = -ENOSPC;
 	if (pmm_nr_templates >= pmm_max_templates)
 		goto unlock;
@@ -120,6 +122,7 @@ struct file *pmm_template_create(struct pmm_device *device)
 
 unlock:
 	mutex_unlock(&pmm_lock);
+release_fs:
 	simple_release_fs(&pmm_mount, &pmm_mount_pins);
 free_template:
 	kfree(template);
@@ -135,9 +138,10 @@ free_template:
  */
 int pmm_template_use_device(struct pmm_template *template, struct pmm_device *device)
 {
-	int err = 0;
+	int err = mutex_lock_killable(&pmm_lock);
 
-	mutex_lock(&pmm_lock);
+	if (err)
+		return err;
 	if (!template->device) {
 		template->device = pmm_device_get(device);
 		list_add_tail(&template->node, &device->templates);
@@ -159,12 +163,16 @@ bool pmm_vma_is_template(const struct vm_area_struct *vma)
 	return vma->vm_file && vma->vm_file->f_op == &pmm_template_fops;
 }
 
-void pmm_template_seal(struct pmm_template *template)
+int pmm_template_seal(struct pmm_template *template)
 {
-	mutex_lock(&template->lock);
+	int err = mutex_lock_killable(&template->lock);
+
+	if (err)
+		return err;
 	/* Pairs with the acquire in pmm_template_is_sealed(). */
 	smp_store_release(&template->sealed, true);
 	mutex_unlock(&template->lock);
+	return 0;
 }
 
 /* Whether the layout may be read without the lock. */
@@ -191,7 +199,11 @@ static unsigned long pmm_template_areas(struct pmm_template *template)
 	return areas;
 }
 
-/* The caller holds the template's file or pmm_lock. */
+/*
+ * The caller holds the template's file or pmm_lock. The template's own lock is
+ * not waited for: PSEUDO_MM_QUERY has it while it writes into memory of a
+ * caller, which can take as long as that caller likes.
+ */
 void pmm_template_stat(struct pmm_template *template, struct pseudo_mm_stat *stat)
 {
 	struct pmm_device *device;
@@ -199,13 +211,11 @@ void pmm_template_stat(struct pmm_template *template, struct pseudo_mm_stat *sta
 	memset(stat, 0, sizeof(*stat));
 	stat->size = sizeof(*stat);
 	stat->id = template->id;
-	mutex_lock(&template->lock);
-	stat->maps = template->layout.nr_maps;
-	stat->extents = template->layout.nr_extents;
-	stat->pool_pages = template->layout.pool_pages;
-	if (template->sealed)
+	if (pmm_template_is_sealed(template))
 		stat->state |= PSEUDO_MM_STATE_SEALED;
-	mutex_unlock(&template->lock);
+	stat->maps = READ_ONCE(template->layout.nr_maps);
+	stat->extents = READ_ONCE(template->layout.nr_extents);
+	stat->pool_pages = READ_ONCE(template->layout.pool_pages);
 	if (READ_ONCE(template->deleted))
 		stat->state |= PSEUDO_MM_STATE_DELETED;
 	device = READ_ONCE(template->device);

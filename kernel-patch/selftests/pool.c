@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -222,4 +223,30 @@ int in_child(int (*function)(void *), void *argument)
 	if (waitpid(child, &status, 0) != child)
 		return -1;
 	return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+pid_t start(int (*function)(void *), void *argument)
+{
+	pid_t child = fork();
+
+	if (!child)
+		_exit(function(argument));
+	return child;
+}
+
+void wait_for_ioctl(pid_t process)
+{
+	char path[64], line[128];
+	long number = -1;
+
+	snprintf(path, sizeof(path), "/proc/%d/syscall", process);
+	while (number != SYS_ioctl) {
+		FILE *file = fopen(path, "re");
+
+		if (!file || !fgets(line, sizeof(line), file) || sscanf(line, "%ld", &number) != 1)
+			number = -1;
+		if (file)
+			fclose(file);
+		usleep(1000);
+	}
 }

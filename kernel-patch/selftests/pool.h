@@ -61,5 +61,9 @@ long smaps_value(unsigned long address, const char *name);
 
 /* Runs @function in a child; its exit status, or 128 and the signal. */
 int in_child(int (*function)(void *), void *argument);
+/* The same in the background. */
+pid_t start(int (*function)(void *), void *argument);
+/* Waits until the process sleeps in ioctl(). */
+void wait_for_ioctl(pid_t process);
 
 #endif

@@ -386,6 +386,55 @@ TEST_F(published, registering_anything_else_leaves_no_device)
 	EXPECT_TRUE(page_is_zero((char *)BASE + 2 * PAGE));
 }
 
+struct attacher {
+	FIXTURE_DATA(published) *self;
+	/* Shared: attaches so far. */
+	unsigned long *done;
+};
+
+/* Attaches the number until it is gone. */
+static int attach_until_deleted(void *argument)
+{
+	struct attacher *attacher = argument;
+	const struct pool *pool = &attacher->self->pool;
+
+	while (!v0_attach(pool->dev, getpid(), attacher->self->id)) {
+		if (!pages_are(pool, (char *)BASE, 30, 50))
+			return 1;
+		((char *)BASE)[PAGE] ^= 1;
+		if (munmap((char *)BASE, 50 * PAGE))
+			return 2;
+		__atomic_add_fetch(attacher->done, 1, __ATOMIC_RELAXED);
+	}
+	return errno == ENOENT ? 0 : 3;
+}
+
+TEST_F(published, a_template_is_deleted_while_others_attach_it)
+{
+	struct attacher attacher = { .self = self };
+	int dev = self->pool.dev, status;
+
+	attacher.done = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, (void *)attacher.done);
+	for (int round = 0; round < 10; round++) {
+		pid_t children[4];
+
+		ASSERT_EQ(0, ioctl(dev, PSEUDO_MM_V0_CREATE, &self->id));
+		ASSERT_EQ(0, v0_add(dev, self->id, BASE, 50, ANONYMOUS, -1));
+		ASSERT_EQ(0, v0_setup(dev, self->id, BASE, 50, 30, PSEUDO_MM_MEMORY_DAX));
+		*attacher.done = 0;
+		for (int i = 0; i < 4; i++)
+			children[i] = start(attach_until_deleted, &attacher);
+		while (__atomic_load_n(attacher.done, __ATOMIC_RELAXED) < 10)
+			sched_yield();
+		ASSERT_EQ(0, v0_delete(dev, round % 2 ? self->id : -1));
+		for (int i = 0; i < 4; i++) {
+			ASSERT_EQ(children[i], waitpid(children[i], &status, 0));
+			EXPECT_EQ(0, status);
+		}
+	}
+}
+
 TEST_F(published, templates_outlive_their_maker)
 {
 	int status, id = 0, ends[2];

@@ -18,7 +18,7 @@ failed=()
     exit 2
 }
 
-# Direct I/O needs a file system that has it: a small one in a file.
+# Direct I/O needs a file system that has it: a small one in a file. A slow file is one of FUSE.
 disk=$(mktemp -d /tmp/pseudo_mm.disk.XXXXXX)
 swap=
 cleanup() {
@@ -30,7 +30,7 @@ cleanup() {
 }
 trap cleanup EXIT
 mkdir "$disk/mnt"
-modprobe -qa loop ext4 || true
+modprobe -qa loop ext4 fuse || true
 truncate -s 32M "$disk/image"
 if mke2fs -q -F -t ext4 "$disk/image" 2>/dev/null && mount -o loop "$disk/image" "$disk/mnt" 2>/dev/null; then
     export PSEUDO_MM_DISK=$disk/mnt
@@ -55,7 +55,8 @@ fi
 dmesg --clear 2>/dev/null || dmesg -c >/dev/null
 
 # What ends the device runs last.
-for program in abi_test attach_test memory_test access_test system_test random_test published_test unbind_test; do
+for program in abi_test attach_test wait_test memory_test access_test system_test random_test \
+    published_test unbind_test; do
     echo "# == $program"
     "$output/$program" ${filter:+"$filter"} || failed+=("$program")
 done

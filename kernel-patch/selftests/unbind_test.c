@@ -29,6 +29,9 @@ FIXTURE(unbind) {
 	int tmpl;
 	/* How many children have attached. */
 	int *attached;
+	/* Pipes of a test. */
+	int ends[2];
+	int go[2];
 };
 
 static int write_name(const char *folder, const char *file, const char *name)
@@ -46,22 +49,28 @@ static int write_name(const char *folder, const char *file, const char *name)
 	return written < 0 ? -1 : 0;
 }
 
+static int open_template(FIXTURE_DATA(unbind) *self)
+{
+	if (pool_open(&self->pool, PAGES))
+		return -1;
+	self->tmpl = template_simple(&self->pool, BASE, 0, PAGES);
+	/* device-dax cannot be bound again while a file of its old self is open. */
+	munmap(self->pool.pages, PAGES * PAGE);
+	close(self->pool.dax);
+	return self->tmpl < 0 ? -1 : 0;
+}
+
 FIXTURE_SETUP(unbind)
 {
 	const char *dax = getenv("PSEUDO_MM_DAX") ?: "/dev/dax0.0";
 	char link[256];
 
-	ASSERT_EQ(0, pool_open(&self->pool, PAGES));
 	snprintf(self->name, sizeof(self->name), "%s", strrchr(dax, '/') + 1);
 	snprintf(link, sizeof(link), "/sys/bus/dax/devices/%s/driver", self->name);
 	ASSERT_TRUE(realpath(link, self->driver) != NULL);
-	self->tmpl = template_simple(&self->pool, BASE, 0, PAGES);
-	ASSERT_LE(0, self->tmpl);
+	ASSERT_EQ(0, open_template(self));
 	self->attached = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	ASSERT_NE(MAP_FAILED, (void *)self->attached);
-	/* device-dax cannot be bound again while a file of its old self is open. */
-	munmap(self->pool.pages, PAGES * PAGE);
-	close(self->pool.dax);
 }
 
 FIXTURE_TEARDOWN(unbind)
@@ -82,15 +91,6 @@ static int read_for_ever(void *argument)
 	while (pages_are(&self->pool, (char *)BASE, 0, PAGES))
 		;
 	return 1;
-}
-
-static pid_t start(int (*function)(void *), void *argument)
-{
-	pid_t child = fork();
-
-	if (!child)
-		_exit(function(argument));
-	return child;
 }
 
 TEST_F(unbind, readers_are_killed_and_see_nothing_wrong)
@@ -148,6 +148,11 @@ static int fork_for_ever(void *argument)
 
 	if (template_attach(self->tmpl, NULL))
 		return 2;
+	/* Many areas, so that most of a fork is copying them. */
+	for (unsigned long i = 0; i < PAGES; i += 2) {
+		if (mprotect((char *)BASE + i * PAGE, PAGE, PROT_READ))
+			return 3;
+	}
 	__atomic_add_fetch(self->attached, 1, __ATOMIC_RELAXED);
 	for (;;) {
 		pid_t child = fork();
@@ -165,22 +170,30 @@ static int fork_for_ever(void *argument)
 	}
 }
 
-TEST_F(unbind, forks_and_attaches_race_with_it)
+TEST_F_TIMEOUT(unbind, forks_and_attaches_race_with_it, 120)
 {
 	pid_t children[4];
 	int status;
 
-	for (int i = 0; i < 4; i++)
-		children[i] = start(fork_for_ever, self);
-	while (__atomic_load_n(self->attached, __ATOMIC_RELAXED) < 4)
-		usleep(1000);
-	ASSERT_EQ(0, write_name(self->driver, "unbind", self->name));
-	for (int i = 0; i < 4; i++) {
-		ASSERT_EQ(children[i], waitpid(children[i], &status, 0));
-		if (WIFEXITED(status))
-			TH_LOG("a child ended with %d", WEXITSTATUS(status));
-		EXPECT_TRUE(WIFSIGNALED(status));
-		EXPECT_EQ(SIGKILL, WTERMSIG(status));
+	/* Often enough to meet forks that are broken off by the signal. */
+	for (int round = 0; round < 10; round++) {
+		*self->attached = 0;
+		for (int i = 0; i < 4; i++)
+			children[i] = start(fork_for_ever, self);
+		while (__atomic_load_n(self->attached, __ATOMIC_RELAXED) < 4)
+			usleep(1000);
+		ASSERT_EQ(0, write_name(self->driver, "unbind", self->name));
+		for (int i = 0; i < 4; i++) {
+			ASSERT_EQ(children[i], waitpid(children[i], &status, 0));
+			if (WIFEXITED(status))
+				TH_LOG("a child ended with %d", WEXITSTATUS(status));
+			EXPECT_TRUE(WIFSIGNALED(status));
+			EXPECT_EQ(SIGKILL, WTERMSIG(status));
+		}
+		close(self->tmpl);
+		close(self->pool.dev);
+		ASSERT_EQ(0, write_name(self->driver, "bind", self->name));
+		ASSERT_EQ(0, open_template(self));
 	}
 }
 
@@ -211,6 +224,73 @@ TEST_F(unbind, pages_in_a_pipe_go_with_their_holder)
 	ASSERT_EQ(0, write_name(self->driver, "unbind", self->name));
 	ASSERT_EQ(child, waitpid(child, &status, 0));
 	EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+}
+
+/* Puts a page of the pool into the pipe, and ends. */
+static int leave_in_pipe(void *argument)
+{
+	const FIXTURE_DATA(unbind) *self = argument;
+	struct iovec part = { (char *)BASE + 9 * PAGE, PAGE };
+
+	if (template_attach(self->tmpl, NULL))
+		return 1;
+	return vmsplice(self->ends[1], &part, 1, 0) == PAGE ? 0 : 2;
+}
+
+static int unbind(void *argument)
+{
+	FIXTURE_DATA(unbind) *self = argument;
+
+	return write_name(self->driver, "unbind", self->name) ? 1 : 0;
+}
+
+/* Opens the device, and registers it when the parent says so. */
+static int register_later(void *argument)
+{
+	FIXTURE_DATA(unbind) *self = argument;
+	struct pseudo_mm_register reg = { .size = sizeof(reg) };
+	int dev = open("/dev/pseudo_mm", O_RDWR | O_CLOEXEC);
+	char byte;
+
+	reg.dax_fd = open(getenv("PSEUDO_MM_DAX") ?: "/dev/dax0.0", O_RDWR | O_CLOEXEC);
+	if (dev < 0 || reg.dax_fd < 0)
+		return 1;
+	__atomic_add_fetch(self->attached, 1, __ATOMIC_RELEASE);
+	if (read(self->go[0], &byte, 1) != 1)
+		return 2;
+	return ioctl(dev, PSEUDO_MM_REGISTER, &reg) ? 3 : 0;
+}
+
+TEST_F(unbind, who_waits_for_it_can_be_killed)
+{
+	pid_t unbinder, waiter;
+	struct pseudo_mm_stat stat;
+	char bytes[PAGE];
+	int status;
+
+	ASSERT_EQ(0, pipe(self->ends));
+	ASSERT_EQ(0, pipe(self->go));
+	waiter = start(register_later, self);
+	while (!__atomic_load_n(self->attached, __ATOMIC_ACQUIRE))
+		usleep(1000);
+	/* While a page of the pool is in a pipe, the device is on its way out. */
+	ASSERT_EQ(0, in_child(leave_in_pipe, self));
+	unbinder = start(unbind, self);
+	do {
+		usleep(1000);
+		ASSERT_EQ(0, template_stat(self->tmpl, &stat));
+	} while (!(stat.state & PSEUDO_MM_STATE_GONE));
+	ASSERT_EQ(1, write(self->go[1], "", 1));
+	wait_for_ioctl(waiter);
+	kill(waiter, SIGKILL);
+	ASSERT_EQ(waiter, waitpid(waiter, &status, 0));
+	EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+	/* It did not have to wait until the end. */
+	EXPECT_EQ(0, waitpid(unbinder, &status, WNOHANG));
+	ASSERT_EQ((ssize_t)PAGE, read(self->ends[0], bytes, PAGE));
+	EXPECT_TRUE(page_is(bytes, self->pool.seed, 9));
+	ASSERT_EQ(unbinder, waitpid(unbinder, &status, 0));
+	EXPECT_EQ(0, status);
 }
 
 TEST_F(unbind, the_device_can_come_back)

@@ -86,7 +86,8 @@ struct pseudo_mm_info {
  * already. EBADF: no such descriptor. EACCES: it is not open for reading.
  * ENODEV: it is no device-dax, or its driver is being unbound. EIO: the
  * device's alignment is not one page; make the namespace with
- * "ndctl create-namespace -m devdax -a 4096".
+ * "ndctl create-namespace -m devdax -a 4096". EINTR: a signal came while the
+ * device was being bound or unbound.
  */
 struct pseudo_mm_register {
 	__u32 size;
