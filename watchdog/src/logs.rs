@@ -1,8 +1,8 @@
 //! What the watchdog and its processes have to say.
 
 use std::io::Write;
-use std::time::{SystemTime, UNIX_EPOCH};
 
+use jiff::Timestamp;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 
@@ -69,28 +69,11 @@ fn write_line(line: &[u8], stream: Stream) {
 
 /// The time as Go's log writes it: `2026/11/21 08:15:00`, UTC.
 fn now() -> String {
-    let seconds = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
-    format_time(seconds)
+    format_time(Timestamp::now())
 }
 
-fn format_time(seconds: u64) -> String {
-    let (days, second) = (seconds / 86_400 + 719_468, seconds % 86_400);
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 {
-        shifted + 3
-    } else {
-        shifted - 9
-    };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year:04}/{month:02}/{day:02} {hour:02}:{minute:02}:{second:02}")
+fn format_time(time: Timestamp) -> String {
+    time.strftime("%Y/%m/%d %T").to_string()
 }
 
 #[cfg(test)]
@@ -99,7 +82,8 @@ mod tests {
 
     #[test]
     fn times_are_calendar_dates() {
-        assert_eq!(format_time(0), "1970/01/01 00:00:00");
-        assert_eq!(format_time(951_782_399), "2000/02/28 23:59:59");
+        let text = |seconds| format_time(Timestamp::from_second(seconds).unwrap());
+        assert_eq!(text(0), "1970/01/01 00:00:00");
+        assert_eq!(text(951_782_399), "2000/02/28 23:59:59");
     }
 }
