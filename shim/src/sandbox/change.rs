@@ -153,7 +153,11 @@ impl SandboxContainer {
     }
 
     /// Writes the function's template and ends the tenancy; a refused dump leaves it running.
-    pub async fn snapshot(self: &Arc<Self>, key: String) -> Result<proto::SnapshotResponse> {
+    pub async fn snapshot(
+        self: &Arc<Self>,
+        key: String,
+        criu: bool,
+    ) -> Result<proto::SnapshotResponse> {
         if key.is_empty() {
             return Err(ShimError::InvalidArgument(
                 "A snapshot needs the template's key".into(),
@@ -176,10 +180,8 @@ impl SandboxContainer {
         let begun = Instant::now();
         let this = Arc::clone(self);
         let (tenancy, dumped) = blocking(move || {
-            let dumped = this
-                .all
-                .templates
-                .dump(&key, this.sandbox.init_pid(), &tenancy);
+            let templates = &this.all.templates;
+            let dumped = templates.dump(&key, &this.sandbox, &tenancy, criu);
             Ok((tenancy, dumped))
         })
         .await?;

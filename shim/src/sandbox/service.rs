@@ -36,7 +36,7 @@ impl proto::Sandbox for SandboxService {
             version: env!("CARGO_PKG_VERSION").into(),
             protocol: PROTOCOL,
             fingerprint: blocking(Templates::fingerprint).await?,
-            start_methods: Method::names().map(String::from).to_vec(),
+            start_methods: Method::names().into_iter().map(String::from).collect(),
             ..proto::VersionResponse::default()
         })
     }
@@ -128,7 +128,8 @@ impl proto::Sandbox for SandboxService {
         self.all
             .requests
             .once("Snapshot", &request.request_id.clone(), async move {
-                all.get(&request.sandbox_id)?.snapshot(request.key).await
+                let sandbox = all.get(&request.sandbox_id)?;
+                sandbox.snapshot(request.key, request.criu).await
             })
             .await
     }
