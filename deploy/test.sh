@@ -5,6 +5,7 @@
 #
 #   bash deploy/test.sh            everything
 #   bash deploy/test.sh --quick    without the end-to-end tests
+#   bash deploy/test.sh --all      also what takes long, in virtual machines
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -119,6 +120,11 @@ main() {
     else
         end_to_end
     fi
+    if [ "${1:-}" = --all ]; then
+        check "functions started by CRIU" by_criu
+    else
+        skip "functions started by CRIU" "--all runs it"
+    fi
     report
 }
 
@@ -176,6 +182,15 @@ end_to_end() {
     check "sample images" bash deploy/images/build.sh \
         --fwatchdog target/x86_64-unknown-linux-gnu/debug/fwatchdog
     tests "end to end" -p trenv-tests
+}
+
+# CRIU knows Debian's own kernel. The processor is emulated, so it takes some minutes.
+by_criu() {
+    local program
+    program=$(cargo test --locked -p trenv-tests --test criu --no-run 2>&1 |
+        sed -n 's/.*Executable.*(\(.*\))$/\1/p')
+    cargo xtask vm run --kernel stock --memory 6144 --timeout 3600 -- \
+        "$here/$program" --nocapture --test-threads=1
 }
 
 report() {

@@ -162,12 +162,18 @@ impl ShimClient {
         Ok(steps(self.outcome(answer).await?.steps))
     }
 
-    /// Dumps the function of a sandbox into the template `key`.
-    pub async fn snapshot(&self, sandbox: &str, key: &str) -> Result<proto::SnapshotResponse> {
+    /// Dumps the function of a sandbox into the template `key`, by CRIU as well if `criu` is set.
+    pub async fn snapshot(
+        &self,
+        sandbox: &str,
+        key: &str,
+        criu: bool,
+    ) -> Result<proto::SnapshotResponse> {
         let mut request = proto::SnapshotRequest::new();
         request.request_id = request_id();
         request.sandbox_id = sandbox.to_owned();
         request.key = key.to_owned();
+        request.criu = criu;
         let client = self.client().await?;
         let answer = client.snapshot(context(SLOW), &request).await;
         self.outcome(answer).await

@@ -21,11 +21,13 @@ use std::time::{Duration, Instant};
 
 use trenv_config::Config;
 use trenv_pool::{Pool, PoolError, PoolOptions, TemplateId, TemplateReader};
+use trenv_sandbox::Sandbox;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::{Keeper, Mount, copy_upper, overlay_from_mounts};
 use trenv_snapshot::Fingerprint;
 use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
-use trenv_snapshot::zygote::{ZygoteError, ZygoteRequest};
+use trenv_snapshot::methods::{CriuDumpRequest, CriuError, Image, Images, Prepared, criu_dump};
+use trenv_snapshot::zygote::{Zygote, ZygoteError, ZygoteRequest};
 
 use crate::error::{Result, ShimError, pool_error};
 use crate::reap::Unswept;
@@ -75,7 +77,7 @@ pub struct Templates {
 
 impl Templates {
     pub fn new(config: Arc<Config>, cgroup_parent: String) -> Self {
-        Self {
+        let templates = Self {
             config,
             cgroup_parent,
             pool: Mutex::default(),
@@ -84,7 +86,11 @@ impl Templates {
             evicting: Mutex::default(),
             next_seat: AtomicU64::new(0),
             keeper: Mutex::default(),
+        };
+        if let Err(err) = templates.criu_images().sweep() {
+            tracing::warn!("What an earlier CRIU has left stays: {err}");
         }
+        templates
     }
 
     /// What a template's key must contain so that it is only used where it fits.
@@ -207,15 +213,19 @@ impl Templates {
         }
     }
 
-    /// Writes a tenancy's template to the pool and ends its processes. They go on after an error, and
-    /// where `copy` is a root to copy theirs to.
+    /// Writes a tenancy's template to the pool, beside CRIU's image if that is asked for, and ends its
+    /// processes. They go on after an error, and where `copy` is a root to copy theirs to.
     pub fn dump(
         &self,
         key: &str,
-        init_pid: i32,
+        sandbox: &Sandbox,
         tenancy: &Tenancy,
         copy: &[Mount],
+        criu: bool,
     ) -> Result<Dumped> {
+        let image = criu
+            .then(|| self.criu_image(sandbox, tenancy))
+            .transpose()?;
         let mut writer = self
             .pool()?
             .begin(key)
@@ -236,7 +246,7 @@ impl Templates {
         }
         let request = DumpRequest {
             group: tenancy.seat.as_ref(),
-            init_pid,
+            init_pid: sandbox.init_pid(),
             root_pid: tenancy.root.pid.cast_signed(),
             stdio: tenancy.stdio,
         };
@@ -246,13 +256,45 @@ impl Templates {
             let copy = || copy_upper(&tenancy.mounts, copy).map_err(io::Error::other);
             dump::dump_and_go_on(&request, writer, &copy)
         };
-        dumped.map_err(dump_error)
+        let dumped = dumped.map_err(dump_error)?;
+        if let Some(image) = image {
+            let template = &dumped.template;
+            // The first start by it tells that it is not there.
+            if let Err(err) = image.keep(&template.id, template.generation) {
+                tracing::warn!("{} has no image of CRIU's: {err}", template.id);
+            }
+        }
+        Ok(dumped)
+    }
+
+    fn criu_image(&self, sandbox: &Sandbox, tenancy: &Tenancy) -> Result<Image> {
+        let request = CriuDumpRequest {
+            binary: &self.zygote_binary(),
+            init: sandbox.init_pidfd(),
+            root: tenancy.root.pid.cast_signed(),
+            root_pid: tenancy.root.pid_in_sandbox,
+        };
+        criu_dump(&request, &self.criu_images()).map_err(criu_error)
+    }
+
+    fn criu_images(&self) -> Images {
+        Images::in_state(&self.config.state_dir)
+    }
+
+    fn forget_criu_images(&self, id: &TemplateId, before: Option<u64>) {
+        if let Err(err) = self.criu_images().remove(id, before) {
+            tracing::warn!(
+                "Images of {id} stay: {}",
+                ShimError::engine("remove them")(err).chain()
+            );
+        }
     }
 
     /// Deletes a template of any generation; one that does not exist is fine.
     pub fn delete(&self, id: TemplateId) -> Result<()> {
         self.forget_where(|template| template.id == id);
         self.forget_recorded(&id, None);
+        self.forget_criu_images(&id, None);
         match self.pool()?.delete(&id) {
             Ok(_) | Err(PoolError::NoSuchTemplate { .. }) => Ok(()),
             Err(err) => Err(pool_error("delete a template")(err)),
@@ -387,7 +429,7 @@ impl Templates {
                 .iter()
                 .map(|dir| dir.join("cgroup.procs"))
                 .collect(),
-            base: below.map(|below| below.method.zygote()),
+            base: below.and_then(|below| below.method.zygote()),
         };
         let begun = Instant::now();
         match template.method.prepare(request, &self.config.state_dir) {
@@ -398,12 +440,13 @@ impl Templates {
                     begun.elapsed()
                 );
                 let helper = method.helper().map(u32::cast_signed);
-                let children = std::iter::once(method.zygote().pid()).chain(helper);
-                let recorded = self.recall(template, method.as_ref());
+                let zygote = method.zygote().map(Zygote::pid);
+                let children = zygote.into_iter().chain(helper);
+                let recorded = self.recall(template, &method);
                 Ok(Standing {
                     recorded: Mutex::new(recorded),
                     _unswept: children.map(Unswept::new).collect(),
-                    method: method.into(),
+                    method,
                     zygote_cgroup: cgroup,
                     limits: Mutex::new(limits.clone()),
                     seats: Mutex::default(),
@@ -453,6 +496,9 @@ impl Templates {
     fn fill(&self, template: TemplateRef, standing: &Standing) -> Result<()> {
         // One at a time, so that there are not more clones than are wanted.
         let _filling = lock(&standing.filling);
+        if let Prepared::Criu(criu) = &standing.method {
+            criu.ready().map_err(criu_error)?;
+        }
         while standing.prepared() < standing.wanted.load(Ordering::Relaxed) {
             // Out of the others' reach while its clone is made.
             let seat = match standing.take_unprepared() {
@@ -487,19 +533,20 @@ impl Templates {
         let agent = standing
             .method
             .zygote()
-            .agent()
+            .map(Zygote::agent)
+            .transpose()
             .map_err(zygote_error("make an agent of the zygote"))?;
         let cgroup = self.tenancy_cgroup(limits)?;
         if cgroup.dir_fd().is_none()
-            && let Err(err) = cgroup.add(agent.pid())
+            && let Some(Err(err)) = agent.as_ref().map(|agent| cgroup.add(agent.pid()))
         {
             drop(agent);
             // The first error is the one to report.
             let _ = cgroup.kill_all().and_then(|()| cgroup.remove());
             return Err(ShimError::engine("move an agent into its cgroup")(err));
         }
-        let method = Arc::clone(&standing.method);
-        let seat = Seat::with_agent(cgroup, template, method, limits.clone(), agent);
+        let method = standing.method.clone();
+        let seat = Seat::of_template(cgroup, template, method, limits.clone(), agent);
         seat.groups()?;
         let seat = Arc::new(seat);
         standing.note(&seat);
@@ -529,6 +576,7 @@ impl Templates {
 
     fn forget_older(&self, template: TemplateRef) {
         self.forget_recorded(&template.id, Some(template.generation));
+        self.forget_criu_images(&template.id, Some(template.generation));
         self.forget_where(|known| {
             known.id == template.id && known.generation < template.generation
         });
@@ -566,6 +614,7 @@ fn was_killed(source: &(dyn std::error::Error + 'static)) -> bool {
 fn zygote_error(action: &'static str) -> impl FnOnce(ZygoteError) -> ShimError {
     move |err| match err {
         ZygoteError::Pool(err) => pool_error(action)(err),
+        ZygoteError::Criu(err) => criu_error(err),
         ZygoteError::OtherFile { .. } => ShimError::InvalidArgument(err.to_string()),
         ZygoteError::Fingerprint { .. } => ShimError::WrongState {
             action: "use",
@@ -583,6 +632,24 @@ fn zygote_error(action: &'static str) -> impl FnOnce(ZygoteError) -> ShimError {
 /// A failed start, in the caller's terms.
 pub fn start_error(err: ZygoteError) -> ShimError {
     zygote_error("restore the function")(err)
+}
+
+fn criu_error(err: CriuError) -> ShimError {
+    match err {
+        // What was refused is told to people; the function serves on without it.
+        CriuError::Absent | CriuError::Failed { doing: "dump", .. } => {
+            ShimError::Unimplemented(err.to_string())
+        }
+        CriuError::NoImage => ShimError::NotFound {
+            kind: "CRIU image of the template",
+            id: err.to_string(),
+        },
+        CriuError::Deadline { doing, limit } => ShimError::Timeout {
+            what: format!("CRIU's {doing}"),
+            limit,
+        },
+        err => ShimError::engine("run CRIU")(err),
+    }
 }
 
 fn dump_error(err: DumpError) -> ShimError {

@@ -28,7 +28,7 @@ use trenv_restorer::wire::{self, MARKS, Report};
 
 use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::manifest::{Manifest, ManifestError};
-use crate::methods::Work;
+use crate::methods::{CriuError, Work};
 use crate::plan::base::Ground;
 use crate::plan::skeleton::{Area, Fill};
 use crate::plan::{Plan, PlanError};
@@ -36,6 +36,7 @@ use crate::working_set::WorkingSet;
 use channel::{nonsense, receive, receive_from, send, socket_pair};
 use loader::Loader;
 pub use loader::fd as loader_fd;
+pub(crate) use loader::hand_over;
 
 pub use crate::plan::build_fd;
 
@@ -88,6 +89,8 @@ pub enum ZygoteError {
         "The function has another file {path} than its base; build its image from the base's, without changing what that brings"
     )]
     OtherFile { path: String },
+    #[error(transparent)]
+    Criu(#[from] CriuError),
     #[error("The zygote has ended; the next start builds it anew")]
     Gone,
     #[error("The template has {} instances on this host, which is the most; let some end", wire::MAX_AGENTS - 1)]

@@ -26,7 +26,7 @@ fn of_input(method: &dyn StartMethod, input: &str) -> Made<Recorded> {
         .ok_or(format!("nothing of {input:?} in {all:?}"))?)
 }
 
-fn prepare(bed: &Bed, method: Method) -> Made<(trenv_pool::TemplateId, Box<dyn StartMethod>)> {
+fn prepare(bed: &Bed, method: Method) -> Made<(trenv_pool::TemplateId, Arc<dyn StartMethod>)> {
     let program = bed.compile("spread")?;
     let mut first = bed.run(&[&program])?;
     // Its memory is filled when it answers.

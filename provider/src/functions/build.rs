@@ -216,7 +216,7 @@ impl Functions {
         let mut tries = 0;
         loop {
             tries += 1;
-            match shim.snapshot(&sandbox.id, &key).await {
+            match shim.snapshot(&sandbox.id, &key, revision.record.criu).await {
                 Ok(dumped) => return Ok((key, dumped)),
                 Err(err) if tries < SNAPSHOT_TRIES && names_connection(&err) => {
                     tokio::time::sleep(SNAPSHOT_PAUSE).await;

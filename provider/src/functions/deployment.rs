@@ -88,6 +88,12 @@ impl Deployment {
                 StartMethod::CopyBase.name()
             ));
         }
+        if self.start_method()?.by_criu() && self.base()?.is_some() {
+            return Err(format!(
+                "The start method {} is for functions that are started from their image, but this one is made from a base; leave out the annotation {BASE_ANNOTATION}",
+                self.start_method()?.name()
+            ));
+        }
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 
 mod base;
 mod build;
+mod criu;
 mod deployment;
 mod key;
 mod process;

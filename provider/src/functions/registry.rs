@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::store::FunctionRecord;
 use super::{
     Deployment, FunctionName, Process, Revision, RevisionRecord, RevisionState, Store, StoreError,
-    function_key,
+    criu, function_key,
 };
 use crate::containerd::{ContainerdError, ImageError, Mount};
 use crate::error::chain;
@@ -264,6 +264,7 @@ impl Functions {
         }
         let same = function_key(&current.key_parts()) == function_key(&revision.key_parts())
             && current.record.ready_path == revision.record.ready_path
+            && (current.record.criu || !revision.record.criu)
             && !self.has_newer_base(&current);
         let usable = matches!(
             current.state(),
@@ -388,6 +389,10 @@ impl Functions {
         deployment: &Deployment,
     ) -> Result<Revision, FunctionError> {
         deployment.check().map_err(FunctionError::Invalid)?;
+        let method = deployment.start_method().map_err(FunctionError::Invalid)?;
+        if method.by_criu() {
+            criu::check(method).await.map_err(FunctionError::Invalid)?;
+        }
         let name = name_of(deployment);
         let secrets = self.secret_digests(&name, &deployment.secrets)?;
         let containerd = self.host.namespace(&name.namespace)?;
@@ -431,10 +436,10 @@ impl Functions {
             secrets,
             ready_path: deployment.annotations.get(READY_PATH_ANNOTATION).cloned(),
             base: base.map(str::to_owned),
+            criu: method.by_criu(),
             lease,
         };
         let concurrency = deployment.concurrency().map_err(FunctionError::Invalid)?;
-        let method = deployment.start_method().map_err(FunctionError::Invalid)?;
         let revision = self.revive(record, concurrency, RevisionState::Building);
         revision.methods.set(method);
         Ok(revision)

@@ -26,6 +26,9 @@ pub struct RevisionRecord {
     /// The function of the same namespace that it is made from.
     #[serde(default)]
     pub base: Option<String>,
+    /// CRIU takes its image too, when the function is dumped.
+    #[serde(default)]
+    pub criu: bool,
     /// The containerd lease that holds its layers.
     pub lease: String,
 }

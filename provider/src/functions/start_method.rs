@@ -21,10 +21,14 @@ pub enum StartMethod {
     Spice,
     /// `copy` of the base's memory; the function is loaded by each start.
     CopyBase,
+    /// CRIU restores the tree.
+    Criu,
+    /// The same, and CRIU's page server brings pages when they are touched.
+    CriuLazy,
 }
 
 impl StartMethod {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::Template,
         Self::Copy,
         Self::Lazy,
@@ -32,6 +36,8 @@ impl StartMethod {
         Self::Faasnap,
         Self::Spice,
         Self::CopyBase,
+        Self::Criu,
+        Self::CriuLazy,
     ];
 
     /// Its name, for people and for the shim.
@@ -44,6 +50,8 @@ impl StartMethod {
             Self::Faasnap => "faasnap",
             Self::Spice => "spice",
             Self::CopyBase => "copy-base",
+            Self::Criu => "criu",
+            Self::CriuLazy => "criu-lazy",
         }
     }
 
@@ -52,6 +60,11 @@ impl StartMethod {
     /// # Errors
     /// A sentence that lists the names there are.
     pub fn parse(name: &str) -> Result<Self, String> {
+        if name == "criu-mmap" {
+            return Err(format!(
+                "The annotation {START_METHOD_ANNOTATION} is {name:?}, but CRIU reads pages or serves them by faults and cannot map them; set it to criu or criu-lazy"
+            ));
+        }
         let found = Self::ALL.into_iter().find(|method| method.name() == name);
         found.ok_or_else(|| {
             let names: Vec<&str> = Self::ALL.into_iter().map(Self::name).collect();
@@ -60,6 +73,11 @@ impl StartMethod {
                 names.join(", ")
             )
         })
+    }
+
+    /// Whether its starts need an image that CRIU has written.
+    pub fn by_criu(self) -> bool {
+        matches!(self, Self::Criu | Self::CriuLazy)
     }
 
     /// Whether its instances can be restored ahead and stopped before their first instruction.
@@ -111,13 +129,15 @@ mod tests {
         for method in StartMethod::ALL {
             assert_eq!(StartMethod::parse(method.name()), Ok(method));
         }
-        for name in ["", "Template", "criu", "template "] {
+        for name in ["", "Template", "CRIU", "template "] {
             let refused = StartMethod::parse(name).unwrap_err();
             assert!(
-                refused.contains("template, copy, lazy, reap, faasnap, spice, copy-base"),
+                refused.contains("reap, faasnap, spice, copy-base, criu, criu-lazy"),
                 "{refused}"
             );
         }
+        let refused = StartMethod::parse("criu-mmap").unwrap_err();
+        assert!(refused.contains("criu or criu-lazy"), "{refused}");
     }
 
     #[test]

@@ -275,6 +275,7 @@ mod tests {
                 secrets: vec![],
                 ready_path: None,
                 base: None,
+                criu: false,
                 lease: "l".into(),
             },
             state: RevisionState::Cold("it holds a raw socket".into()),

@@ -205,6 +205,7 @@ fn revision_in(namespace: &str, name: &str, state: RevisionState) -> Arc<Revisio
         secrets: vec![],
         ready_path: None,
         base: None,
+        criu: false,
         lease: String::new(),
     };
     Arc::new(Revision::new(record, vec![], 1, state))

@@ -158,6 +158,7 @@ impl SandboxContainer {
         self: &Arc<Self>,
         key: String,
         copy: Vec<Mount>,
+        criu: bool,
     ) -> Result<proto::SnapshotResponse> {
         if key.is_empty() {
             return Err(ShimError::InvalidArgument(
@@ -183,7 +184,7 @@ impl SandboxContainer {
         let to = copy.clone();
         let (tenancy, dumped) = blocking(move || {
             let templates = &this.all.templates;
-            let dumped = templates.dump(&key, this.sandbox.init_pid(), &tenancy, &to);
+            let dumped = templates.dump(&key, &this.sandbox, &tenancy, &to, criu);
             Ok((tenancy, dumped))
         })
         .await?;

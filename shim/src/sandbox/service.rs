@@ -36,7 +36,7 @@ impl proto::Sandbox for SandboxService {
             version: env!("CARGO_PKG_VERSION").into(),
             protocol: PROTOCOL,
             fingerprint: blocking(Templates::fingerprint).await?,
-            start_methods: Method::names().map(String::from).to_vec(),
+            start_methods: Method::names().into_iter().map(String::from).collect(),
             ..proto::VersionResponse::default()
         })
     }
@@ -130,7 +130,7 @@ impl proto::Sandbox for SandboxService {
             .once("Snapshot", &request.request_id.clone(), async move {
                 let copy = mounts_of(&request.copy);
                 all.get(&request.sandbox_id)?
-                    .snapshot(request.key, copy)
+                    .snapshot(request.key, copy, request.criu)
                     .await
             })
             .await

@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::{KeptRoot, Mount};
 use trenv_snapshot::TaskGroup;
-use trenv_snapshot::methods::{Method, StartMethod};
+use trenv_snapshot::methods::{Method, Prepared};
 use trenv_snapshot::zygote::{Agent, PreparedClone, StartRequest, Started};
 
 use crate::error::{Result, ShimError};
@@ -38,7 +38,7 @@ pub struct Seat {
     agent: Mutex<Option<Agent>>,
     clone: Mutex<Option<PreparedClone>>,
     /// By which its clones are started.
-    method: Option<Arc<dyn StartMethod>>,
+    method: Option<Prepared>,
     limits: Mutex<Option<Limits>>,
     /// The kernel never sets this counter back.
     oom_kills: AtomicU64,
@@ -70,37 +70,38 @@ impl Seat {
         }
     }
 
-    /// A seat with the agent that will clone into it, and the limits that its cgroup has.
-    pub fn with_agent(
+    /// A seat for starts from a template, with the limits that its cgroup has and the agent that will
+    /// clone into it, if that is how trees are made.
+    pub fn of_template(
         cgroup: TenancyCgroup,
         template: TemplateRef,
-        method: Arc<dyn StartMethod>,
+        method: Prepared,
         limits: Limits,
-        agent: Agent,
+        agent: Option<Agent>,
     ) -> Self {
-        let inside = cgroup.dir_fd().is_none().then(|| agent.pid());
+        let inside = agent.as_ref().filter(|_| cgroup.dir_fd().is_none());
         Self {
-            cgroup,
             template: Some(template),
-            agent_pid: inside,
-            agent: Mutex::new(Some(agent)),
-            clone: Mutex::new(None),
+            agent_pid: inside.map(Agent::pid),
+            agent: Mutex::new(agent),
             method: Some(method),
             limits: Mutex::new(Some(limits)),
-            oom_kills: AtomicU64::new(0),
-            groups: OnceLock::new(),
+            ..Self::plain(cgroup)
         }
     }
 
-    /// Whether the agent can still be asked for a start.
-    pub fn agent_lives(&self) -> bool {
-        lock(&self.agent).as_ref().is_some_and(Agent::lives)
+    /// Whether a tree can still be started here, though no clone waits.
+    pub fn can_start(&self) -> bool {
+        self.by_criu() || lock(&self.agent).as_ref().is_some_and(Agent::lives)
+    }
+
+    fn by_criu(&self) -> bool {
+        matches!(self.method, Some(Prepared::Criu(_)))
     }
 
     /// Whether its clones are made and started by this, and nothing that was built later.
-    pub fn starts_by(&self, method: &Arc<dyn StartMethod>) -> bool {
-        let own = self.method.as_ref();
-        own.is_some_and(|own| Arc::ptr_eq(own, method))
+    pub fn starts_by(&self, method: &Prepared) -> bool {
+        self.method.as_ref().is_some_and(|own| own.is(method))
     }
 
     /// Ends the agent, and so its hold on the zygote's memory; the tenancy goes on.
@@ -131,13 +132,16 @@ impl Seat {
             .map_err(ShimError::engine("set the tenancy's limits"))
     }
 
-    /// Whether a clone waits here for its start.
+    /// Whether a clone waits here for its start, or none is needed.
     pub fn is_prepared(&self) -> bool {
-        lock(&self.clone).as_ref().is_some_and(PreparedClone::lives)
+        self.by_criu() || lock(&self.clone).as_ref().is_some_and(PreparedClone::lives)
     }
 
     /// Makes the clone, unless it waits already.
     pub fn prepare(&self) -> Result<()> {
+        if self.by_criu() {
+            return Ok(());
+        }
         let mut clone = lock(&self.clone);
         if !clone.as_ref().is_some_and(PreparedClone::lives) {
             *clone = Some(self.make_clone()?);
@@ -159,15 +163,14 @@ impl Seat {
         }
     }
 
-    /// Gives the clone's memory to the tree in a sandbox.
+    /// Gives the clone's memory to the tree in a sandbox, or has CRIU make the tree there.
     pub fn start(&self, request: &StartRequest<'_>) -> Result<Started> {
-        let clone = self.take_clone()?;
-        self.method()?.start(clone, request).map_err(start_error)
-    }
-
-    fn method(&self) -> Result<&Arc<dyn StartMethod>> {
-        let method = self.method.as_ref();
-        method.ok_or_else(|| ShimError::Fault("the tenancy's cgroup has no agent".into()))
+        let started = match &self.method {
+            Some(Prepared::Clones(method)) => method.start(self.take_clone()?, request),
+            Some(Prepared::Criu(criu)) => criu.start(&self.cgroup.dirs(), request),
+            None => return Err(no_agent()),
+        };
+        started.map_err(start_error)
     }
 
     /// After a failure the agent is no more used: what it still says about this clone would be taken
@@ -175,16 +178,13 @@ impl Seat {
     fn make_clone(&self) -> Result<PreparedClone> {
         let cgroup = self.cgroup.dir_fd();
         let mut agent = lock(&self.agent);
-        match agent.as_mut() {
-            Some(living) => {
-                let method = self.method()?;
-                living
-                    .make_clone(cgroup)
-                    .and_then(|clone| method.ready(&clone).map(|()| clone))
-                    .map_err(start_error)
-                    .inspect_err(|_| drop(agent.take()))
-            }
-            None => Err(ShimError::Fault("the tenancy's cgroup has no agent".into())),
+        match (agent.as_mut(), &self.method) {
+            (Some(living), Some(Prepared::Clones(method))) => living
+                .make_clone(cgroup)
+                .and_then(|clone| method.ready(&clone).map(|()| clone))
+                .map_err(start_error)
+                .inspect_err(|_| drop(agent.take())),
+            _ => Err(no_agent()),
         }
     }
 
@@ -361,6 +361,10 @@ pub struct Tenancy {
     pub seccomp: Option<Seccomp>,
     /// Host pids of a tree that came from a template, in the template's order.
     pub restored: Vec<i32>,
+}
+
+fn no_agent() -> ShimError {
+    ShimError::Fault("the tenancy's cgroup has no agent".into())
 }
 
 fn open_pidfd(pid: i32) -> Result<OwnedFd> {

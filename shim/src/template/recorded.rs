@@ -1,7 +1,7 @@
 //! What a template's starts need of its memory, learnt from tenancies and kept on disk.
 
 use trenv_pool::TemplateId;
-use trenv_snapshot::methods::StartMethod;
+use trenv_snapshot::methods::Prepared;
 use trenv_snapshot::recording::{self, Recorded};
 
 use super::standing::Standing;
@@ -54,7 +54,7 @@ impl Templates {
     }
 
     /// What an earlier zygote of the template has learnt.
-    pub(super) fn recall(&self, template: TemplateRef, method: &dyn StartMethod) -> Vec<Recorded> {
+    pub(super) fn recall(&self, template: TemplateRef, method: &Prepared) -> Vec<Recorded> {
         let TemplateRef {
             id,
             generation,

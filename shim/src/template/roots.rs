@@ -20,8 +20,10 @@ impl Templates {
         })?;
         let mounting = ShimError::engine("mount the root of a tenancy to come");
         let root = self.keep(&rootfs).map_err(mounting)?;
-        let opened = standing.method.zygote().opened().iter().map(String::as_str);
-        look_up(root.mount.as_fd(), opened);
+        if let Some(zygote) = standing.method.zygote() {
+            let opened = zygote.opened().iter().map(String::as_str);
+            look_up(root.mount.as_fd(), opened);
+        }
         standing.add_staged(Staged {
             mounts: rootfs,
             root,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use trenv_pool::TemplateReader;
 use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::{KeptRoot, Mount};
-use trenv_snapshot::methods::StartMethod;
+use trenv_snapshot::methods::Prepared;
 use trenv_snapshot::recording::Recorded;
 
 use super::{Base, lock};
@@ -24,7 +24,7 @@ const CLONE_TIMES: usize = 256;
 /// A template whose zygote stands.
 pub struct Standing {
     /// What its start method needs once: its zygote above all.
-    pub method: Arc<dyn StartMethod>,
+    pub method: Prepared,
     /// Its working sets, as they were kept last.
     pub recorded: Mutex<Vec<Recorded>>,
     pub zygote_cgroup: TenancyCgroup,
@@ -105,7 +105,7 @@ impl Standing {
                 let at = seats.iter().rposition(|seat| !seat.is_prepared())?;
                 seats.remove(at)
             };
-            if seat.agent_lives() {
+            if seat.can_start() {
                 return Some(seat);
             }
             if let Err(err) = seat.remove() {
@@ -146,7 +146,7 @@ impl Standing {
         let charged = self.zygote_cgroup.stats().map(|stats| stats.memory_bytes);
         // Without a memory controller the kernel tells nothing of a group.
         let zygote = charged.ok().filter(|bytes| *bytes > 0);
-        let zygote = zygote.or_else(|| self.method.zygote().resident_bytes().ok());
+        let zygote = zygote.or_else(|| self.method.zygote()?.resident_bytes().ok());
         zygote.unwrap_or(0) + self.method.held_bytes()
     }
 

@@ -3,7 +3,8 @@
 //!
 //! Arguments, in hexadecimal: base, length of the code, length, entry, stack and header of the
 //! region; in decimal the control descriptor's number and the count of capsules; then the cgroups to
-//! enter. With the one argument [`methods::KEEPER`] it is the keeper of userfaultfds instead.
+//! enter. With the one argument [`methods::KEEPER`] it is the keeper of userfaultfds instead, and with
+//! [`methods::ENTER`] first it runs CRIU in a sandbox.
 
 use std::arch::asm;
 use std::fs::File;
@@ -17,16 +18,18 @@ use trenv_snapshot::methods;
 use trenv_snapshot::zygote::{build_fd, loader_fd};
 
 fn main() {
-    let keeper = std::env::args().nth(1).as_deref() == Some(methods::KEEPER);
-    let done = if keeper {
-        methods::keep().context("Failed to keep userfaultfds")
-    } else {
-        become_zygote()
+    let done = match std::env::args().nth(1).as_deref() {
+        Some(methods::KEEPER) => methods::keep()
+            .context("Failed to keep userfaultfds")
+            .map(|()| 0),
+        Some(methods::ENTER) => methods::enter(),
+        _ => become_zygote().map(|()| 0),
     };
-    if let Err(err) = done {
+    let status = done.unwrap_or_else(|err| {
         eprintln!("trenv-zygote: {err:#}");
-        std::process::exit(1);
-    }
+        1
+    });
+    std::process::exit(status);
 }
 
 fn become_zygote() -> Result<()> {

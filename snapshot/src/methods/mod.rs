@@ -4,19 +4,22 @@
 //! start gives a clone's address space to the tree. For [`Method::Template`] the zygote has the
 //! stored pages; for every other it is a skeleton, which has the mappings alone, and the method
 //! brings pages into the clone when it starts. `docs/start-methods.md` says what each is built
-//! after and where it differs.
+//! after and where it differs. [`Method::Criu`] and [`Method::CriuLazy`] are apart: CRIU makes the
+//! processes, from an image of its own, and [`Prepared`] is either.
 //!
-//! Two things are the same for all. Small processes beside a large one are loaded from capsules.
+//! Two things are the same for all others. Small processes beside a large one are loaded from capsules.
 //! And pages of files that instances read are mapped in later clones (`working_set.rs`), as they are
 //! a part of the memory of the virtual machines that most of these methods were made for.
 
 mod base;
 mod copy;
+mod criu;
 mod faasnap;
 mod image;
 mod keeper;
 mod lazy;
 mod pager;
+mod prepared;
 mod reap;
 mod recorded_pages;
 mod skeleton;
@@ -30,11 +33,16 @@ mod working_set_file;
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crate::recording::Recorded;
 use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
 pub use base::Base;
+pub use criu::{
+    Criu, CriuError, DumpRequest as CriuDumpRequest, ENTER, Image, Images, dump as criu_dump, enter,
+};
 pub use keeper::{ARGUMENT as KEEPER, keep};
+pub use prepared::Prepared;
 pub use work::{Figures, Work};
 
 /// The start methods by name.
@@ -53,6 +61,10 @@ pub enum Method {
     FaaSnap,
     /// Pages laid out and brought in by first use (Spice).
     Spice,
+    /// CRIU restores the tree.
+    Criu,
+    /// The same, and CRIU's page server brings each page when it is touched.
+    CriuLazy,
 }
 
 /// A name that is none of a start method.
@@ -63,6 +75,7 @@ pub struct UnknownMethod {
 }
 
 impl Method {
+    /// Those that start a tree by a clone of a zygote.
     pub const ALL: [Self; 6] = [
         Self::Template,
         Self::Copy,
@@ -81,13 +94,20 @@ impl Method {
             Self::Reap => "reap",
             Self::FaaSnap => "faasnap",
             Self::Spice => "spice",
+            Self::Criu => "criu",
+            Self::CriuLazy => "criu-lazy",
         }
+    }
+
+    /// All there are.
+    fn each() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().chain([Self::Criu, Self::CriuLazy])
     }
 
     /// The names of all.
     #[must_use]
-    pub fn names() -> [&'static str; 6] {
-        Self::ALL.map(Self::name)
+    pub fn names() -> Vec<&'static str> {
+        Self::each().map(Self::name).collect()
     }
 
     /// Finds a method by its name; the empty name is the usual one's.
@@ -98,7 +118,7 @@ impl Method {
         if name.is_empty() {
             return Ok(Self::default());
         }
-        let found = Self::ALL.into_iter().find(|method| method.name() == name);
+        let found = Self::each().find(|method| method.name() == name);
         found.ok_or_else(|| UnknownMethod { name: name.into() })
     }
 
@@ -106,23 +126,31 @@ impl Method {
     /// instances live on.
     ///
     /// `directory` is where a method keeps files without names, which hold a copy of the template's
-    /// pages and go with it; it lies on a disk.
+    /// pages and go with it; it lies on a disk. CRIU's images are in a folder there.
     ///
     /// # Errors
-    /// As [`Zygote::build`], and when there is no memory or disk space for the files.
+    /// As [`Zygote::build`], when there is no memory or disk space for the files, and when CRIU or
+    /// its image of the template is not there.
     pub fn prepare(
         self,
         request: ZygoteRequest<'_>,
         directory: &Path,
-    ) -> Result<Box<dyn StartMethod>, ZygoteError> {
-        Ok(match self {
-            Self::Template => Box::new(template::Template::prepare(request)?),
-            Self::Copy => Box::new(copy::Copy::prepare(request)?),
-            Self::Lazy => Box::new(lazy::Lazy::prepare(request)?),
-            Self::Reap => Box::new(reap::Reap::prepare(request, directory)?),
-            Self::FaaSnap => Box::new(faasnap::FaaSnap::prepare(request, directory)?),
-            Self::Spice => Box::new(spice::Spice::prepare(request)?),
-        })
+    ) -> Result<Prepared, ZygoteError> {
+        let by_criu = |mode| {
+            let images = Images::in_state(directory);
+            Criu::prepare(mode, request.template, request.binary, images)
+        };
+        let by_clones: Arc<dyn StartMethod> = match self {
+            Self::Template => Arc::new(template::Template::prepare(request)?),
+            Self::Copy => Arc::new(copy::Copy::prepare(request)?),
+            Self::Lazy => Arc::new(lazy::Lazy::prepare(request)?),
+            Self::Reap => Arc::new(reap::Reap::prepare(request, directory)?),
+            Self::FaaSnap => Arc::new(faasnap::FaaSnap::prepare(request, directory)?),
+            Self::Spice => Arc::new(spice::Spice::prepare(request)?),
+            Self::Criu => return Ok(Prepared::Criu(Arc::new(by_criu(criu::Mode::Read)?))),
+            Self::CriuLazy => return Ok(Prepared::Criu(Arc::new(by_criu(criu::Mode::Lazy)?))),
+        };
+        Ok(Prepared::Clones(by_clones))
     }
 }
 
@@ -229,7 +257,7 @@ mod tests {
 
     #[test]
     fn methods_are_found_by_name() {
-        for method in Method::ALL {
+        for method in Method::each() {
             assert_eq!(Method::parse(method.name()).ok(), Some(method));
         }
         assert_eq!(Method::parse("").ok(), Some(Method::Template));
@@ -240,7 +268,7 @@ mod tests {
         let text = Method::parse("warp").map_err(|err| err.to_string());
         assert_eq!(
             text,
-            Err("The start method \"warp\" is not known; use one of template, copy, lazy, reap, faasnap, spice".into())
+            Err("The start method \"warp\" is not known; use one of template, copy, lazy, reap, faasnap, spice, criu, criu-lazy".into())
         );
     }
 }

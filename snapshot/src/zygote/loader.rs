@@ -92,25 +92,15 @@ impl Loader {
         control: &OwnedFd,
         request: &ZygoteRequest<'_>,
     ) -> Result<Child, ZygoteError> {
-        use std::os::unix::process::CommandExt;
-        // Duplicates above the wanted numbers, so that none is overwritten before it is moved.
-        let high = |fd: BorrowedFd<'_>| {
-            nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64))
-                .map_err(errno("preparing the zygote's descriptors"))
-                // SAFETY: fcntl just made this descriptor, nobody else owns it.
-                .map(|number| unsafe { OwnedFd::from_raw_fd(number) })
-        };
         let mut handed = vec![
-            (high(control.as_fd())?, fd::CONTROL),
-            (high(self.region.as_fd())?, fd::REGION),
-            (high(request.template.fd())?, fd::PAGES),
-            (high(request.rootfs.as_fd())?, fd::ROOTFS),
-            (high(self.loader.as_fd())?, fd::LOADER),
-            (high(self.content.as_fd())?, fd::CONTENT),
+            (control.as_fd(), fd::CONTROL),
+            (self.region.as_fd(), fd::REGION),
+            (request.template.fd(), fd::PAGES),
+            (request.rootfs.as_fd(), fd::ROOTFS),
+            (self.loader.as_fd(), fd::LOADER),
+            (self.content.as_fd(), fd::CONTENT),
         ];
-        for (capsule, number) in self.capsules.iter().zip(fd::CAPSULES..) {
-            handed.push((high(capsule.as_fd())?, number));
-        }
+        handed.extend(self.capsules.iter().map(AsFd::as_fd).zip(fd::CAPSULES..));
         let mut command = Command::new(binary);
         command
             .args(&self.arguments)
@@ -119,22 +109,37 @@ impl Loader {
         // The kernel writes into a registered rseq area, and the zygote unmaps its own program.
         command.env("GLIBC_TUNABLES", "glibc.pthread.rseq=0");
         command.stdout(std::process::Stdio::null());
-        // SAFETY: between fork and exec only dup2 is called, which is async-signal-safe.
-        unsafe {
-            command.pre_exec(move || {
-                for (from, to) in &handed {
-                    if libc::dup2(from.as_raw_fd(), *to) < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
-                }
-                Ok(())
-            })
-        };
+        hand_over(&mut command, &handed).map_err(io_error("preparing the zygote's descriptors"))?;
         command.spawn().map_err(|source| ZygoteError::Io {
             doing: format!("starting {}", binary.display()),
             source,
         })
     }
+}
+
+/// Has a program begin with these descriptors, at these numbers.
+pub fn hand_over(command: &mut Command, descriptors: &[(BorrowedFd<'_>, i32)]) -> io::Result<()> {
+    use std::os::unix::process::CommandExt;
+    // Duplicates above the wanted numbers, so that none is overwritten before it is moved.
+    let high = |(fd, number): &(BorrowedFd<'_>, i32)| {
+        let high = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64))?;
+        // SAFETY: fcntl just made this descriptor, nobody else owns it.
+        Ok((unsafe { OwnedFd::from_raw_fd(high) }, *number))
+    };
+    let handed = descriptors.iter().map(high);
+    let handed: Vec<(OwnedFd, i32)> = handed.collect::<io::Result<_>>()?;
+    // SAFETY: between fork and exec only dup2 is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            for (from, to) in &handed {
+                if libc::dup2(from.as_raw_fd(), *to) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        })
+    };
+    Ok(())
 }
 
 /// The name by which a dump of a restored program knows the region again.

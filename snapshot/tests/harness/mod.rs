@@ -8,13 +8,14 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use trenv_pool::{Backend, Pool, TemplateId};
 use trenv_snapshot::TaskGroup;
 use trenv_snapshot::dump::{DumpRequest, Dumped, dump, dump_and_go_on};
-use trenv_snapshot::methods::{Method, StartMethod, Work};
+use trenv_snapshot::methods::{Method, Prepared, StartMethod, Work};
 use trenv_snapshot::zygote::{Agent, Parked, StartRequest, Started, Zygote, ZygoteRequest};
 
 pub type TestResult = Result<(), Box<dyn std::error::Error>>;
@@ -288,9 +289,14 @@ impl Bed {
     }
 
     /// Prepares a template for starts by a method.
-    pub fn prepare(&self, method: Method, template: &TemplateId) -> Made<Box<dyn StartMethod>> {
+    pub fn prepare(&self, method: Method, template: &TemplateId) -> Made<Arc<dyn StartMethod>> {
         let directory = self.directory.path();
-        self.with_request(template, |request| Ok(method.prepare(request, directory)?))
+        self.with_request(template, |request| {
+            match method.prepare(request, directory)? {
+                Prepared::Clones(method) => Ok(method),
+                Prepared::Criu(_) => Err("CRIU needs an image of its own".into()),
+            }
+        })
     }
 
     /// Starts an instance by a method.

@@ -27,6 +27,8 @@ fn colour(row: &str) -> &'static str {
         "reap" => "#009e73",
         "faasnap" => "#d55e00",
         "spice" => "#f0e442",
+        "criu" => "#8c564b",
+        "criu-lazy" => "#c49c94",
         "cold" => "#777777",
         _ => "#bbbbbb",
     }

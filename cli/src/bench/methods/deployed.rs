@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use http::Method;
+use http::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::functions::{Function, find};
@@ -13,6 +13,8 @@ const ANNOTATION: &str = "dev.trenv.start-method";
 const ROUTE: &str = "/system/functions";
 /// How long the gateway may take until it tells of a method.
 const TOLD: Duration = Duration::from_secs(5);
+/// How long a function may be built anew.
+const BUILT: Duration = Duration::from_secs(120);
 
 /// What an update must repeat of a function's description, as the gateway names it.
 const REPEATED: [&str; 11] = [
@@ -62,16 +64,12 @@ impl Deployed {
 
     /// Lets its next starts use `method`.
     pub async fn use_method(&self, gateway: &Gateway, method: &str) -> anyhow::Result<()> {
-        let mut body = self.before.clone();
-        body["annotations"][ANNOTATION] = method.into();
-        update(gateway, &body)
+        update(gateway, &self.starting_by(method))
             .await
             .with_context(|| format!("{} was not set to start by {method}", self.name))?;
         let end = Instant::now() + TOLD;
         loop {
-            let told: Value = gateway
-                .get(&format!("/system/function/{}", self.name))
-                .await?;
+            let told = self.told(gateway).await?;
             if !told["update"].is_null() {
                 bail!(
                     "{} is built anew, so something of it has changed since it was deployed, such as its image; deploy it again, then measure",
@@ -90,6 +88,58 @@ impl Deployed {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+
+    /// Has it built anew for `method`, if that needs it; a sentence where this machine or the function
+    /// cannot have the method.
+    pub async fn build_for(
+        &self,
+        gateway: &Gateway,
+        method: &str,
+    ) -> anyhow::Result<Option<String>> {
+        let body = self.starting_by(method);
+        let (status, answer) = gateway.system(Method::PUT, ROUTE, Some(&body)).await?;
+        if status == StatusCode::BAD_REQUEST {
+            let refused = String::from_utf8_lossy(&answer);
+            return Ok(Some(refused.trim().trim_end_matches('.').to_owned()));
+        }
+        accept(status, &answer)?;
+        let built = self.built(gateway).await?;
+        if built["status"] == "ready" && built["update"].is_null() {
+            return Ok(None);
+        }
+        self.put_back(gateway).await?;
+        self.built(gateway).await?;
+        let reason = built["updateReason"].as_str().or(built["reason"].as_str());
+        let reason = reason.unwrap_or("it is not ready");
+        Ok(Some(format!("{}: {reason}", self.name)))
+    }
+
+    /// What the gateway says of it once it is not being built.
+    async fn built(&self, gateway: &Gateway) -> anyhow::Result<Value> {
+        let end = Instant::now() + BUILT;
+        loop {
+            let told = self.told(gateway).await?;
+            if told["update"] != "building" && told["status"] != "building" {
+                return Ok(told);
+            }
+            if Instant::now() > end {
+                bail!("{} is still being built after {BUILT:?}", self.name);
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    async fn told(&self, gateway: &Gateway) -> anyhow::Result<Value> {
+        gateway
+            .get(&format!("/system/function/{}", self.name))
+            .await
+    }
+
+    fn starting_by(&self, method: &str) -> Value {
+        let mut body = self.before.clone();
+        body["annotations"][ANNOTATION] = method.into();
+        body
     }
 
     /// Gives it back the deployment that it had.

@@ -11,7 +11,7 @@ use crate::table::{Table, bytes, micros};
 
 /// The rows there can be, in the order in which they are shown: the start methods, what
 /// `template` becomes where the provider parks instances, and the cold starts beside them.
-pub const ROWS: [&str; 10] = [
+pub const ROWS: [&str; 12] = [
     "template",
     "parked",
     "copy",
@@ -20,6 +20,8 @@ pub const ROWS: [&str; 10] = [
     "reap",
     "faasnap",
     "spice",
+    "criu",
+    "criu-lazy",
     "cold",
     "runc",
 ];

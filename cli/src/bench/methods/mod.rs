@@ -9,7 +9,6 @@ mod deployed;
 mod figures;
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
@@ -41,7 +40,7 @@ pub struct MethodsOptions {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "template,copy,lazy,reap,faasnap,spice"
+        default_value = "template,copy,lazy,reap,faasnap,spice,criu,criu-lazy"
     )]
     pub methods: Vec<String>,
     /// Measured starts by each method, over all functions together
@@ -82,6 +81,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a function started through runc may take.
 const RUNC_PATIENCE: Duration = Duration::from_secs(20);
 const TEMPLATE: &str = "template";
+/// The methods for which a function is built anew, and that not every machine has.
+const BY_CRIU: [&str; 2] = ["criu", "criu-lazy"];
 
 /// Starts in a row of one function by one method.
 #[derive(Debug, Clone, Copy)]
@@ -143,7 +144,7 @@ pub async fn measure(
 
 /// The rows of the methods that are asked for.
 fn methods(names: &[String]) -> anyhow::Result<Vec<&'static str>> {
-    const KNOWN: [&str; 7] = [
+    const KNOWN: [&str; 9] = [
         TEMPLATE,
         "copy",
         "copy-base",
@@ -151,6 +152,8 @@ fn methods(names: &[String]) -> anyhow::Result<Vec<&'static str>> {
         "reap",
         "faasnap",
         "spice",
+        "criu",
+        "criu-lazy",
     ];
     names
         .iter()
@@ -198,7 +201,6 @@ impl<'a> Bench<'a> {
             machine: machine(),
             seed: options.seed,
             functions: figures.collect(),
-            unavailable: [("criu", without_criu())].into(),
             ..Report::default()
         };
         Self {
@@ -213,6 +215,7 @@ impl<'a> Bench<'a> {
     }
 
     async fn run(&mut self, methods: &[&'static str]) -> anyhow::Result<()> {
+        let methods = &self.available(methods).await?[..];
         let count = methods.len() as u64;
         let each = self.functions.len() as u64 * self.options.unmeasured;
         let measured = self.options.starts * count + self.options.cold + self.options.runc;
@@ -242,6 +245,28 @@ impl<'a> Bench<'a> {
         }
         self.cold().await?;
         self.runc().await
+    }
+
+    /// The methods that this machine has for all functions; of the others the reason is told.
+    async fn available(&mut self, methods: &[&'static str]) -> anyhow::Result<Vec<&'static str>> {
+        let mut available = Vec::new();
+        for method in methods {
+            let mut refused = None;
+            if BY_CRIU.contains(method) {
+                self.say("building");
+                for function in self.functions {
+                    refused = function.build_for(self.gateway, method).await?;
+                    if refused.is_some() {
+                        break;
+                    }
+                }
+            }
+            match refused {
+                Some(reason) => drop(self.report.unavailable.insert(method, reason)),
+                None => available.push(*method),
+            }
+        }
+        Ok(available)
     }
 
     /// All measured starts, in seeded order.
@@ -428,23 +453,6 @@ fn computed(reply: Reply) -> anyhow::Result<Reply> {
     match reply.body.is_empty() {
         true => Err(anyhow!("the reply has no body")),
         false => Ok(reply),
-    }
-}
-
-/// Why CRIU is not among the methods of this machine.
-fn without_criu() -> String {
-    match Command::new("criu").arg("check").output() {
-        Err(err) if err.kind() == std::io::ErrorKind::NotFound => "CRIU is not installed".into(),
-        Err(err) => format!("CRIU cannot be run: {err}"),
-        Ok(output) if output.status.success() => {
-            "the provider does not start functions by CRIU".into()
-        }
-        Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let reason = said.lines().find(|line| line.contains("Error"));
-            let reason = reason.or(said.lines().next()).unwrap_or("without a reason");
-            format!("`criu check` fails on this machine: {}", reason.trim())
-        }
     }
 }
 
