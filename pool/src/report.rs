@@ -5,8 +5,8 @@ use std::io::Write;
 use serde::Serialize;
 use serde_json::json;
 use trenv_pool::{
-    Extent, PAGE_SIZE, PoolError, PoolStat, Source, TemplateId, TemplateInfo, TemplateReader,
-    Verification,
+    DaxDevice, Extent, PAGE_SIZE, PoolError, PoolStat, Source, TemplateId, TemplateInfo,
+    TemplateReader, Verification,
 };
 
 fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
@@ -69,6 +69,28 @@ fn one_line(key: &str) -> String {
         line.push_str("...");
     }
     line
+}
+
+pub fn devices(devices: &[DaxDevice], json: bool) -> anyhow::Result<()> {
+    if json {
+        return print_json(&devices);
+    }
+    let mut out = std::io::stdout().lock();
+    for device in devices {
+        let name = &device.name;
+        match device.check_pool() {
+            Ok(()) => writeln!(
+                out,
+                "{name}: {} in pages of {PAGE_SIZE} bytes",
+                size(device.size)
+            )?,
+            Err(fault) => writeln!(out, "{name}: {fault}")?,
+        }
+    }
+    if devices.is_empty() {
+        writeln!(out, "This machine has no device-dax.")?;
+    }
+    Ok(())
 }
 
 pub fn list(infos: &[TemplateInfo], json: bool) -> anyhow::Result<()> {
