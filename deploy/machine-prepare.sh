@@ -14,7 +14,7 @@ readonly state=/var/lib/trenv
 readonly run=/run/trenv
 readonly programs=(containerd-shim-trenv-v2 trenv-provider trenv trenv-pool)
 readonly helpers=(trenv-init trenv-zygote fwatchdog)
-readonly samples=(hello-python hello-node json-python image-node numpy-python)
+samples=(hello-python hello-node json-python image-node numpy-python)
 
 # shellcheck source=deploy/lib/steps.sh
 . "$here/deploy/lib/steps.sh"
@@ -22,10 +22,15 @@ readonly samples=(hello-python hello-node json-python image-node numpy-python)
 . "$here/deploy/lib/packages.sh"
 # shellcheck source=deploy/lib/services.sh
 . "$here/deploy/lib/services.sh"
+# shellcheck source=deploy/lib/driver.sh
+. "$here/deploy/lib/driver.sh"
 
 mem_pool='file'
 pool_size=4G
 profile=release
+built=
+functions=
+calls=
 demo=yes
 clean=no
 dax_dev=
@@ -40,6 +45,9 @@ Usage: bash deploy/machine-prepare.sh [options]
   --nic NAME        network interface of an rdma pool
   --pool-size SIZE  size of the pool, e.g. 4G (default) or 512M
   --profile NAME    how to build: release (default), or dev, which builds quicker and runs slower
+  --programs DIR    where the programs are built already; nothing is built
+  --functions A,B   sample functions to prepare and to show, instead of all
+  --calls N         calls of each kind of start in the demo
   --no-demo         prepare only
   --clean           stop everything of trenv and remove it from this machine
   --help            this text
@@ -49,7 +57,7 @@ USAGE
 parse() {
     while [ $# -gt 0 ]; do
         case $1 in
-            --mem-pool | --dax-dev | --nic | --pool-size | --profile)
+            --mem-pool | --dax-dev | --nic | --pool-size | --profile | --programs | --functions | --calls)
                 [ $# -ge 2 ] || fail "$1 needs a value; see --help"
                 case $1 in
                     --mem-pool) mem_pool=$2 ;;
@@ -57,6 +65,9 @@ parse() {
                     --nic) nic=$2 ;;
                     --pool-size) pool_size=$2 ;;
                     --profile) profile=$2 ;;
+                    --programs) built=$2 ;;
+                    --functions) functions=$2 ;;
+                    --calls) calls=$2 ;;
                 esac
                 shift 2
                 ;;
@@ -67,8 +78,8 @@ parse() {
         esac
     done
     case $mem_pool in
-        file | memfd) ;;
-        dax) fail "A dax pool${dax_dev:+ on $dax_dev} is not built into this version yet; use --mem-pool file or memfd." ;;
+        file | memfd) [ -z "$dax_dev" ] || fail "--dax-dev belongs to --mem-pool dax" ;;
+        dax) [ -n "$dax_dev" ] || [ "$clean" = yes ] || fail "--mem-pool dax needs --dax-dev, e.g. /dev/dax0.0; \`daxctl list\` shows what there is" ;;
         rdma) fail "An rdma pool${nic:+ over $nic} is not built into this version yet; use --mem-pool file or memfd." ;;
         *) fail "--mem-pool $mem_pool is unknown; choose file, memfd, dax or rdma" ;;
     esac
@@ -77,9 +88,9 @@ parse() {
         dev) target=$here/target/x86_64-unknown-linux-gnu/debug ;;
         *) fail "--profile $profile is unknown; choose release or dev" ;;
     esac
-    if [ -n "$dax_dev$nic" ]; then
-        fail "--dax-dev and --nic belong to --mem-pool dax and rdma"
-    fi
+    [ -z "$nic" ] || fail "--nic belongs to --mem-pool rdma"
+    [ -z "$built" ] || target=$(cd "$built" && pwd) || fail "--programs $built is no folder"
+    [ -z "$functions" ] || IFS=, read -r -a samples <<<"$functions"
     pool_bytes=$(numfmt --from=iec "$pool_size" 2>/dev/null) || fail "--pool-size $pool_size is not a size such as 4G or 512M"
 }
 
@@ -92,6 +103,10 @@ check_machine() {
 }
 
 build() {
+    if [ -n "$built" ]; then
+        note "those in $target are taken"
+        return
+    fi
     find_cargo
     (cd "$here" && cargo build --profile "$profile" --locked --workspace --bins --exclude xtask --exclude trenv-tests)
 }
@@ -121,6 +136,8 @@ write_config() {
         note "$config is kept"
         return
     fi
+    local device=
+    [ -z "$dax_dev" ] || device="device = \"$dax_dev\""
     cat >"$config" <<CONFIG
 # trenv on this machine; docs/user-guide.md explains every key.
 state_dir = "$state"
@@ -133,6 +150,7 @@ address = "$(containerd_address)"
 [pool]
 backend = "$mem_pool"
 size = $pool_bytes
+$device
 
 [provider]
 listen = "127.0.0.1:8080"
@@ -173,7 +191,10 @@ NEXT
 }
 
 run_demo() {
-    if ! "$bin/trenv" demo --file "$here/functions/stack.yml"; then
+    local options=()
+    [ -z "$functions" ] || options+=(--functions "$functions")
+    [ -z "$calls" ] || options+=(--calls "$calls" --instances "$calls")
+    if ! "$bin/trenv" demo --file "$here/functions/stack.yml" "${options[@]}"; then
         fail "The demo found something wrong; see above and $(provider_log)."
     fi
 }
@@ -183,11 +204,16 @@ main() {
     check_machine
     if [ "$clean" = yes ]; then
         step "Stopping trenv" stop_services
+        step "Giving the pool's device back" release_device
         step "Removing trenv" remove_everything
         echo "trenv is gone from this machine; packages that apt installed stay."
         return
     fi
     step "Installing packages" install_packages "${run_packages[@]}" "${build_packages[@]}"
+    if [ "$mem_pool" = dax ]; then
+        step "Installing what a dax pool needs" install_packages "${dax_packages[@]}"
+        step "Loading the driver pseudo_mm" load_driver
+    fi
     step "Building trenv (minutes the first time)" build
     step "Installing programs" install_programs
     step "Finding or starting containerd" start_containerd

@@ -43,11 +43,18 @@ skip() {
 
 # tests TITLE CARGO-ARGUMENTS...: runs tests of cargo and counts each by what it printed.
 tests() {
+    local title=$1
+    shift
+    counted "$title" cargo test --locked --no-fail-fast "$@" -- --test-threads=1
+}
+
+# counted TITLE COMMAND...: counts the tests of a command by what it printed.
+counted() {
     local title=$1 begin=$SECONDS log status count
     shift
     printf '[%s] tests: %s\n' "$(elapsed)" "$title"
     log=$(mktemp)
-    cargo test --locked --no-fail-fast "$@" -- --test-threads=1 2>&1 | tee "$log"
+    "$@" 2>&1 | tee "$log"
     status=${PIPESTATUS[0]}
     # The usual harness, and those of our own that end with "N passed, N failed".
     count=$(sum 's/^test result: .* \([0-9]*\) passed;.*/\1/p; s/^\([0-9]*\) passed, [0-9]* failed.*/\1/p' "$log")
@@ -61,7 +68,7 @@ tests() {
     elif [ "$status" -ne 0 ]; then
         # It did not compile, or a test took the whole program down.
         failed=$((failed + 1))
-        failures+=("$title: cargo ended with status $status")
+        failures+=("$title: it ended with status $status")
     fi
     count=$(sum 's/^test result: .* \([0-9]*\) ignored;.*/\1/p' "$log")
     skipped=$((skipped + count))
@@ -139,12 +146,26 @@ virtual_machines() {
     for kernel in stock stock-6.12; do
         check "dkms on $kernel" dkms_build "$kernel"
         driver "$kernel"
+        # With the module that was just built.
+        [ "$kernel" = stock ] || continue
+        device_tests trenv-pool
+        device_tests trenv-snapshot bash snapshot/tests/on-device.sh
     done
 }
 
 dkms_build() {
     local headers
     headers=$(cargo xtask vm headers --kernel "$1") && bash kernel-patch/dkms.sh "$headers"
+}
+
+# device_tests PACKAGE [COMMAND...]: those that take a device-dax, by COMMAND if there is one.
+device_tests() {
+    local package=$1 title="$1 on a device-dax" program
+    shift
+    program=$(cargo test --locked -p "$package" --features device --test device --no-run \
+        --message-format=json | jq -r 'select(.target.name == "device") | .executable // empty')
+    counted "$title" cargo xtask vm run --kernel stock --dax nvdimm --dax-size 256 --memory 2048 \
+        --timeout 600 -- "$@" "$program" --test-threads=1
 }
 
 # driver KERNEL: the module of kernel-patch on a kernel of Debian's, with a device-dax of QEMU's.

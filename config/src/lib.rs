@@ -48,11 +48,13 @@ pub struct Containerd {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Pool {
-    /// `file` or `memfd`.
+    /// `file`, `memfd` or `dax`.
     pub backend: String,
+    /// The device-dax of a `dax` pool, e.g. `/dev/dax0.0`.
+    pub device: Option<PathBuf>,
     /// Directory of the pool; `pool` in the state directory when absent.
     pub path: Option<PathBuf>,
-    /// Bytes that the pool may hold.
+    /// Bytes that the pool may hold; a device is taken whole.
     pub size: u64,
 }
 
@@ -146,6 +148,7 @@ impl Default for Pool {
     fn default() -> Self {
         Self {
             backend: "file".into(),
+            device: None,
             path: None,
             size: 4 << 30,
         }
@@ -273,11 +276,18 @@ impl Config {
             value: value.to_string(),
             expected,
         };
-        if !matches!(self.pool.backend.as_str(), "file" | "memfd") {
+        if !matches!(self.pool.backend.as_str(), "file" | "memfd" | "dax") {
             return Err(wrong(
                 "pool.backend",
                 &self.pool.backend,
-                "\"file\" or \"memfd\"",
+                "\"file\", \"memfd\" or \"dax\"",
+            ));
+        }
+        if self.pool.backend == "dax" && self.pool.device.is_none() {
+            return Err(wrong(
+                "pool.device",
+                &"absent",
+                "a device-dax such as \"/dev/dax0.0\" for a pool of backend \"dax\"",
             ));
         }
         if self.pool.size < 16 << 20 {
@@ -335,6 +345,8 @@ mod tests {
     fn values_out_of_range_are_named() {
         let err = read("[pool]\nbackend = \"tape\"\n").unwrap_err();
         assert!(err.to_string().contains("pool.backend"), "{err}");
+        let err = read("[pool]\nbackend = \"dax\"\n").unwrap_err();
+        assert!(err.to_string().contains("pool.device"), "{err}");
         assert!(read("[pool]\nsize = 1\n").is_err());
         assert!(read("[network]\nbridge = \"a-name-that-is-too-long\"\n").is_err());
     }

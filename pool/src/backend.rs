@@ -1,4 +1,4 @@
-//! Where the pages lie: a file on disk, or memory.
+//! Where the pages lie: a file on disk, memory, or a device-dax ([`crate::dax`]).
 //!
 //! `memfd` keeps the pages in a file on `/dev/shm` named after the pool's uuid, since several
 //! processes need them, some after those that made it are gone. It is removed with the pool. After
@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::dax::DaxMemory;
 use crate::error::PoolError;
 use crate::superblock::Superblock;
 
@@ -29,11 +30,13 @@ pub enum Backend {
     File,
     /// Memory of this machine: fast, gone after a reboot.
     Memfd,
+    /// A device-dax, which zygotes map where the kernel has the driver for it.
+    Dax,
 }
 
 /// A backend's name that this program does not know.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no pool backend; choose `file` or `memfd`")]
+#[error("{0:?} is no pool backend; choose `file`, `memfd` or `dax`")]
 pub struct UnknownBackend(pub String);
 
 impl Backend {
@@ -41,6 +44,7 @@ impl Backend {
         match self {
             Self::File => 1,
             Self::Memfd => 2,
+            Self::Dax => 3,
         }
     }
 
@@ -48,6 +52,7 @@ impl Backend {
         match code {
             1 => Some(Self::File),
             2 => Some(Self::Memfd),
+            3 => Some(Self::Dax),
             _ => None,
         }
     }
@@ -58,6 +63,7 @@ impl fmt::Display for Backend {
         f.write_str(match self {
             Self::File => "file",
             Self::Memfd => "memfd",
+            Self::Dax => "dax",
         })
     }
 }
@@ -69,17 +75,27 @@ impl FromStr for Backend {
         match name {
             "file" => Ok(Self::File),
             "memfd" => Ok(Self::Memfd),
+            "dax" => Ok(Self::Dax),
             _ => Err(UnknownBackend(name.to_owned())),
         }
     }
 }
 
-/// The open file that holds the pages.
+/// What holds the pages, open.
 #[derive(Debug)]
-pub(crate) struct DataFile {
-    pub file: File,
+pub(crate) struct Data {
+    store: Store,
     pub path: PathBuf,
-    durable: bool,
+}
+
+#[derive(Debug)]
+enum Store {
+    /// A file, which survives a reboot or not.
+    File {
+        file: File,
+        durable: bool,
+    },
+    Device(DaxMemory),
 }
 
 /// Where the pages of a pool in memory lie.
@@ -87,12 +103,21 @@ pub(crate) fn memory_path(uuid: Uuid) -> PathBuf {
     Path::new(MEMORY_DIRECTORY).join(format!("trenv-pool-{uuid}"))
 }
 
-impl DataFile {
+impl Data {
     pub fn on_disk(file: File, path: &Path) -> Self {
         Self {
-            file,
+            store: Store::File {
+                file,
+                durable: true,
+            },
             path: path.to_path_buf(),
-            durable: true,
+        }
+    }
+
+    pub fn on_device(memory: DaxMemory, path: &Path) -> Self {
+        Self {
+            store: Store::Device(memory),
+            path: path.to_path_buf(),
         }
     }
 
@@ -116,9 +141,11 @@ impl DataFile {
             });
         }
         Ok(Some(Self {
-            file,
+            store: Store::File {
+                file,
+                durable: false,
+            },
             path,
-            durable: false,
         }))
     }
 
@@ -139,21 +166,63 @@ impl DataFile {
             .map_err(|e| PoolError::io("write", &path, e))
     }
 
-    pub fn flush(&self) -> Result<(), PoolError> {
-        if self.durable {
-            self.file
-                .sync_data()
-                .map_err(|e| PoolError::io("flush", &self.path, e))?;
+    /// The file, which a device is not: that cannot be read by read(2).
+    pub fn file(&self) -> Option<&File> {
+        match &self.store {
+            Store::File { file, .. } => Some(file),
+            Store::Device(_) => None,
         }
-        Ok(())
+    }
+
+    pub fn device(&self) -> Option<&DaxMemory> {
+        match &self.store {
+            Store::File { .. } => None,
+            Store::Device(memory) => Some(memory),
+        }
+    }
+
+    pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), PoolError> {
+        match &self.store {
+            Store::File { file, .. } => file
+                .read_exact_at(buffer, offset)
+                .map_err(|e| PoolError::io("read pages from", &self.path, e)),
+            Store::Device(memory) => memory.read_at(buffer, offset),
+        }
+    }
+
+    /// Writes whole pages.
+    pub fn write_at(&self, pages: &[u8], offset: u64) -> Result<(), PoolError> {
+        match &self.store {
+            Store::File { file, .. } => file
+                .write_all_at(pages, offset)
+                .map_err(|e| PoolError::io("write pages to", &self.path, e)),
+            Store::Device(memory) => memory.write_at(pages, offset),
+        }
+    }
+
+    /// What was written survives a reboot, if the store does. A device has it already.
+    pub fn flush(&self) -> Result<(), PoolError> {
+        match &self.store {
+            Store::File {
+                file,
+                durable: true,
+            } => file
+                .sync_data()
+                .map_err(|e| PoolError::io("flush", &self.path, e)),
+            Store::File { .. } | Store::Device(_) => Ok(()),
+        }
     }
 
     /// Tells the kernel that the range will not be read again soon, so that flushed pages do not
     /// stay in the page cache beside the memory that they end up in.
     pub fn forget_cached(&self, offset: u64, bytes: u64) {
-        if self.durable {
+        if let Store::File {
+            file,
+            durable: true,
+        } = &self.store
+        {
             let _ = fadvise(
-                &self.file,
+                file,
                 offset,
                 std::num::NonZeroU64::new(bytes),
                 Advice::DontNeed,
@@ -162,10 +231,13 @@ impl DataFile {
     }
 
     /// Gives the range back to the file system. A file system that cannot keeps it allocated,
-    /// which costs space on disk and nothing else.
+    /// which costs space on disk and nothing else; a device has nobody to give it back to.
     pub fn discard(&self, offset: u64, bytes: u64) -> Result<(), PoolError> {
+        let Some(file) = self.file() else {
+            return Ok(());
+        };
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(&self.file, flags, offset, bytes) {
+        match fallocate(file, flags, offset, bytes) {
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             Err(e) => Err(PoolError::io("discard pages of", &self.path, e)),
         }
@@ -173,6 +245,7 @@ impl DataFile {
 
     /// Bytes free on the file system that holds the pages.
     pub fn disk_free(&self) -> u64 {
-        rustix::fs::fstatvfs(&self.file).map_or(0, |fs| fs.f_bavail * fs.f_frsize)
+        let file_system = self.file().map(rustix::fs::fstatvfs);
+        file_system.map_or(0, |fs| fs.map_or(0, |fs| fs.f_bavail * fs.f_frsize))
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::dax::device::DaxError;
 use crate::template::TemplateId;
 
 /// A failed operation on a pool.
@@ -102,6 +103,8 @@ pub enum PoolError {
         holders: String,
         waited: Duration,
     },
+    #[error(transparent)]
+    Device(#[from] DaxError),
     #[error("Failed to {action} {path}")]
     Io {
         action: &'static str,

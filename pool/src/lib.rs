@@ -1,6 +1,7 @@
 //! The pool: where the memory pages of templates are stored, checked and found again.
 //!
-//! A pool is a directory. `pool.data` holds a superblock and, from [`DATA_OFFSET`] on, 4 KiB pages;
+//! A pool is a directory. `pool.data` holds a superblock and, from [`DATA_OFFSET`] on, 4 KiB pages, unless
+//! these lie in memory or on a device, with a superblock of their own ([`Backend`]);
 //! `catalogue.redb` says which pages form which template, with a BLAKE3 checksum of every page and
 //! of every record. Free space is whatever no record names, so there is no second truth to repair.
 //! Several templates may name a page: a function's those of the base that it was made from
@@ -17,10 +18,12 @@
 
 mod backend;
 mod catalogue;
+mod dax;
 mod error;
 #[cfg(test)]
 mod hostile;
 mod lease;
+mod place;
 mod pool;
 mod reader;
 mod record;
@@ -31,6 +34,7 @@ mod template;
 mod writer;
 
 pub use backend::{Backend, UnknownBackend};
+pub use dax::device::{DaxDevice, DaxError, DaxMode, list as dax_devices};
 pub use error::PoolError;
 pub use pool::{Pool, PoolOptions, PoolStat, Usage, Verification};
 pub use reader::TemplateReader;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use trenv_config::Config;
-use trenv_pool::{Backend, Pool, PoolError, TemplateId};
+use trenv_pool::{Backend, Pool, PoolError, PoolOptions, TemplateId};
 
 /// Looks after the pool, where the memory of functions' templates is stored.
 #[derive(Debug, Parser)]
@@ -29,13 +29,22 @@ struct Arguments {
 enum Command {
     /// Make a pool.
     Format {
-        /// `file` (durable) or `memfd` (memory, lost at a reboot); the configuration's when absent.
+        /// `file` (durable), `memfd` (memory, lost at a reboot) or `dax` (a device); the configuration's
+        /// when absent.
         #[arg(long)]
         backend: Option<Backend>,
+        /// Device of a dax pool, e.g. /dev/dax0.0, which is taken whole; the configuration's when absent.
+        #[arg(long)]
+        device: Option<PathBuf>,
+        /// Also if the device holds a pool, which is lost.
+        #[arg(long)]
+        overwrite: bool,
         /// Bytes, with K, M, G or T for powers of 1024; the configuration's when absent.
         #[arg(long, value_parser = bytes)]
         size: Option<u64>,
     },
+    /// List the device-dax of this machine, and whether each can hold a pool.
+    Devices,
     /// List the templates.
     Ls,
     /// Show sizes: of the pool, its templates and what is free.
@@ -83,13 +92,29 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let path = arguments.pool.clone().unwrap_or_else(|| config.pool_path());
     let json = arguments.json;
     match &arguments.command {
-        Command::Format { backend, size } => {
+        Command::Format {
+            backend,
+            device,
+            overwrite,
+            size,
+        } => {
             let backend = match backend {
                 Some(backend) => *backend,
                 None => config.pool.backend.parse()?,
             };
-            let pool = Pool::format(&path, backend, size.unwrap_or(config.pool.size))?;
+            let options = PoolOptions {
+                backend,
+                path,
+                size: size.unwrap_or(config.pool.size),
+                device: device.clone().or(config.pool.device),
+            };
+            let pool = options.format(*overwrite)?;
             report::stat(&pool.stat()?, json)?;
+        }
+        Command::Devices => {
+            let devices = trenv_pool::dax_devices(Path::new("/sys"))
+                .context("Failed to look for devices in /sys")?;
+            report::devices(&devices, json)?;
         }
         Command::Ls => report::list(&Pool::open(&path)?.usage()?, json)?,
         Command::Stat => report::stat(&Pool::open(&path)?.stat()?, json)?,

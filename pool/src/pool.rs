@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -11,10 +11,14 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::PAGE_SIZE;
-use crate::backend::{Backend, DataFile, memory_path};
+use crate::backend::{Backend, Data, memory_path};
 use crate::catalogue::{Catalogue, Change};
+use crate::dax::device::DaxError;
 use crate::error::PoolError;
 use crate::lease::{Lease, LeaseFiles, Mode, holders};
+use crate::place::{
+    self, device_link, open_device, open_memory, remove_if_there, write_superblock,
+};
 use crate::reader::TemplateReader;
 use crate::record::{Listing, Record};
 use crate::space::{FreeSpace, Run, unshared};
@@ -22,10 +26,10 @@ use crate::superblock::{DATA_OFFSET, Superblock, VERSION};
 use crate::template::{Source, TemplateId, TemplateInfo};
 use crate::writer::TemplateWriter;
 
-const LEAST_SIZE: u64 = DATA_OFFSET + (1 << 20);
+pub(crate) const LEAST_SIZE: u64 = DATA_OFFSET + (1 << 20);
 
 /// How long an operation waits for another process before it says who is in the way.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a new pool is like.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,8 +37,10 @@ pub struct PoolOptions {
     pub backend: Backend,
     /// The pool's directory.
     pub path: PathBuf,
-    /// Bytes of the data file.
+    /// Bytes of the data file; a device is taken whole.
     pub size: u64,
+    /// The device of [`Backend::Dax`].
+    pub device: Option<PathBuf>,
 }
 
 impl PoolOptions {
@@ -44,10 +50,20 @@ impl PoolOptions {
             Err(PoolError::NotFound { .. }) => {}
             other => return other,
         }
-        match Pool::format(&self.path, self.backend, self.size) {
+        match self.format(false) {
             Err(PoolError::AlreadyExists { .. }) => Pool::open(&self.path),
             other => other,
         }
+    }
+
+    /// Makes the pool. What a device holds already is lost with `overwrite`, and an error otherwise if it
+    /// is a pool.
+    pub fn format(&self, overwrite: bool) -> Result<Pool, PoolError> {
+        if self.backend != Backend::Dax {
+            return Pool::format(&self.path, self.backend, self.size);
+        }
+        let device = self.device.as_deref().ok_or(DaxError::NoDevice)?;
+        Pool::format_device(&self.path, device, overwrite)
     }
 }
 
@@ -60,7 +76,7 @@ pub struct Pool {
 pub(crate) struct Inner {
     pub directory: PathBuf,
     pub superblock: Superblock,
-    pub data: DataFile,
+    pub data: Data,
     pub catalogue: Catalogue,
     pub leases: LeaseFiles,
 }
@@ -122,12 +138,40 @@ impl fmt::Debug for Pool {
 impl Pool {
     /// Makes a pool of `size` bytes in the directory `path`, which may exist but hold no pool.
     pub fn format(path: &Path, backend: Backend, size: u64) -> Result<Self, PoolError> {
+        if backend == Backend::Dax {
+            return Err(DaxError::NoDevice.into());
+        }
         if size < LEAST_SIZE {
             return Err(PoolError::TooSmall {
                 size,
                 least: LEAST_SIZE,
             });
         }
+        Self::make(path, backend, size, |superblock| match backend {
+            Backend::Memfd => Data::make_memory(superblock),
+            Backend::File | Backend::Dax => Ok(()),
+        })?;
+        Self::open(path)
+    }
+
+    /// Makes a pool whose pages are a device's; it is known by a link in the pool's directory.
+    pub fn format_device(path: &Path, device: &Path, overwrite: bool) -> Result<Self, PoolError> {
+        let memory = place::unoccupied(device, overwrite)?;
+        Self::make(path, Backend::Dax, memory.size(), |superblock| {
+            place::take_device(path, device, &memory, superblock)
+        })?;
+        // Its lock would be in the way.
+        drop(memory);
+        Self::open(path)
+    }
+
+    /// `place` makes what holds the pages, where that is not `pool.data`.
+    fn make(
+        path: &Path,
+        backend: Backend,
+        size: u64,
+        place: impl FnOnce(&Superblock) -> Result<(), PoolError>,
+    ) -> Result<(), PoolError> {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -153,12 +197,10 @@ impl Pool {
         // Without pool.data there is no pool, so what lies here is of a format that did not finish.
         remove_if_there(&path.join("catalogue.redb"))?;
         catalogue_of(path, &superblock, &leases).create()?;
-        if backend == Backend::Memfd {
-            DataFile::make_memory(&superblock)?;
-        }
+        place(&superblock)?;
         write_superblock(path, &data, &superblock)?;
         drop(formatting);
-        Self::open(path)
+        Ok(())
     }
 
     /// Opens a pool; any number of processes may.
@@ -178,8 +220,9 @@ impl Pool {
         let catalogue = catalogue_of(path, &superblock, &leases);
         catalogue.check()?;
         let data = match superblock.backend {
-            Backend::File => DataFile::on_disk(file, &data_path),
+            Backend::File => Data::on_disk(file, &data_path),
             Backend::Memfd => open_memory(&superblock, &catalogue, &leases)?,
+            Backend::Dax => open_device(path, &superblock)?,
         };
         Ok(Self {
             inner: Arc::new(Inner {
@@ -212,6 +255,10 @@ impl Pool {
         remove_if_there(&path.join("pool.data"))?;
         if pool.backend() == Backend::Memfd {
             remove_if_there(&memory_path(pool.inner.superblock.uuid))?;
+        }
+        if let Some(memory) = pool.inner.data.device() {
+            memory.write_at(&[0; PAGE_SIZE], 0)?;
+            remove_if_there(&device_link(path))?;
         }
         remove_if_there(&path.join("catalogue.redb"))?;
         let readers = leases.readers_directory();
@@ -557,68 +604,6 @@ fn superseded(listing: &Listing) -> Vec<(TemplateId, u64)> {
 fn catalogue_of(path: &Path, superblock: &Superblock, leases: &LeaseFiles) -> Catalogue {
     let file = path.join("catalogue.redb");
     Catalogue::new(file, superblock.uuid, leases.catalogue(), PATIENCE)
-}
-
-/// Writes `pool.data` under another name first, so that it is there whole or not at all.
-fn write_superblock(
-    directory: &Path,
-    path: &Path,
-    superblock: &Superblock,
-) -> Result<(), PoolError> {
-    let unfinished = directory.join("pool.data.new");
-    remove_if_there(&unfinished)?;
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&unfinished)
-        .map_err(|e| PoolError::io("make", &unfinished, e))?;
-    let length = match superblock.backend {
-        Backend::File => superblock.size,
-        Backend::Memfd => PAGE_SIZE as u64,
-    };
-    file.set_len(length)
-        .map_err(|e| PoolError::io("size", &unfinished, e))?;
-    file.write_all_at(&superblock.encode(), 0)
-        .and_then(|()| file.sync_all())
-        .map_err(|e| PoolError::io("write", &unfinished, e))?;
-    std::fs::rename(&unfinished, path).map_err(|e| PoolError::io("put in place", path, e))?;
-    File::open(directory)
-        .and_then(|directory| directory.sync_all())
-        .map_err(|e| PoolError::io("flush the directory", directory, e))
-}
-
-fn open_memory(
-    superblock: &Superblock,
-    catalogue: &Catalogue,
-    leases: &LeaseFiles,
-) -> Result<DataFile, PoolError> {
-    if let Some(data) = DataFile::in_memory(superblock)? {
-        return Ok(data);
-    }
-    let _writer = Lease::take(&leases.writer(), Mode::Exclusive, PATIENCE)?;
-    if let Some(data) = DataFile::in_memory(superblock)? {
-        return Ok(data);
-    }
-    // Forget first: a crash in between must not leave records of pages that are all zeros.
-    let forgotten = catalogue.change(|change| change.clear(), |_| ())?;
-    DataFile::make_memory(superblock)?;
-    tracing::warn!(
-        "The pool's pages were in memory and are gone, after a reboot or by hand; \
-         {forgotten} template(s) were forgotten and have to be made again"
-    );
-    DataFile::in_memory(superblock)?.ok_or_else(|| {
-        let path = memory_path(superblock.uuid);
-        PoolError::io("open", &path, std::io::ErrorKind::NotFound)
-    })
-}
-
-fn remove_if_there(path: &Path) -> Result<(), PoolError> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(PoolError::io("remove", path, e)),
-        _ => Ok(()),
-    }
 }
 
 pub(crate) fn now() -> u64 {

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
 
 use crate::PAGE_SIZE;
@@ -89,10 +88,22 @@ impl TemplateReader {
         &self.record.extents
     }
 
-    /// The data file that [`Source::Data`] offsets are in. Nobody writes to the extents' pages
-    /// while this reader lives.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.pool.data.file.as_fd()
+    /// The data file that [`Source::Data`] offsets are in; none if the pages lie on a device. Nobody
+    /// writes to the extents' pages while this reader lives.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.pool.data.file().map(AsFd::as_fd)
+    }
+
+    /// Reads what lies at a [`Source::Data`] offset, as it is: [`TemplateReader::verify`] has checked it.
+    pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), PoolError> {
+        self.pool.data.read_at(buffer, offset)
+    }
+
+    /// The driver by which processes can map pages of the pool copy-on-write: page `n` of its device is
+    /// at offset `n` times [`PAGE_SIZE`]. None if the pages do not lie on a device, or this machine
+    /// has no such driver, which is said in the log once.
+    pub fn templates(&self) -> Option<&pseudo_mm_uapi::Device> {
+        self.pool.data.device()?.templates()
     }
 
     /// Says that pages `first..first + pages` are not needed in the page cache any more.
@@ -172,10 +183,7 @@ impl TemplateReader {
         part: &mut [u8],
         sums: &[PageSum],
     ) -> Result<(), PoolError> {
-        let data = &self.pool.data;
-        data.file
-            .read_exact_at(part, at)
-            .map_err(|e| PoolError::io("read pages from", &data.path, e))?;
+        self.read_at(part, at)?;
         for (index, page) in part.chunks_exact(PAGE_SIZE).enumerate() {
             if sums.get(index).is_none_or(|sum| blake3::hash(page) != *sum) {
                 return Err(PoolError::CorruptPage {
@@ -190,10 +198,7 @@ impl TemplateReader {
 
     /// Bytes of the data file, whatever they are.
     pub(crate) fn read_raw(&self, offset: u64, page: &mut [u8]) -> Result<(), PoolError> {
-        let data = &self.pool.data;
-        data.file
-            .read_exact_at(page, offset)
-            .map_err(|e| PoolError::io("read a page from", &data.path, e))
+        self.pool.data.read_at(page, offset)
     }
 
     /// Where each stored page lies, in order.

@@ -6,8 +6,8 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::json;
 use trenv_pool::{
-    Extent, PAGE_SIZE, PoolError, PoolStat, Source, TemplateId, TemplateInfo, TemplateReader,
-    Usage, Verification,
+    DaxDevice, Extent, PAGE_SIZE, PoolError, PoolStat, Source, TemplateId, TemplateInfo,
+    TemplateReader, Usage, Verification,
 };
 
 fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
@@ -57,6 +57,28 @@ fn one_line(key: &str) -> String {
         line.push_str("...");
     }
     line
+}
+
+pub fn devices(devices: &[DaxDevice], json: bool) -> anyhow::Result<()> {
+    if json {
+        return print_json(&devices);
+    }
+    let mut out = std::io::stdout().lock();
+    for device in devices {
+        let name = &device.name;
+        match device.check_pool() {
+            Ok(()) => writeln!(
+                out,
+                "{name}: {} in pages of {PAGE_SIZE} bytes",
+                size(device.size)
+            )?,
+            Err(fault) => writeln!(out, "{name}: {fault}")?,
+        }
+    }
+    if devices.is_empty() {
+        writeln!(out, "This machine has no device-dax.")?;
+    }
+    Ok(())
 }
 
 pub fn list(usage: &[Usage], json: bool) -> anyhow::Result<()> {

@@ -1,7 +1,6 @@
 //! Putting a template into the pool.
 
 use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::PAGE_SIZE;
@@ -214,9 +213,8 @@ impl TemplateWriter {
         let start = self.run.start - pages;
         self.written.push(Run { start, pages });
         let data = &self.pool.data;
-        data.file
-            .write_all_at(&self.batch, offset_of(start))
-            .map_err(|e| self.disk_full(PoolError::io("write pages to", &data.path, e)))?;
+        data.write_at(&self.batch, offset_of(start))
+            .map_err(|e| self.disk_full(e))?;
         self.batch.clear();
         Ok(())
     }

@@ -71,7 +71,7 @@ fn data_lies_at_page_aligned_offsets_of_the_descriptor() {
     };
     assert_eq!(offset % PAGE_SIZE as u64, 0);
     let mut first = vec![0; PAGE_SIZE];
-    rustix::io::pread(reader.fd(), &mut first, *offset).unwrap();
+    rustix::io::pread(reader.file().unwrap(), &mut first, *offset).unwrap();
     assert_eq!(first, page(7));
 }
 

@@ -339,6 +339,7 @@ impl Templates {
             backend,
             path: self.config.pool_path(),
             size: self.config.pool.size,
+            device: self.config.pool.device.clone(),
         };
         let pool = options
             .open_or_format()
@@ -411,7 +412,7 @@ impl Templates {
         below: Option<&Standing>,
     ) -> Result<Standing> {
         let reader = self.reader(template)?;
-        self.make_room(bytes_of(&reader), false);
+        self.make_room(bytes_of(&reader, template.method), false);
         let root =
             overlay_from_mounts(rootfs).map_err(ShimError::engine("mount the zygote's layers"))?;
         let number = self.next_seat.fetch_add(1, Ordering::Relaxed);

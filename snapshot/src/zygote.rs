@@ -6,6 +6,7 @@
 //! copies the address space there, ahead of a start; [`PreparedClone::start`] gives that copy to the tree in
 //! a sandbox.
 
+mod attached;
 mod channel;
 mod derive;
 #[cfg(test)]
@@ -23,11 +24,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
+use pseudo_mm_uapi::Template;
 use trenv_pool::TemplateReader;
 use trenv_restorer::wire::{self, MARKS, Report};
 
 use crate::fingerprint::{Fingerprint, FingerprintError};
-use crate::manifest::{Manifest, ManifestError};
+use crate::manifest::{Manifest, ManifestError, PAGE};
 use crate::methods::{CriuError, Work};
 use crate::plan::base::Ground;
 use crate::plan::skeleton::{Area, Fill};
@@ -121,6 +123,8 @@ pub struct Zygote {
     ground: Ground,
     working_set: Mutex<WorkingSet>,
     stacks: Arc<Mutex<Stacks>>,
+    /// What it maps of the pool's device.
+    template: Option<Template>,
 }
 
 /// What a start has to know of the tree.
@@ -171,8 +175,9 @@ impl Zygote {
     /// base, when that has ended, or a file that both map is another one in the function's layers.
     pub fn build(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
         match request.base {
-            Some(base) => base.derive(request),
-            None => Ok(Self::fill(request, Fill::Pages)?.0),
+            // Pages of a device take no memory, whether a base has them or not.
+            Some(base) if request.template.templates().is_none() => base.derive(request),
+            _ => Ok(Self::fill(request, Fill::Pages)?.0),
         }
     }
 
@@ -182,15 +187,16 @@ impl Zygote {
         fill: Fill,
     ) -> Result<(Self, Vec<Area>), ZygoteError> {
         let manifest = usable(request.template)?;
-        let plan = Plan::of(&manifest, request.template.extents(), fill)?;
+        let (plan, attached) = attached::plan(&request, &manifest, fill)?;
         let (ours, theirs) = socket_pair()?;
-        let mut loader = Loader::of(&plan, &request)?;
+        let mut loader = Loader::of(&plan, attached.as_ref(), &request)?;
         let child = loader.start(request.binary, &theirs, &request)?;
         let pid = i32::try_from(child.id()).unwrap_or_default();
         drop(theirs);
         // The zygote has the mount now; ours would only keep it from going away with it.
         drop(request.rootfs);
-        let (zygote, areas) = Self::of_plan(plan, fill, (pid, open_pidfd(pid)?), ours);
+        let (mut zygote, areas) = Self::of_plan(plan, fill, (pid, open_pidfd(pid)?), ours);
+        zygote.template = attached;
         zygote.await_build(request.template)?;
         Ok((zygote, areas))
     }
@@ -223,6 +229,7 @@ impl Zygote {
                 next: 1,
                 left: Vec::new(),
             })),
+            template: None,
         };
         (zygote, plan.areas)
     }
@@ -237,8 +244,10 @@ impl Zygote {
         )?;
         zygote_error(&message.0, &self.tree)?;
         // The pages are in the zygote now; a second copy in the page cache serves nobody.
-        // SAFETY: advice about a descriptor; no memory is passed.
-        unsafe { libc::posix_fadvise(template.fd().as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        if let Some(file) = template.file() {
+            // SAFETY: advice about a descriptor; no memory is passed.
+            unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        }
         Ok(())
     }
 
@@ -264,7 +273,11 @@ impl Zygote {
             std::fs::read_to_string(path).map_err(io_error("reading the zygote's memory"))?;
         let rss = text.lines().find_map(|line| line.strip_prefix("Rss:"));
         let kilobytes = rss.and_then(|rss| rss.trim().strip_suffix(" kB")?.trim().parse().ok());
-        Ok(kilobytes.unwrap_or(0u64) << 10)
+        let bytes = kilobytes.unwrap_or(0u64) << 10;
+        // The kernel counts the pages of the device too.
+        let on_device = self.template.as_ref().map(Template::stat).transpose();
+        let on_device = on_device.map_err(io_error("asking how much memory is the device's"))?;
+        Ok(bytes.saturating_sub(on_device.map_or(0, |stat| stat.pool_pages * PAGE)))
     }
 
     /// Makes an agent. On cgroup v1 move [`Agent::pid`] into the tenancy's cgroups before it makes a
@@ -307,6 +320,10 @@ impl Zygote {
 
 impl Drop for Zygote {
     fn drop(&mut self) {
+        if let Some(template) = &self.template {
+            // Nobody attaches it any more; what was cloned keeps its pages, and so the template.
+            let _ = template.delete();
+        }
         // It may have ended by itself.
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
         let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(self.pid), None);

@@ -187,6 +187,7 @@ fn each_method_counts_what_it_does() -> TestResult {
                 assert_eq!(figures.faults_served, 0);
                 assert!(figures.pages_prefetched >= 200 && figures.pages_copied < 1000);
             }
+            Method::Criu | Method::CriuLazy => unreachable!("{method} clones no zygote"),
         }
     }
     Ok(())
@@ -333,6 +334,7 @@ fn an_instance_is_dumped_unless_its_pages_are_elsewhere() -> TestResult {
                     .is_err_and(|err| err.contains("userfaultfd")),
                 "{dumped:?}"
             ),
+            Method::Criu | Method::CriuLazy => unreachable!("{method} clones no zygote"),
         }
         if dumped.is_err() {
             assert_eq!(instance.ask("whole"), "ok", "{method} goes on");

@@ -16,6 +16,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use trenv_pool::{Source, TemplateReader};
+use trenv_snapshot::methods::Method;
 
 use super::pressure::{Stalls, available};
 use super::standing::Standing;
@@ -170,8 +171,11 @@ impl Standing {
     }
 }
 
-/// Memory that a template's pages take in a zygote: the pool has equal ones once.
-pub fn bytes_of(template: &TemplateReader) -> u64 {
+/// Memory that a template's pages take in a zygote; none if it maps the pool's device.
+pub fn bytes_of(template: &TemplateReader, method: Method) -> u64 {
+    if method == Method::Template && template.templates().is_some() {
+        return 0;
+    }
     let extents = template.extents().iter();
     let stored = extents.filter(|extent| extent.source != Source::Zero);
     stored.map(|extent| extent.pages).sum::<u64>() * trenv_pool::PAGE_SIZE as u64

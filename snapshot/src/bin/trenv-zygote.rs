@@ -2,9 +2,10 @@
 //! becomes the zygote. Started by the shim only; see `trenv_snapshot::zygote`.
 //!
 //! Arguments, in hexadecimal: base, length of the code, length, entry, stack and header of the
-//! region; in decimal the control descriptor's number and the count of capsules; then the cgroups to
-//! enter. With the one argument [`methods::KEEPER`] it is the keeper of userfaultfds instead, and with
-//! [`methods::ENTER`] first it runs CRIU in a sandbox.
+//! region; in decimal the control descriptor's number, the count of capsules, and 1 if there is a
+//! template of the pool's device; then the cgroups to enter. With the one argument
+//! [`methods::KEEPER`] it is the keeper of userfaultfds instead, and with [`methods::ENTER`] first it
+//! runs CRIU in a sandbox.
 
 use std::arch::asm;
 use std::fs::File;
@@ -43,6 +44,7 @@ fn become_zygote() -> Result<()> {
         header,
         control,
         capsules,
+        template,
         cgroups @ ..,
     ] = arguments.as_slice()
     else {
@@ -55,6 +57,7 @@ fn become_zygote() -> Result<()> {
         .parse()
         .context("Failed to read the control descriptor")?;
     let capsules: i32 = capsules.parse().context("Failed to read a count")?;
+    let has_template = template == "1";
 
     for cgroup in cgroups {
         std::fs::write(cgroup, "0").with_context(|| format!("Failed to enter {cgroup}"))?;
@@ -69,7 +72,7 @@ fn become_zygote() -> Result<()> {
 
     map_region(base, code, length)?;
     raise_descriptor_limit()?;
-    arrange_descriptors(control, capsules, &zero)?;
+    arrange_descriptors(control, capsules, has_template, &zero)?;
     quiet_signals();
     // SAFETY: the region is complete; the restorer unmaps this program and never comes back.
     unsafe {
@@ -158,7 +161,7 @@ fn raise_descriptor_limit() -> Result<()> {
 }
 
 /// Everything to its number from the control descriptor on, and nothing else stays open.
-fn arrange_descriptors(control: i32, capsules: i32, zero: &File) -> Result<()> {
+fn arrange_descriptors(control: i32, capsules: i32, has_template: bool, zero: &File) -> Result<()> {
     let to = |number: u64| control + number as i32;
     let mut places = vec![
         (loader_fd::CONTROL, to(fd::CONTROL)),
@@ -167,11 +170,14 @@ fn arrange_descriptors(control: i32, capsules: i32, zero: &File) -> Result<()> {
         (loader_fd::PAGES, to(build_fd::PAGES)),
         (zero.as_raw_fd(), to(build_fd::ZERO)),
     ];
+    if has_template {
+        places.push((loader_fd::TEMPLATE, to(build_fd::TEMPLATE)));
+    }
     for capsule in 0..capsules {
         places.push((loader_fd::CAPSULES + capsule, to(fd::CAPSULES) + capsule));
     }
     // First above every number used, so that no source is overwritten.
-    let spare = to(build_fd::EXE) + 1 + places.len() as i32 + loader_fd::CAPSULES + capsules;
+    let spare = to(build_fd::TEMPLATE) + 1 + places.len() as i32 + loader_fd::CAPSULES + capsules;
     for (index, (from, _)) in places.iter().enumerate() {
         duplicate(*from, spare + index as i32)?;
     }

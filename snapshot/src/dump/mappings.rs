@@ -8,6 +8,9 @@ use crate::manifest::{MCL_FUTURE, MCL_ONFAULT, Mapping, MappingFlags, MappingKin
 /// Name of the region that a restored process was brought up from; it is not part of the process.
 pub const RESTORER: &str = "/memfd:trenv-restorer";
 
+/// How areas are named that a template of the pool's device has made.
+const ATTACHED: &str = "/pseudo_mm:";
+
 /// Reads every VMA, refusing by name what cannot be captured.
 pub fn read(host: i32, pid: i32, memory: &mut MemoryObjects) -> Result<Vec<Mapping>, DumpError> {
     let path = format!("/proc/{host}/smaps");
@@ -133,6 +136,7 @@ impl Line {
             )))
         };
         let mut properties = MappingFlags::default();
+        let mut attached = false;
         for flag in flags.split_whitespace() {
             match flag {
                 "gd" => properties.grows_down = true,
@@ -149,6 +153,8 @@ impl Line {
                 "um" | "uw" | "ui" => return refuse("is watched by a userfaultfd"),
                 "ht" => return refuse("uses huge TLB pages"),
                 "sl" => return refuse("is sealed (mseal)"),
+                // Memory of a zygote's that lies on the pool's device is anonymous in all but its name.
+                "mm" if name.starts_with(ATTACHED) => attached = true,
                 "io" | "pf" if !name.starts_with("[vvar") => return refuse("maps a device"),
                 _ => {}
             }
@@ -159,6 +165,7 @@ impl Line {
         let kind = match name {
             "[vdso]" => MappingKind::Vdso,
             _ if name.starts_with("[vvar") => MappingKind::Vvar,
+            _ if attached && !shared => MappingKind::Anonymous,
             _ if self.inode == 0 && !shared && !name.starts_with('/') => MappingKind::Anonymous,
             // Its inode's number is the segment's id (kernel: ipc/shm.c, newseg).
             _ if name.starts_with("/SYSV") && self.offset == 0 => MappingKind::Segment {
@@ -310,6 +317,16 @@ mod tests {
             .unwrap()
             .unwrap();
         assert_eq!((plain.kind, plain.protection), (MappingKind::Anonymous, 0));
+    }
+
+    #[test]
+    fn memory_of_the_pool_s_device_is_anonymous() {
+        let line = "1000-2000 rw-p 00001000 00:0f 5 /pseudo_mm:7 (deleted)";
+        let attached = mapping(line, "rd wr mr mw me mm").unwrap().unwrap();
+        assert_eq!(attached.kind, MappingKind::Anonymous);
+        // A file may have such a name.
+        let file = mapping(line, "rd wr mr mw me").unwrap().unwrap();
+        assert!(matches!(file.kind, MappingKind::Object { .. }));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Pages of a stopped tree, into the pool.
 //!
-//! A page is stored when the process has a copy of its own: anonymous pages, and those pages of a
-//! private file mapping that it wrote. Memory is read through /proc/PID/mem, which reaches regions
+//! A page is stored when the process has a copy of its own: all pages of anonymous memory, which may be
+//! mapped from the pool's device and count as a file's then, and those pages of a private file mapping
+//! that it wrote. Memory is read through /proc/PID/mem, which reaches regions
 //! without any access right too (V8's and Go's reservations hold data behind PROT_NONE).
 
 use std::fs::File;
@@ -77,9 +78,10 @@ pub fn own_pages(map: &File, mapping: &Mapping) -> Result<Vec<PageRun>, DumpErro
             return Ok(Vec::new());
         }
     };
-    match scan(map, wanted.clone()) {
+    let files = mapping.kind == MappingKind::Anonymous;
+    match scan(map, wanted.clone(), files) {
         Ok(runs) => Ok(runs),
-        Err(nix::errno::Errno::ENOTTY | nix::errno::Errno::EINVAL) => read_map(map, wanted),
+        Err(nix::errno::Errno::ENOTTY | nix::errno::Errno::EINVAL) => read_map(map, wanted, files),
         Err(errno) => Err(DumpError::errno("scanning the page map")(errno)),
     }
 }
@@ -115,7 +117,9 @@ const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArgs);
 
-fn scan(map: &File, range: std::ops::Range<u64>) -> nix::Result<Vec<PageRun>> {
+/// Present and swapped pages; those that count as a file's only with `files`.
+fn scan(map: &File, range: std::ops::Range<u64>, files: bool) -> nix::Result<Vec<PageRun>> {
+    let not_of_file = if files { 0 } else { PAGE_IS_FILE };
     let mut runs = Vec::new();
     let mut regions = vec![Region::default(); 512];
     let mut from = range.start;
@@ -126,9 +130,8 @@ fn scan(map: &File, range: std::ops::Range<u64>) -> nix::Result<Vec<PageRun>> {
             end: range.end,
             regions: regions.as_mut_ptr() as u64,
             region_count: regions.len() as u64,
-            // Not a page of a file, and present or swapped out.
-            category_inverted: PAGE_IS_FILE,
-            category_mask: PAGE_IS_FILE,
+            category_inverted: not_of_file,
+            category_mask: not_of_file,
             category_any_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             return_mask: PAGE_IS_PRESENT,
             ..ScanArgs::default()
@@ -147,7 +150,11 @@ fn scan(map: &File, range: std::ops::Range<u64>) -> nix::Result<Vec<PageRun>> {
 }
 
 /// The same by /proc/PID/pagemap (kernel: Documentation/admin-guide/mm/pagemap.rst).
-fn read_map(map: &File, range: std::ops::Range<u64>) -> Result<Vec<PageRun>, DumpError> {
+fn read_map(
+    map: &File,
+    range: std::ops::Range<u64>,
+    files: bool,
+) -> Result<Vec<PageRun>, DumpError> {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
     const FILE: u64 = 1 << 61;
@@ -161,7 +168,7 @@ fn read_map(map: &File, range: std::ops::Range<u64>) -> Result<Vec<PageRun>, Dum
             .map_err(DumpError::io("reading the page map"))?;
         for (index, entry) in part.chunks_exact(8).enumerate() {
             let entry = u64::from_ne_bytes(entry.try_into().unwrap_or_default());
-            if entry & (PRESENT | SWAPPED) != 0 && entry & FILE == 0 {
+            if entry & (PRESENT | SWAPPED) != 0 && (files || entry & FILE == 0) {
                 append(&mut runs, at + index as u64 * PAGE, 1);
             }
         }
@@ -203,8 +210,8 @@ mod tests {
         let map = File::open("/proc/self/pagemap").unwrap();
         let range = start..start + 4 * PAGE;
         (
-            scan(&map, range.clone()).unwrap_or_default(),
-            read_map(&map, range).unwrap(),
+            scan(&map, range.clone(), false).unwrap_or_default(),
+            read_map(&map, range, false).unwrap(),
             start,
         )
     }

@@ -149,7 +149,6 @@ fn fill(
     areas: &[Area],
     store: Store<'_>,
 ) -> io::Result<(File, Vec<Part>, Vec<Part>)> {
-    let pool = File::from(template.fd().try_clone_to_owned()?);
     let file = nameless(store)?;
     let (mut parts, mut own): (Vec<Part>, Vec<Part>) = (Vec::new(), Vec::new());
     let mut buffer = vec![0; PART];
@@ -162,7 +161,8 @@ fn fill(
             while let Some(from) = run.offset.filter(|_| done < run.length) {
                 let length = (run.length - done).min(PART as u64);
                 let buffer = &mut buffer[..length as usize];
-                pool.read_exact_at(buffer, from + done)?;
+                let read = template.read_at(buffer, from + done);
+                read.map_err(io::Error::other)?;
                 file.write_all_at(buffer, end + done)?;
                 done += length;
             }
@@ -184,8 +184,10 @@ fn fill(
         file.sync_data()?;
     }
     // The image has the pages now; a second copy in the page cache serves nobody.
-    // SAFETY: advice about a descriptor; no memory is passed.
-    unsafe { libc::posix_fadvise(pool.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    if let Some(pool) = template.file() {
+        // SAFETY: advice about a descriptor; no memory is passed.
+        unsafe { libc::posix_fadvise(pool.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    }
     Ok((file, parts, own))
 }
 

@@ -10,7 +10,7 @@ use super::base::Base;
 use super::layout::{Placed, Placement, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::When;
-use super::skeleton::Fill;
+use super::skeleton::{Fill, is_attachable};
 use super::{PlanError, build_fd, sysv};
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
 
@@ -88,7 +88,7 @@ pub fn build(
         }
         let anonymous = mapping.kind == MappingKind::Anonymous;
         let stored: &[Piece] = match fill {
-            Fill::Pages => &pieces.processes[place.process],
+            Fill::Pages | Fill::Attached => &pieces.processes[place.process],
             Fill::Skeleton { .. } => &[],
         };
         if let Some(base) = base
@@ -101,6 +101,13 @@ pub fn build(
                 &mut program,
             )?
         {
+            continue;
+        }
+        if fill == Fill::Attached
+            && is_attachable(mapping)
+            && !inside_stored(mapping, stored).is_empty()
+        {
+            attach(place, mapping, process.pid, control, region, &mut program);
             continue;
         }
         let inside = inside(mapping, stored);
@@ -292,6 +299,41 @@ fn move_vdso(
     }
 }
 
+/// Maps a place from the template of the pool's device: its pages are there at once, and the kernel
+/// copies those that are written.
+fn attach(
+    place: &Placed,
+    mapping: &Mapping,
+    pid: i32,
+    control: u64,
+    region: &mut Region,
+    program: &mut Program,
+) {
+    program.about(region.sentence(format!(
+        "attaching {:#x}-{:#x} of process {pid} from the pool's device",
+        mapping.start, mapping.end
+    )));
+    let mut flags = (libc::MAP_PRIVATE | libc::MAP_FIXED_NOREPLACE) as u64;
+    if mapping.flags.no_reserve {
+        flags |= libc::MAP_NORESERVE as u64;
+    }
+    let protection = u64::from(mapping.protection);
+    let template = control + build_fd::TEMPLATE;
+    program.call(
+        libc::SYS_mmap,
+        [
+            place.at,
+            place.length,
+            protection,
+            flags,
+            template,
+            place.at,
+        ],
+    );
+    program.exactly(place.at);
+    advise(place, mapping, program);
+}
+
 pub fn map(
     place: &Placed,
     mapping: &Mapping,
@@ -396,6 +438,13 @@ pub fn map(
         }
         MappingKind::Vdso | MappingKind::Vvar => return,
     }
+    advise(place, mapping, program);
+    for piece in pieces {
+        write(piece, place.at + (piece.address - mapping.start), program);
+    }
+}
+
+fn advise(place: &Placed, mapping: &Mapping, program: &mut Program) {
     for (wanted, advice) in [
         (mapping.flags.dont_dump, libc::MADV_DONTDUMP),
         (mapping.flags.huge, libc::MADV_HUGEPAGE),
@@ -408,9 +457,6 @@ pub fn map(
                 .call(libc::SYS_madvise, [place.at, place.length, advice as u64])
                 .or_not();
         }
-    }
-    for piece in pieces {
-        write(piece, place.at + (piece.address - mapping.start), program);
     }
 }
 

@@ -57,6 +57,8 @@ pub mod build_fd {
     pub const EXE: u64 = fd::OBJECTS + 2;
     /// The function's layers, for a zygote that is made from its base's.
     pub const ROOTFS: u64 = fd::OBJECTS + 3;
+    /// The template of the pool's device that holds what is attached.
+    pub const TEMPLATE: u64 = fd::OBJECTS + 4;
 }
 
 /// What a zygote is made from.
@@ -188,7 +190,7 @@ impl Plan {
         let programs = process::programs(tree, &mut region)?;
         let frame = Frame::of(&build, &words, &mut region);
         let rework = match fill {
-            Fill::Pages => base::ARRIVAL,
+            Fill::Pages | Fill::Attached => base::ARRIVAL,
             Fill::Skeleton { .. } => skeleton::REWORK,
         };
         let stacks = region.reserve(2 * MAX_AGENTS * STACK + rework);

@@ -144,7 +144,7 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
         &mut prepare,
     );
     tree.shared.make_ahead(tree, region, &mut prepare);
-    if tree.fill == Fill::Pages {
+    if tree.fill.has_pages() {
         lock::ahead(tree, region, &mut prepare);
     }
     if let Some(table) = tables[tree.placement.heir] {

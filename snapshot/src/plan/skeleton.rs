@@ -8,7 +8,7 @@ use super::layout::{Placement, kernel_owned};
 use super::memory::{Piece, inside};
 use super::region::{Program, Region};
 use super::shared::When;
-use crate::manifest::{Manifest, MappingKind};
+use crate::manifest::{Manifest, Mapping, MappingKind};
 
 /// Bytes in the region for the program of a rework.
 pub const REWORK: u64 = 1 << 20;
@@ -20,8 +20,17 @@ pub const MOST_MAPS: usize = (REWORK as usize / size_of::<trenv_restorer::wire::
 pub enum Fill {
     /// Everything that is stored.
     Pages,
+    /// The same; [`Area::attachable`] ones are mapped from a template of the pool's device.
+    Attached,
     /// The mappings alone. In a clone of a watched one userfaultfd(2) tells of missing pages.
     Skeleton { watched: bool },
+}
+
+impl Fill {
+    /// Whether a clone has the stored pages before it starts.
+    pub fn has_pages(self) -> bool {
+        !matches!(self, Self::Skeleton { .. })
+    }
 }
 
 /// A mapping that has stored pages.
@@ -38,8 +47,15 @@ pub struct Area {
     pub anonymous: bool,
     /// It lies where its process has it, and is nothing that must stay anonymous.
     pub mappable: bool,
+    /// Its pages may be those of a device, mapped copy-on-write.
+    pub attachable: bool,
     /// By address.
     pub runs: Vec<Run>,
+}
+
+/// A template of a device makes no stack, and what it makes cannot be locked in memory.
+pub fn is_attachable(mapping: &Mapping) -> bool {
+    mapping.kind == MappingKind::Anonymous && !mapping.flags.grows_down && !mapping.flags.locked
 }
 
 /// Stored pages that are neighbours in the address space and in the pool.
@@ -92,6 +108,7 @@ pub fn areas(manifest: &Manifest, placement: &Placement, pieces: &[Vec<Piece>]) 
             protection: mapping.protection,
             anonymous,
             // A mapping of a file cannot grow downwards, and one that is moved must stay in one piece.
+            attachable: is_attachable(mapping),
             mappable: anonymous && !mapping.flags.grows_down && place.at == mapping.start,
             runs,
         });

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Instant;
 
-use trenv_pool::PAGE_SIZE;
+use trenv_pool::{PAGE_SIZE, TemplateReader};
 use trenv_restorer::wire;
 
 use super::channel::{receive, send, socket_pair};
@@ -28,7 +28,7 @@ impl Zygote {
     /// [`Zygote::build`] from this one.
     pub(super) fn derive(&self, request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
         let manifest = usable(request.template)?;
-        let memory = Memory::of(self.pid, request.template.fd())?;
+        let memory = Memory::of(self.pid, request.template)?;
         let base = Base {
             ground: &self.ground,
             memory: &memory,
@@ -40,7 +40,7 @@ impl Zygote {
                 return Err(ZygoteError::OtherFile { path: path.clone() });
             }
         }
-        let loader = Loader::of(&plan, &request)?;
+        let loader = Loader::of(&plan, None, &request)?;
         let program = arrive(&self.ground, &plan);
         let (ours, theirs) = socket_pair()?;
         let pid = {
@@ -69,7 +69,7 @@ impl Zygote {
             .map_err(io_error("writing a program into the copy of a zygote"))?;
         {
             let zero = File::open("/dev/zero").map_err(io_error("opening /dev/zero"))?;
-            let (pages, rootfs) = (request.template.fd(), request.rootfs.as_fd());
+            let (pages, rootfs) = (loader.pages(), request.rootfs.as_fd());
             let mut descriptors = vec![loader.region(), pages, zero.as_fd(), rootfs];
             descriptors.extend(loader.rest());
             let control = lock(&zygote.control);
@@ -82,25 +82,25 @@ impl Zygote {
 }
 
 /// The memory of a base's zygote, which never changes, and the pages of the pool.
-struct Memory {
+struct Memory<'a> {
     memory: File,
     map: File,
-    pool: File,
+    template: &'a TemplateReader,
 }
 
-impl Memory {
-    fn of(pid: i32, pool: BorrowedFd<'_>) -> Result<Self, ZygoteError> {
+impl<'a> Memory<'a> {
+    fn of(pid: i32, template: &'a TemplateReader) -> Result<Self, ZygoteError> {
         let doing = "reading the memory of the base's zygote";
         let open = |name: &str| File::open(format!("/proc/{pid}/{name}"));
         Ok(Self {
             memory: open("mem").map_err(io_error(doing))?,
             map: open("pagemap").map_err(io_error(doing))?,
-            pool: pool.try_clone_to_owned().map_err(io_error(doing))?.into(),
+            template,
         })
     }
 }
 
-impl BaseMemory for Memory {
+impl BaseMemory for Memory<'_> {
     fn differences(&self, part: &Mapping, pieces: &[Piece]) -> io::Result<Differences> {
         let own = own_pages(&self.map, part).map_err(io::Error::other)?;
         let mut own: BTreeSet<u64> = own.iter().flat_map(pages_of).collect();
@@ -110,7 +110,10 @@ impl BaseMemory for Memory {
         for (at, offset) in pieces.iter().flat_map(piece_pages) {
             let held = own.remove(&at);
             match offset {
-                Some(offset) => self.pool.read_exact_at(&mut its, offset)?,
+                Some(offset) => {
+                    let read = self.template.read_at(&mut its, offset);
+                    read.map_err(io::Error::other)?;
+                }
                 None => its = [0; PAGE_SIZE],
             }
             match held {

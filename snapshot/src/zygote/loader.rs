@@ -9,8 +9,10 @@ use std::path::Path;
 use std::process::{Child, Command};
 
 use nix::libc;
+use pseudo_mm_uapi::Template;
 
 use super::{ZygoteError, ZygoteRequest, errno, io_error};
+use crate::plan::skeleton::Area;
 use crate::plan::{CapsulePlan, Copy, LOADER, Plan};
 
 /// Hands the plan to `trenv-zygote`.
@@ -18,6 +20,9 @@ pub struct Loader {
     region: OwnedFd,
     loader: OwnedFd,
     content: OwnedFd,
+    pages: OwnedFd,
+    /// The template that zygotes map of the pool's device.
+    template: Option<OwnedFd>,
     capsules: Vec<OwnedFd>,
     arguments: Vec<String>,
 }
@@ -30,11 +35,22 @@ pub mod fd {
     pub const ROOTFS: i32 = 6;
     pub const LOADER: i32 = 7;
     pub const CONTENT: i32 = 8;
-    pub const CAPSULES: i32 = 9;
+    /// Only if the arguments say so.
+    pub const TEMPLATE: i32 = 9;
+    pub const CAPSULES: i32 = 10;
 }
 
 impl Loader {
-    pub fn of(plan: &Plan, request: &ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
+    /// With the template from which the plan's attachable areas are mapped, if they are.
+    pub fn of(
+        plan: &Plan,
+        template: Option<&Template>,
+        request: &ZygoteRequest<'_>,
+    ) -> Result<Self, ZygoteError> {
+        let template = template.map(|template| template.as_fd().try_clone_to_owned());
+        let template = template
+            .transpose()
+            .map_err(io_error("preparing the zygote's descriptors"))?;
         let region = memfd(RESTORER)?;
         region
             .write_all_at(&plan.bytes, 0)
@@ -48,6 +64,7 @@ impl Loader {
         copy_pages(&plan.content, &content, request)
             .map_err(io_error("copying the pages of shared memory"))?;
         let content = content.into();
+        let pages = pages(&plan.areas, template.is_some(), request)?;
         let numbers = [
             plan.base,
             plan.code,
@@ -59,6 +76,7 @@ impl Loader {
         let mut arguments: Vec<String> = numbers.iter().map(|n| format!("{n:x}")).collect();
         arguments.push(plan.control.to_string());
         arguments.push(capsules.len().to_string());
+        arguments.push(u8::from(template.is_some()).to_string());
         arguments.extend(
             request
                 .cgroups
@@ -69,6 +87,8 @@ impl Loader {
             region: region.into(),
             loader: executable()?,
             content,
+            pages,
+            template,
             capsules,
             arguments,
         })
@@ -76,6 +96,11 @@ impl Loader {
 
     pub fn region(&self) -> BorrowedFd<'_> {
         self.region.as_fd()
+    }
+
+    /// What a zygote's program reads stored pages from.
+    pub fn pages(&self) -> BorrowedFd<'_> {
+        self.pages.as_fd()
     }
 
     /// What it hands over besides: the loader, the file of pages that clones copy, the capsules.
@@ -95,11 +120,16 @@ impl Loader {
         let mut handed = vec![
             (control.as_fd(), fd::CONTROL),
             (self.region.as_fd(), fd::REGION),
-            (request.template.fd(), fd::PAGES),
+            (self.pages.as_fd(), fd::PAGES),
             (request.rootfs.as_fd(), fd::ROOTFS),
             (self.loader.as_fd(), fd::LOADER),
             (self.content.as_fd(), fd::CONTENT),
         ];
+        handed.extend(
+            self.template
+                .as_ref()
+                .map(|template| (template.as_fd(), fd::TEMPLATE)),
+        );
         handed.extend(self.capsules.iter().map(AsFd::as_fd).zip(fd::CAPSULES..));
         let mut command = Command::new(binary);
         command
@@ -166,16 +196,45 @@ fn fill_capsule(
     Ok(file.into())
 }
 
+/// A file with the stored pages of the areas that are not attached, at their offsets in the pool: the
+/// pool's own, or, since a device cannot be read by read(2), one that is there while the zygote is
+/// built.
+fn pages(
+    areas: &[Area],
+    attached: bool,
+    request: &ZygoteRequest<'_>,
+) -> Result<OwnedFd, ZygoteError> {
+    if let Some(file) = request.template.file() {
+        return file
+            .try_clone_to_owned()
+            .map_err(io_error("preparing the zygote's descriptors"));
+    }
+    let read = areas.iter().filter(|area| !(attached && area.attachable));
+    let runs = read.flat_map(|area| &area.runs);
+    let copies: Vec<Copy> = runs
+        .filter_map(|run| {
+            run.offset.map(|offset| Copy {
+                from: offset,
+                to: offset,
+                length: run.length,
+            })
+        })
+        .collect();
+    let file = memfd("trenv-pages")?;
+    copy_pages(&copies, &file, request).map_err(io_error("copying pages of the pool's device"))?;
+    Ok(file.into())
+}
+
 /// Copies pages of the pool to their places in a file.
 fn copy_pages(copies: &[Copy], file: &File, request: &ZygoteRequest<'_>) -> io::Result<()> {
-    let pool = File::from(request.template.fd().try_clone_to_owned()?);
     let mut part = vec![0; PART];
     for copy in copies {
         let mut done = 0;
         while done < copy.length {
             let length = (copy.length - done).min(PART as u64);
             let part = &mut part[..length as usize];
-            pool.read_exact_at(part, copy.from + done)?;
+            let read = request.template.read_at(part, copy.from + done);
+            read.map_err(io::Error::other)?;
             file.write_all_at(part, copy.to + done)?;
             done += length;
         }

@@ -24,6 +24,9 @@ type Made<T> = Result<T, Box<dyn std::error::Error>>;
 /// Set where sandboxes shall outlive the process that made them.
 pub const OUTLIVES: &str = "TRENV_TEST_SANDBOX_OUTLIVES";
 
+/// Names a device-dax for the pool, whose bytes are lost.
+pub const DEVICE: &str = "TRENV_TEST_DAX";
+
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// A pool and a place for programs.
@@ -52,7 +55,11 @@ pub struct Instance {
 impl Bed {
     pub fn new() -> Made<Self> {
         let directory = tempfile::tempdir()?;
-        let pool = Pool::format(&directory.path().join("pool"), Backend::File, 1 << 30)?;
+        let path = directory.path().join("pool");
+        let pool = match std::env::var_os(DEVICE) {
+            Some(device) => Pool::format_device(&path, Path::new(&device), true)?,
+            None => Pool::format(&path, Backend::File, 1 << 30)?,
+        };
         Ok(Self { directory, pool })
     }
 

@@ -5,7 +5,7 @@
 
 use nix::libc;
 
-use super::{Fill, Program, Region, Tree, When};
+use super::{Program, Region, Tree, When};
 use crate::manifest::{MCL_FUTURE, Process};
 
 /// Locks of the heir that a clone takes ahead of its start.
@@ -18,7 +18,7 @@ pub fn ahead(tree: Tree<'_>, region: &mut Region, program: &mut Program) {
 pub fn at_start(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
     let process = &tree.manifest.processes[index];
     // In a clone of a skeleton the pages are not there before.
-    let ahead = index == tree.placement.heir && tree.fill == Fill::Pages;
+    let ahead = index == tree.placement.heir && tree.fill.has_pages();
     let left = |when| !ahead || when == When::Start;
     lock(process, tree, left, region, program);
     // The restorer maps nothing after this.

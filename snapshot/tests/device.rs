@@ -1,0 +1,109 @@
+//! Zygotes whose memory is that of a device-dax, mapped by the driver. Run by `on-device.sh`.
+
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use std::path::Path;
+
+use harness::{Bed, TestResult};
+use trenv_snapshot::zygote::Zygote;
+
+/// What of a process's memory is mapped from templates of the device.
+#[derive(Debug, Default)]
+struct Attached {
+    /// Bytes that are there, and those of them that are copies in the machine's memory.
+    present: u64,
+    copied: u64,
+}
+
+impl Attached {
+    fn of(pid: i32) -> Self {
+        let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+        let mut found = Self::default();
+        let mut attached = false;
+        for line in smaps.lines() {
+            let value = |name| {
+                let value: Option<&str> = line.strip_prefix(name);
+                let value = value.map(|value| value.trim().trim_end_matches(" kB"));
+                value.map_or(0, |value| value.parse::<u64>().unwrap() << 10)
+            };
+            if line.split(' ').next().unwrap().contains('-') {
+                attached = line.contains("/pseudo_mm:");
+            } else if attached {
+                found.present += value("Rss:");
+                found.copied += value("Anonymous:");
+            }
+        }
+        found
+    }
+}
+
+/// A zygote of a program that has 8 MiB of its own, and how many pages are stored for it.
+fn zygote(bed: &Bed) -> Result<(Zygote, u64), Box<dyn std::error::Error>> {
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    first.ask("count");
+    let template = bed.dump(first)?;
+    let stored = bed.pool.template(&template, None)?.info().stored_pages;
+    Ok((bed.zygote(&template)?, stored))
+}
+
+#[test]
+fn memory_is_the_device_s_until_it_is_written() -> TestResult {
+    let bed = Bed::new()?;
+    if !Path::new("/dev/pseudo_mm").exists() {
+        return Err("load the module pseudo_mm".into());
+    }
+    let (zygote, stored) = zygote(&bed)?;
+    let its = Attached::of(zygote.pid());
+    assert!(its.present > 8 << 20, "{its:?} of {stored} pages");
+    assert_eq!(its.copied, 0);
+    assert!(
+        zygote.resident_bytes()? < 4 << 20,
+        "{:?}",
+        zygote.resident_bytes()
+    );
+
+    let mut agent = zygote.agent()?;
+    let mut instance = bed.start(&mut agent)?;
+    let other = bed.start(&mut agent)?;
+    instance.ask("write");
+    let (its, others) = (Attached::of(instance.root), Attached::of(other.root));
+    assert!(its.copied > 0 && its.copied < 1 << 20, "{its:?}");
+    assert!(its.present > 8 << 20 && others.present > 8 << 20);
+    assert!(others.copied < 1 << 20, "{others:?}");
+    assert_eq!(Attached::of(zygote.pid()).copied, 0);
+    Ok(())
+}
+
+#[test]
+fn a_restored_function_s_second_dump_has_every_page() -> TestResult {
+    let bed = Bed::new()?;
+    let (zygote, stored) = zygote(&bed)?;
+    let mut second = bed.start(&mut zygote.agent()?)?;
+    let written = second.ask("write");
+    assert!(Attached::of(second.root).present > 8 << 20);
+    let template = bed.dump(second)?;
+    let again = bed.pool.template(&template, None)?.info().stored_pages;
+    assert!(again >= stored, "{again} pages of {stored}");
+    drop(zygote);
+
+    let zygote = bed.zygote(&template)?;
+    let mut third = bed.start(&mut zygote.agent()?)?;
+    let after = third.ask("count");
+    let sum = |reply: &str| reply.split_whitespace().nth(1).map(str::to_owned);
+    assert_eq!(sum(&after), sum(&written), "the sum over its memory");
+    Ok(())
+}
+
+#[test]
+fn what_was_cloned_outlives_the_zygote_and_its_template() -> TestResult {
+    let bed = Bed::new()?;
+    let (zygote, _) = zygote(&bed)?;
+    let mut instance = bed.start(&mut zygote.agent()?)?;
+    drop(zygote);
+    assert!(instance.ask("count").starts_with("1 "));
+    assert!(Attached::of(instance.root).present > 8 << 20);
+    Ok(())
+}
