@@ -130,7 +130,7 @@ fn memory(machine: &Machine, functions: &[Value]) -> anyhow::Result<u64> {
     for function in functions {
         all.extend(machine.zygote_frames(function)?);
     }
-    Ok(all.len() as u64 * PAGE >> 10)
+    Ok(all.len() as u64 * PAGE / 1024)
 }
 
 /// Prints what merging makes of the memory of zygotes; KiB before and after.
