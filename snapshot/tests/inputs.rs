@@ -2,6 +2,8 @@
 
 mod harness;
 
+use std::sync::Arc;
+
 use harness::{Bed, TestResult};
 use trenv_snapshot::methods::{Method, StartMethod};
 use trenv_snapshot::recording::{Recorded, Touch};
