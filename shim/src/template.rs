@@ -6,6 +6,7 @@
 //! moving a task between cgroups of version 1 takes long. Only as many seats as shall be ready have a
 //! clone, since a clone holds a copy of what calls write.
 
+mod criu;
 mod eviction;
 mod pressure;
 mod recorded;
@@ -26,12 +27,13 @@ use trenv_sandbox::cgroup::{Limits, TenancyCgroup};
 use trenv_sandbox::rootfs::{Keeper, Mount, copy_upper, overlay_from_mounts};
 use trenv_snapshot::Fingerprint;
 use trenv_snapshot::dump::{self, DumpError, DumpRequest, Dumped};
-use trenv_snapshot::methods::{CriuDumpRequest, CriuError, Image, Images, Prepared, criu_dump};
+use trenv_snapshot::methods::Prepared;
 use trenv_snapshot::zygote::{Zygote, ZygoteError, ZygoteRequest};
 
 use crate::error::{Result, ShimError, pool_error};
 use crate::reap::Unswept;
 use crate::sandbox::{Seat, TemplateRef, Tenancy};
+use criu::criu_error;
 pub use eviction::{Claim, guard_memory};
 use eviction::{Reason, bytes_of};
 pub use roots::layers_only;
@@ -265,29 +267,6 @@ impl Templates {
             }
         }
         Ok(dumped)
-    }
-
-    fn criu_image(&self, sandbox: &Sandbox, tenancy: &Tenancy) -> Result<Image> {
-        let request = CriuDumpRequest {
-            binary: &self.zygote_binary(),
-            init: sandbox.init_pidfd(),
-            root: tenancy.root.pid.cast_signed(),
-            root_pid: tenancy.root.pid_in_sandbox,
-        };
-        criu_dump(&request, &self.criu_images()).map_err(criu_error)
-    }
-
-    fn criu_images(&self) -> Images {
-        Images::in_state(&self.config.state_dir)
-    }
-
-    fn forget_criu_images(&self, id: &TemplateId, before: Option<u64>) {
-        if let Err(err) = self.criu_images().remove(id, before) {
-            tracing::warn!(
-                "Images of {id} stay: {}",
-                ShimError::engine("remove them")(err).chain()
-            );
-        }
     }
 
     /// Deletes a template of any generation; one that does not exist is fine.
@@ -633,24 +612,6 @@ fn zygote_error(action: &'static str) -> impl FnOnce(ZygoteError) -> ShimError {
 /// A failed start, in the caller's terms.
 pub fn start_error(err: ZygoteError) -> ShimError {
     zygote_error("restore the function")(err)
-}
-
-fn criu_error(err: CriuError) -> ShimError {
-    match err {
-        // What was refused is told to people; the function serves on without it.
-        CriuError::Absent | CriuError::Failed { doing: "dump", .. } => {
-            ShimError::Unimplemented(err.to_string())
-        }
-        CriuError::NoImage => ShimError::NotFound {
-            kind: "CRIU image of the template",
-            id: err.to_string(),
-        },
-        CriuError::Deadline { doing, limit } => ShimError::Timeout {
-            what: format!("CRIU's {doing}"),
-            limit,
-        },
-        err => ShimError::engine("run CRIU")(err),
-    }
 }
 
 fn dump_error(err: DumpError) -> ShimError {

@@ -204,7 +204,10 @@ impl Streams {
         let bytes = match std::fs::read(image.join(DESCRIPTION)) {
             Ok(bytes) => bytes,
             Err(err) if err.kind() == std::io::ErrorKind::NotFound => {
-                return Err(CriuError::NoImage);
+                let name = image.file_name().unwrap_or_default();
+                return Err(CriuError::NoImage {
+                    image: name.to_string_lossy().into_owned(),
+                });
             }
             Err(err) => return Err(io_error("reading an image's description")(err)),
         };
@@ -273,7 +276,10 @@ mod tests {
         let image = images.begin().unwrap();
         image.describe(&streams).unwrap();
         let place = images.of(&id(), 4);
-        assert!(matches!(Streams::read(&place), Err(CriuError::NoImage)));
+        assert!(matches!(
+            Streams::read(&place),
+            Err(CriuError::NoImage { .. })
+        ));
         image.keep(&id(), 4).unwrap();
         assert_eq!(Streams::read(&place).unwrap(), streams);
         std::fs::write(place.join(DESCRIPTION), "{}").unwrap();

@@ -45,9 +45,9 @@ pub enum CriuError {
         limit: Duration,
     },
     #[error(
-        "CRIU has no image of the template; it is taken when the function is built with the start method criu"
+        "CRIU has no image of the template {image}; it is taken when the function is built with the start method criu"
     )]
-    NoImage,
+    NoImage { image: String },
     #[error("CRIU's image {} cannot be used: {reason}; deploy the function again", path.display())]
     BadImage { path: PathBuf, reason: String },
     #[error("CRIU restored the tree, but its root process {0} has ended")]
