@@ -3,12 +3,12 @@
  * How a template comes into a process.
  *
  * A mapping of the template's file turns into an anonymous area while it is
- * made: under the mmap_lock and before anything can see it, it gets
- * VM_MIXEDMAP, no operations, and the pool's pages as ordinary read-only
- * entries with their struct pages. Only empty entries are ever filled. What
- * follows (copy on write, fork, MADV_DONTNEED, mremap, get_user_pages) is then
- * the core's own code for anonymous memory, with no hook of ours. The area's
- * vm_file is the reference that keeps template, device and module.
+ * made, under the mmap_lock and before anything can see it: it gets
+ * VM_MIXEDMAP and the pool's pages as ordinary read-only entries with their
+ * struct pages, at once (module.c) or as they are needed (lazy.c). Only empty
+ * entries are ever filled. What follows (copy on write, fork, MADV_DONTNEED,
+ * mremap, get_user_pages) is then the core's own code for anonymous memory.
+ * The area's vm_file is the reference that keeps template, device and module.
  *
  * Stacks cannot be mappings of a file, and pages in a file mapping would go
  * with a punched hole; both are made as they are and their pages copied.
@@ -20,64 +20,6 @@
 #include <linux/slab.h>
 
 #include "pseudo_mm.h"
-
-/* Pages for one call of vm_insert_pages(): what one page table holds. */
-#define PMM_BATCH PTRS_PER_PTE
-
-static int pmm_fill_extent(struct vm_area_struct *vma, const struct pmm_device *device,
-			   const struct pmm_extent *extent, unsigned long first,
-			   unsigned long last, unsigned long address, struct page **pages)
-{
-	unsigned long device_page = extent->device_page + (first - extent->page);
-	unsigned long left = last - first;
-	unsigned long run, pfn, rest, i;
-	int err;
-
-	while (left) {
-		/* Up to the next page table, so that each is locked in one go. */
-		run = min(left, PMM_BATCH - ((address >> PAGE_SHIFT) & (PMM_BATCH - 1)));
-		pfn = pmm_device_run(device, device_page, &run);
-		for (i = 0; i < run; i++)
-			pages[i] = pfn_to_page(pfn + i);
-		rest = run;
-		err = vm_insert_pages(vma, address, pages, &rest);
-		if (err)
-			return err;
-		address += run << PAGE_SHIFT;
-		device_page += run;
-		left -= run;
-		if (fatal_signal_pending(current))
-			return -EINTR;
-		cond_resched();
-	}
-	return 0;
-}
-
-static int pmm_fill_area(struct vm_area_struct *vma, const struct pmm_template *template)
-{
-	const struct pmm_layout *layout = &template->layout;
-	unsigned long first = vma->vm_pgoff;
-	unsigned long last = first + vma_pages(vma);
-	struct page **pages;
-	unsigned int i;
-	int err = 0;
-
-	pages = kmalloc_array(PMM_BATCH, sizeof(*pages), GFP_KERNEL);
-	if (!pages)
-		return -ENOMEM;
-	for (i = pmm_layout_extent(layout, first); i < layout->nr_extents && !err; i++) {
-		const struct pmm_extent *extent = &layout->extents[i];
-		unsigned long from = max(first, extent->page);
-		unsigned long to = min(last, extent->page + extent->pages);
-
-		if (from >= to)
-			break;
-		err = pmm_fill_extent(vma, template->device, extent, from, to,
-				      vma->vm_start + ((from - first) << PAGE_SHIFT), pages);
-	}
-	kfree(pages);
-	return err;
-}
 
 static int pmm_check_usable(const struct pmm_template *template)
 {
@@ -115,8 +57,7 @@ int pmm_template_mmap(struct file *file, struct vm_area_struct *vma)
 		goto unlock;
 	}
 	pmm_vm_flags_set(vma, VM_MIXEDMAP);
-	vma_set_anonymous(vma);
-	err = pmm_fill_area(vma, template);
+	err = pmm_area_begin(vma, template);
 unlock:
 	srcu_read_unlock(&pmm_fill, index);
 	return err;
@@ -136,21 +77,6 @@ static int pmm_read_page(const struct pmm_device *device, unsigned long device_p
 				 PAGE_SIZE);
 	srcu_read_unlock(&pmm_fill, index);
 	return err;
-}
-
-/*
- * Not by access_process_vm(), whose faults cannot be killed: a file's page may
- * have to come from far away before it is overwritten.
- */
-static int pmm_write_page(unsigned long address, const void *buffer)
-{
-	struct page *page;
-
-	if (pin_user_pages_unlocked(address, 1, &page, FOLL_WRITE | FOLL_FORCE) != 1)
-		return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
-	memcpy_to_page(page, 0, buffer, PAGE_SIZE);
-	unpin_user_pages_dirty_lock(&page, 1, true);
-	return 0;
 }
 
 /* Private copies of a mapping's pool pages, for mappings that cannot hold pool pages. */
@@ -175,7 +101,7 @@ static int pmm_copy_extents(const struct pmm_template *template, const struct pm
 		for (n = 0; n < extent->pages && !err; n++) {
 			err = pmm_read_page(template->device, extent->device_page + n, buffer);
 			if (!err)
-				err = pmm_write_page((extent->page + n) << PAGE_SHIFT, buffer);
+				err = pmm_area_write((extent->page + n) << PAGE_SHIFT, buffer);
 			if (!err && fatal_signal_pending(current))
 				err = -EINTR;
 		}
@@ -185,7 +111,7 @@ static int pmm_copy_extents(const struct pmm_template *template, const struct pm
 }
 
 /* Whether a mapping can be one of the template's file. */
-static bool pmm_map_is_shared_pages(const struct pmm_layout *layout, const struct pmm_map *map)
+bool pmm_map_is_shared_pages(const struct pmm_layout *layout, const struct pmm_map *map)
 {
 	unsigned int i;
 
@@ -201,75 +127,60 @@ static int pmm_attach_map(struct file *file, const struct pmm_map *map)
 	unsigned long flags = map->flags | MAP_FIXED_NOREPLACE;
 	unsigned long length = map->end - map->start;
 	unsigned long address;
-	int err;
 
 	if (pmm_map_is_shared_pages(&template->layout, map)) {
 		flags &= ~MAP_ANONYMOUS;
-		address = vm_mmap(file, map->start, length, map->prot, flags, map->start);
-		return IS_ERR_VALUE(address) ? (long)address : 0;
+		address = pmm_area_map(file, map->start, length, map->prot, flags, map->start);
+	} else {
+		address = pmm_area_map(map->file, map->start, length, map->prot, flags,
+				       map->offset);
 	}
-	address = vm_mmap(map->file, map->start, length, map->prot, flags, map->offset);
-	if (IS_ERR_VALUE(address))
-		return (long)address;
-	err = pmm_copy_extents(template, map);
-	if (err)
-		vm_munmap(map->start, length);
-	return err;
+	return IS_ERR_VALUE(address) ? (long)address : 0;
 }
 
-/* Look for a mapping of the template that would lie on one of the caller. */
-static int pmm_find_conflict(const struct pmm_layout *layout, u64 *found_at)
+/* Look for a mapping of the template that would lie on one that is there. */
+int pmm_attach_conflict(struct mm_struct *mm, struct file *file, u64 *found_at)
 {
-	struct mm_struct *mm = current->mm;
+	const struct pmm_layout *layout = &pmm_template_of(file)->layout;
 	unsigned int i;
 	int err;
 
-	err = mmap_read_lock_killable(mm);
-	if (err)
-		return err;
+	err = pmm_check_usable(pmm_template_of(file));
 	for (i = 0; i < layout->nr_maps && !err; i++) {
 		if (find_vma_intersection(mm, layout->maps[i].start, layout->maps[i].end)) {
 			*found_at = layout->maps[i].start;
 			err = -EEXIST;
 		}
 	}
-	mmap_read_unlock(mm);
 	return err;
 }
 
-/**
- * pmm_attach - make all mappings of a template in the caller, or none
- * @file: the template
- * @failed_at: the start of the mapping that failed, or 0
- *
- * Conflicts are looked for first, so that the usual error costs nothing. What
- * was made is taken away again if a later mapping fails.
- */
-int pmm_attach(struct file *file, u64 *failed_at)
+/* All mappings of a template in the current address space, or none. */
+int pmm_attach_maps(struct file *file, u64 *failed_at)
 {
 	struct pmm_template *template = pmm_template_of(file);
 	const struct pmm_layout *layout = &template->layout;
-	unsigned int made;
-	int err;
+	unsigned int made, i;
+	int err = 0;
 
-	*failed_at = 0;
-	err = pmm_check_usable(template);
-	if (err)
-		return err;
-	err = pmm_find_conflict(layout, failed_at);
-	if (err)
-		return err;
 	for (made = 0; made < layout->nr_maps; made++) {
+		*failed_at = layout->maps[made].start;
 		err = pmm_attach_map(file, &layout->maps[made]);
 		if (err)
 			break;
 	}
+	for (i = 0; i < layout->nr_maps && !err; i++) {
+		*failed_at = layout->maps[i].start;
+		if (!pmm_map_is_shared_pages(layout, &layout->maps[i]))
+			err = pmm_copy_extents(template, &layout->maps[i]);
+	}
 	if (!err) {
+		*failed_at = 0;
 		atomic64_inc(&template->attached);
 		return 0;
 	}
-	*failed_at = layout->maps[made].start;
 	while (made--)
-		vm_munmap(layout->maps[made].start, layout->maps[made].end - layout->maps[made].start);
+		pmm_area_unmap(layout->maps[made].start,
+			       layout->maps[made].end - layout->maps[made].start);
 	return err;
 }

@@ -34,6 +34,9 @@ unsigned int pmm_max_extents = 1 << 20;
 module_param_named(max_extents, pmm_max_extents, uint, 0444);
 MODULE_PARM_DESC(max_extents, "extents of one template");
 
+/* The size of struct pseudo_mm_attach before it had a process. */
+#define PMM_ATTACH_FIRST_VERSION 16
+
 /* What an open descriptor of /dev/pseudo_mm holds. */
 struct pmm_session {
 	struct mutex lock;
@@ -74,6 +77,8 @@ static long pmm_info(struct pmm_session *session, void __user *arg)
 	info.size = sizeof(info);
 	info.version = PSEUDO_MM_VERSION;
 	info.features = PSEUDO_MM_FEATURE_ATTACH | PSEUDO_MM_FEATURE_PUBLISHED;
+	if (IS_ENABLED(CONFIG_PSEUDO_MM_BUILTIN))
+		info.features |= PSEUDO_MM_FEATURE_LAZY | PSEUDO_MM_FEATURE_PROCESS;
 	info.page_size = PAGE_SIZE;
 	info.max_templates = pmm_max_templates;
 	info.max_maps = pmm_max_maps;
@@ -331,14 +336,23 @@ free_maps:
 static long pmm_do_attach(struct file *file, void __user *arg)
 {
 	struct pseudo_mm_attach attach;
+	struct pid *process = NULL;
 	int err, copied;
 
-	err = pmm_copy_in(&attach, sizeof(attach), sizeof(attach), arg);
+	err = pmm_copy_in(&attach, sizeof(attach), PMM_ATTACH_FIRST_VERSION, arg);
 	if (err)
 		return err;
-	if (attach.flags || attach.failed_at)
+	if ((attach.flags & ~PSEUDO_MM_ATTACH_PIDFD) || attach.failed_at || attach.reserved)
 		return -EINVAL;
-	err = pmm_attach(file, &attach.failed_at);
+	if (attach.flags & PSEUDO_MM_ATTACH_PIDFD) {
+		process = pmm_pidfd(attach.pidfd);
+		if (IS_ERR(process))
+			return PTR_ERR(process);
+	} else if (attach.pidfd) {
+		return -EINVAL;
+	}
+	err = pmm_attach(file, process, &attach.failed_at);
+	put_pid(process);
 	if (err) {
 		copied = pmm_copy_out(arg, attach.size, &attach, sizeof(attach));
 		return copied ?: err;

@@ -3,7 +3,8 @@
  * What the driver's files share.
  *
  * device.c: a registered pool, and its end. template.c: a template as a file.
- * layout.c: what a template holds. attach.c: how it comes into a process.
+ * layout.c: what a template holds. attach.c: how it comes into a process, with
+ * module.c in a module and builtin.c, lazy.c in a kernel that has it built in.
  * main.c, published.c: the two command sets.
  *
  * Locks, outer first: pmm_lock; a process's mmap_lock; the i_mmap lock of a
@@ -178,7 +179,19 @@ int pmm_map_check(const struct pmm_map *map);
 
 /* attach.c */
 int pmm_template_mmap(struct file *file, struct vm_area_struct *vma);
-int pmm_attach(struct file *file, u64 *failed_at);
+bool pmm_map_is_shared_pages(const struct pmm_layout *layout, const struct pmm_map *map);
+int pmm_attach_conflict(struct mm_struct *mm, struct file *file, u64 *found_at);
+int pmm_attach_maps(struct file *file, u64 *failed_at);
+
+/* module.c, or builtin.c and lazy.c. The areas are those of the current address space. */
+int pmm_attach(struct file *file, struct pid *process, u64 *failed_at);
+struct pid *pmm_pidfd(int fd);
+unsigned long pmm_area_map(struct file *file, unsigned long start, unsigned long length,
+			   unsigned long prot, unsigned long flags, unsigned long offset);
+void pmm_area_unmap(unsigned long start, unsigned long length);
+int pmm_area_write(unsigned long address, void *buffer);
+int pmm_area_begin(struct vm_area_struct *vma, const struct pmm_template *template);
+void pmm_area_enable(void);
 
 /* main.c */
 long pmm_template_ioctl(struct file *file, unsigned int cmd, unsigned long arg);

@@ -266,26 +266,10 @@ static long pmm_v0_setup_pt(const struct pseudo_mm_v0_setup_pt __user *arg)
 	return err;
 }
 
-/* A module can only map into the process that calls it. */
-static int pmm_v0_check_target(int number)
-{
-	struct task_struct *task;
-	struct pid *pid;
-	int err;
-
-	pid = find_get_pid(number);
-	task = pid ? get_pid_task(pid, PIDTYPE_PID) : NULL;
-	put_pid(pid);
-	if (!task)
-		return -ESRCH;
-	err = same_thread_group(task, current) ? 0 : -EPERM;
-	put_task_struct(task);
-	return err;
-}
-
 static long pmm_v0_attach(const struct pseudo_mm_v0_attach __user *arg)
 {
 	struct pseudo_mm_v0_attach given;
+	struct pid *process;
 	struct file *file;
 	u64 failed_at;
 	int err;
@@ -304,9 +288,9 @@ static long pmm_v0_attach(const struct pseudo_mm_v0_attach __user *arg)
 	mutex_unlock(&pmm_published_lock);
 	if (!file)
 		return -ENOENT;
-	err = pmm_v0_check_target(given.pid);
-	if (!err)
-		err = pmm_attach(file, &failed_at);
+	process = find_get_pid(given.pid);
+	err = process ? pmm_attach(file, process, &failed_at) : -ESRCH;
+	put_pid(process);
 	fput(file);
 	return err;
 }
@@ -333,13 +317,17 @@ static long pmm_v0_bring_back(const struct pseudo_mm_v0_bring_back __user *arg)
 
 static long pmm_v0_pf_stat(const struct pseudo_mm_v0_pf_stat __user *arg)
 {
-	int number, err;
+	struct pid *process;
+	int number;
 
 	if (get_user(number, &arg->pid))
 		return -EFAULT;
-	err = pmm_v0_check_target(number);
-	/* The counters stand in the mm_struct, which only a patched kernel has. */
-	return err == -ESRCH ? err : -EOPNOTSUPP;
+	process = find_get_pid(number);
+	if (!process)
+		return -ESRCH;
+	put_pid(process);
+	/* Faults are not counted by process. */
+	return -EOPNOTSUPP;
 }
 
 long pmm_published_ioctl(struct file *file, unsigned int cmd, void __user *arg)

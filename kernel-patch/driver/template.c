@@ -95,6 +95,7 @@ struct file *pmm_template_create(struct pmm_device *device)
 		return ERR_PTR(-ENOMEM);
 	mutex_init(&template->lock);
 	INIT_LIST_HEAD(&template->node);
+	pmm_area_enable();
 	err = simple_pin_fs(&pmm_fs_type, &pmm_mount, &pmm_mount_pins);
 	if (err)
 		goto free_template;

@@ -108,7 +108,7 @@ TEST_F(abi, unknown_commands_and_flags_are_refused)
 {
 	struct pseudo_mm_seal seal = { .size = sizeof(seal), .flags = 1 };
 	struct pseudo_mm_create create = { .size = sizeof(create), .flags = 1 };
-	struct pseudo_mm_attach attach = { .size = sizeof(attach), .flags = 1 };
+	struct pseudo_mm_attach attach = { .size = sizeof(attach), .flags = 1U << 31 };
 
 	EXPECT_ERROR(ENOTTY, ioctl(self->tmpl, PSEUDO_MM_INFO, &seal));
 	EXPECT_ERROR(ENOTTY, ioctl(self->tmpl, TIOCGWINSZ, &seal));

@@ -222,6 +222,7 @@ TEST_F(access, smaps_tells_shared_from_private)
 {
 	page(self->at, 2)[0] ^= 1;
 	page(self->at, 3)[0] ^= 1;
+	EXPECT_TRUE(pages_are(&self->pool, page(self->at, 4), POOL(4), PAGES - 4));
 	ASSERT_EQ(0, madvise(page(self->at, 4), 6 * PAGE, MADV_DONTNEED));
 	EXPECT_EQ((long)((PAGES - 6) * 4), smaps_value(START, "Rss"));
 	EXPECT_EQ(8, smaps_value(START, "Anonymous"));

@@ -102,6 +102,13 @@ void pool_close(struct pool *pool)
 	close(pool->dev);
 }
 
+bool pool_can(const struct pool *pool, uint64_t feature)
+{
+	struct pseudo_mm_info info = { .size = sizeof(info) };
+
+	return !ioctl(pool->dev, PSEUDO_MM_INFO, &info) && (info.features & feature);
+}
+
 int template_create(const struct pool *pool)
 {
 	struct pseudo_mm_create create = { .size = sizeof(create) };

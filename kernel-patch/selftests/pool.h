@@ -33,6 +33,8 @@ struct pool {
 /* Opens the device named by PSEUDO_MM_DAX, or /dev/dax0.0, and fills @count pages. */
 int pool_open(struct pool *pool, unsigned long count);
 void pool_close(struct pool *pool);
+/* Whether the driver has a PSEUDO_MM_FEATURE_*. */
+bool pool_can(const struct pool *pool, uint64_t feature);
 
 void page_fill(void *page, uint64_t seed, unsigned long number);
 bool page_is(const void *page, uint64_t seed, unsigned long number);

@@ -157,7 +157,8 @@ TEST_F(published, errors_are_those_that_its_users_know)
 	EXPECT_ERROR(ENOENT, v0_attach(dev, getpid(), 99999));
 	EXPECT_ERROR(ESRCH, v0_attach(dev, 4000000, id));
 	/* What a module cannot do is said. */
-	EXPECT_ERROR(EPERM, v0_attach(dev, getppid(), id));
+	if (!pool_can(&self->pool, PSEUDO_MM_FEATURE_PROCESS))
+		EXPECT_ERROR(EPERM, v0_attach(dev, getppid(), id));
 
 	/* A failed registering leaves none. */
 	EXPECT_ERROR(EBADF, ioctl(dev, PSEUDO_MM_V0_REGISTER, &bad));

@@ -16,6 +16,9 @@ pub const FEATURE_ATTACH: u64 = 1 << 0;
 pub const FEATURE_PUBLISHED: u64 = 1 << 1;
 pub const FEATURE_LAZY: u64 = 1 << 2;
 pub const FEATURE_REMOTE: u64 = 1 << 3;
+pub const FEATURE_PROCESS: u64 = 1 << 4;
+
+pub const ATTACH_PIDFD: u32 = 1 << 0;
 
 pub const STATE_SEALED: u32 = 1 << 0;
 pub const STATE_DELETED: u32 = 1 << 1;
@@ -116,10 +119,13 @@ structures! {
         size: u32,
         flags: u32,
     }
-    Attach: 16 {
+    Attach: 24 {
         size: u32,
+        /// `ATTACH_*`.
         flags: u32,
         failed_at: u64,
+        pidfd: i32,
+        reserved: u32,
     }
     /// A template's figures.
     Stat: 64 {

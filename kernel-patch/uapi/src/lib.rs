@@ -152,7 +152,19 @@ impl Template {
 
     /// Makes all mappings in this process, at their addresses, or none of them.
     pub fn attach(&self) -> Result<(), AttachError> {
+        self.attach_by(abi::Attach::new())
+    }
+
+    /// Makes them in the process of a pidfd, which the caller may trace. Needs
+    /// [`abi::FEATURE_PROCESS`].
+    pub fn attach_to(&self, process: BorrowedFd<'_>) -> Result<(), AttachError> {
         let mut attach = abi::Attach::new();
+        attach.flags = abi::ATTACH_PIDFD;
+        attach.pidfd = process.as_raw_fd();
+        self.attach_by(attach)
+    }
+
+    fn attach_by(&self, mut attach: abi::Attach) -> Result<(), AttachError> {
         match command(self.fd.as_fd(), abi::ATTACH, &mut attach) {
             Ok(_) => Ok(()),
             Err(error) => Err(AttachError {

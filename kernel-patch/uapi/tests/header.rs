@@ -33,7 +33,7 @@ fn expected() -> Vec<(String, u64)> {
         }
         "pseudo_mm_seal" = Flags { size, flags }
         "pseudo_mm_delete" = Flags { size, flags }
-        "pseudo_mm_attach" = Attach { size, flags, failed_at }
+        "pseudo_mm_attach" = Attach { size, flags, failed_at, pidfd, reserved }
         "pseudo_mm_stat" = Stat {
             size, state, id, maps, extents, pool_pages, attached, mapped, owner, reserved
         }
@@ -48,6 +48,8 @@ fn expected() -> Vec<(String, u64)> {
         ("PSEUDO_MM_FEATURE_PUBLISHED", FEATURE_PUBLISHED),
         ("PSEUDO_MM_FEATURE_LAZY", FEATURE_LAZY),
         ("PSEUDO_MM_FEATURE_REMOTE", FEATURE_REMOTE),
+        ("PSEUDO_MM_FEATURE_PROCESS", FEATURE_PROCESS),
+        ("PSEUDO_MM_ATTACH_PIDFD", ATTACH_PIDFD.into()),
         ("PSEUDO_MM_STATE_SEALED", STATE_SEALED.into()),
         ("PSEUDO_MM_STATE_DELETED", STATE_DELETED.into()),
         ("PSEUDO_MM_STATE_GONE", STATE_GONE.into()),

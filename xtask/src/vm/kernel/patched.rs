@@ -22,8 +22,9 @@ const DEBUG_CONFIG: &str = "debug.config";
 struct Inputs {
     configs: Vec<PathBuf>,
     patches: Vec<PathBuf>,
-    /// Files of the driver, which counts once there are patches.
-    driver: Vec<PathBuf>,
+    /// Files of the driver, which counts once there are patches; where they are, and their places in
+    /// the driver's folder.
+    driver: Vec<(PathBuf, PathBuf)>,
 }
 
 pub fn image(debug: bool) -> anyhow::Result<Image> {
@@ -61,24 +62,11 @@ impl Inputs {
             .filter(|line| !line.is_empty() && !line.starts_with('#'))
             .map(|line| folder.join(line))
             .collect();
-        let mut driver = Vec::new();
-        if !patches.is_empty() {
-            let sources = folder.join("driver");
-            let context = || format!("Failed to list {}", sources.display());
-            for entry in fs::read_dir(&sources).with_context(context)? {
-                let path = entry.with_context(context)?.path();
-                let name = path.file_name().unwrap_or_default();
-                let built = [".c", ".h"]
-                    .iter()
-                    .any(|end| name.to_string_lossy().ends_with(end));
-                // What building the module leaves beside its sources is not source.
-                let source = built && !name.to_string_lossy().ends_with(".mod.c");
-                if source || name == "Makefile" || name == "Kconfig" {
-                    driver.push(path);
-                }
-            }
-            driver.sort();
-        }
+        let driver = if patches.is_empty() {
+            Vec::new()
+        } else {
+            driver(&folder.join("driver"))?
+        };
         Ok(Self {
             configs,
             patches,
@@ -94,10 +82,8 @@ impl Inputs {
             hasher.update(bytes);
         };
         add(version.as_bytes());
-        for file in [&self.configs, &self.patches, &self.driver]
-            .into_iter()
-            .flatten()
-        {
+        let driver = self.driver.iter().map(|(from, _)| from);
+        for file in self.configs.iter().chain(&self.patches).chain(driver) {
             add(file.file_name().unwrap_or_default().as_encoded_bytes());
             let contents =
                 fs::read(file).with_context(|| format!("Failed to read {}", file.display()))?;
@@ -105,6 +91,31 @@ impl Inputs {
         }
         Ok(hasher.finalize().to_hex()[..16].to_owned())
     }
+}
+
+/// The driver's files by their places below `folder`. What building the module leaves beside its
+/// sources is not source.
+fn driver(folder: &Path) -> anyhow::Result<Vec<(PathBuf, PathBuf)>> {
+    let mut files = Vec::new();
+    let mut folders = vec![PathBuf::new()];
+    while let Some(place) = folders.pop() {
+        let listed = folder.join(&place);
+        let context = || format!("Failed to list {}", listed.display());
+        for entry in fs::read_dir(&listed).with_context(context)? {
+            let entry = entry.with_context(context)?;
+            let name = entry.file_name();
+            let text = name.to_string_lossy();
+            let source = [".c", ".h"].iter().any(|end| text.ends_with(end))
+                || ["Kbuild", "Kconfig"].contains(&text.as_ref());
+            if entry.file_type().with_context(context)?.is_dir() {
+                folders.push(place.join(&name));
+            } else if source && !text.ends_with(".mod.c") {
+                files.push((entry.path(), place.join(&name)));
+            }
+        }
+    }
+    files.sort();
+    Ok(files)
 }
 
 fn build(inputs: &Inputs, folder: &Path) -> anyhow::Result<()> {
@@ -123,9 +134,14 @@ fn build(inputs: &Inputs, folder: &Path) -> anyhow::Result<()> {
 
     if !inputs.driver.is_empty() {
         let place = tree.join(DRIVER);
-        fs::create_dir_all(&place)
-            .with_context(|| format!("Failed to make {}", place.display()))?;
-        succeed(Command::new("cp").args(&inputs.driver).arg(&place))?;
+        for (from, to) in &inputs.driver {
+            let to = place.join(to);
+            let context = || format!("Failed to copy {} to {}", from.display(), to.display());
+            if let Some(parent) = to.parent() {
+                fs::create_dir_all(parent).with_context(context)?;
+            }
+            fs::copy(from, &to).with_context(context)?;
+        }
     }
     for patch in &inputs.patches {
         eprintln!("== applying {}", patch.display());

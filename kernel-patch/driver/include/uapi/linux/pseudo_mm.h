@@ -51,6 +51,8 @@
 #define PSEUDO_MM_FEATURE_LAZY		(1ULL << 2)
 /* Extents of a remote pool. */
 #define PSEUDO_MM_FEATURE_REMOTE	(1ULL << 3)
+/* PSEUDO_MM_ATTACH_PIDFD; other threads of the process see all mappings or none. */
+#define PSEUDO_MM_FEATURE_PROCESS	(1ULL << 4)
 
 /**
  * struct pseudo_mm_info - what the driver can do, and its limits
@@ -196,14 +198,25 @@ struct pseudo_mm_seal {
 	__u32 flags;
 };
 
+/* Bits of pseudo_mm_attach.flags. */
+/* Into the process of @pidfd, and not into the caller. */
+#define PSEUDO_MM_ATTACH_PIDFD		(1U << 0)
+
 /**
- * struct pseudo_mm_attach - make all mappings of the template in the caller
+ * struct pseudo_mm_attach - make all mappings of the template in a process
  * @size: in: size of this structure
- * @flags: in: 0
+ * @flags: in: PSEUDO_MM_ATTACH_*
  * @failed_at: out: on an error, the start of the mapping that failed, or 0
+ * @pidfd: in: with PSEUDO_MM_ATTACH_PIDFD a descriptor of pidfd_open(), else 0
+ * @reserved: 0
  *
- * The mappings come at their addresses; either all of them or none. Other
- * threads of the caller may see some of them before the call returns.
+ * The mappings come at their addresses; either all of them or none. Without
+ * PSEUDO_MM_FEATURE_PROCESS, other threads of the caller may see some of them
+ * before the call returns, and PSEUDO_MM_ATTACH_PIDFD gives EOPNOTSUPP. With
+ * it, the caller must be one that may trace the process (else EPERM).
+ *
+ * ESRCH: the process is gone, or has no memory. EBADF: @pidfd is no such
+ * descriptor.
  *
  * EBUSY: the template is not sealed. EEXIST: there is a mapping already.
  * ENODEV: the device has gone away. ENOENT: the template was deleted.
@@ -221,6 +234,8 @@ struct pseudo_mm_attach {
 	__u32 size;
 	__u32 flags;
 	__u64 failed_at;
+	__s32 pidfd;
+	__u32 reserved;
 };
 
 /* Bits of pseudo_mm_stat.state. */

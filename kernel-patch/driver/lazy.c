@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Areas whose page tables are filled at the first use of each.
+ *
+ * A page table serves 2 MiB. One that lies wholly inside an area has been
+ * filled if it exists. At its ends an area shares page tables with its
+ * neighbours, who may have made them; a bit for each end tells whether the
+ * area's part of that page table has been filled. A page table is filled once,
+ * under its lock: an entry that is empty afterwards is zero, as in all
+ * anonymous memory, so a discard fills first what it does not cover and leaves
+ * empty page tables where it covers all.
+ *
+ * Both ends are filled before an area is split, so the bits are right for both
+ * parts. An area is filled as a whole, and is then no longer of this kind,
+ * before it moves or is given to userfaultfd; the core sees to that
+ * (vma_fill_settle()).
+ */
+#include <linux/jump_label.h>
+#include <linux/mm.h>
+#include <linux/rmap.h>
+#include <linux/sched/signal.h>
+#include <asm/pgalloc.h>
+
+#include "pseudo_mm.h"
+
+enum pmm_end {
+	PMM_HEAD,
+	PMM_TAIL,
+	PMM_INSIDE,
+};
+
+static unsigned long *pmm_filled_ends(struct vm_area_struct *vma)
+{
+	return (unsigned long *)&vma->vm_private_data;
+}
+
+/* Which part of the area the page table of @address serves. */
+static enum pmm_end pmm_table_end(const struct vm_area_struct *vma, unsigned long address)
+{
+	unsigned long base = address & PMD_MASK;
+
+	if (base < vma->vm_start)
+		return PMM_HEAD;
+	return vma->vm_end - base < PMD_SIZE ? PMM_TAIL : PMM_INSIDE;
+}
+
+static bool pmm_table_is_filled(struct vm_area_struct *vma, pmd_t *pmd, enum pmm_end end)
+{
+	if (pmd_none(READ_ONCE(*pmd)))
+		return false;
+	return end == PMM_INSIDE || test_bit(end, pmm_filled_ends(vma));
+}
+
+/* Entries of one page table, for a run of frames. Its lock is held. */
+static unsigned long pmm_set_entries(struct vm_area_struct *vma, unsigned long address, pte_t *pte,
+				     unsigned long pfn, unsigned long count)
+{
+	unsigned long i, set = 0;
+
+	for (i = 0; i < count; i++, pte++, address += PAGE_SIZE) {
+		struct page *page = pfn_to_page(pfn + i);
+
+		if (!pte_none(*pte))
+			continue;
+		get_page(page);
+		page_add_file_rmap(page, vma, false);
+		set_pte_at(vma->vm_mm, address, pte, mk_pte(page, vma->vm_page_prot));
+		set++;
+	}
+	return set;
+}
+
+/* All entries of one page table in [start, end) that the template has pages for. */
+static void pmm_set_table(struct vm_area_struct *vma, const struct pmm_template *template,
+			  pmd_t *pmd, unsigned long start, unsigned long end)
+{
+	const struct pmm_layout *layout = &template->layout;
+	unsigned long first = linear_page_index(vma, start);
+	unsigned long last = first + ((end - start) >> PAGE_SHIFT);
+	unsigned long set = 0;
+	unsigned int i;
+
+	for (i = pmm_layout_extent(layout, first); i < layout->nr_extents; i++) {
+		const struct pmm_extent *extent = &layout->extents[i];
+		unsigned long page = max(first, extent->page);
+		unsigned long to = min(last, extent->page + extent->pages);
+
+		while (page < to) {
+			unsigned long device_page = extent->device_page + (page - extent->page);
+			unsigned long run = to - page;
+			unsigned long pfn = pmm_device_run(template->device, device_page, &run);
+			unsigned long address = start + ((page - first) << PAGE_SHIFT);
+
+			set += pmm_set_entries(vma, address, pte_offset_map(pmd, address), pfn, run);
+			page += run;
+		}
+		if (to == last)
+			break;
+	}
+	add_mm_counter(vma->vm_mm, MM_FILEPAGES, set);
+}
+
+static pmd_t *pmm_make_pmd(struct mm_struct *mm, unsigned long address)
+{
+	p4d_t *p4d = p4d_alloc(mm, pgd_offset(mm, address), address);
+	pud_t *pud = p4d ? pud_alloc(mm, p4d, address) : NULL;
+
+	return pud ? pmd_alloc(mm, pud, address) : NULL;
+}
+
+static spinlock_t *pmm_table_lock(struct mm_struct *mm, pgtable_t table)
+{
+#if USE_SPLIT_PTE_PTLOCKS
+	return ptlock_ptr(table);
+#else
+	return &mm->page_table_lock;
+#endif
+}
+
+/* Puts in a new page table and leaves it locked, or NULL if there is one already. */
+static spinlock_t *pmm_install_table(struct mm_struct *mm, pmd_t *pmd, pgtable_t table)
+{
+	spinlock_t *outer = pmd_lock(mm, pmd);
+	spinlock_t *lock = NULL;
+
+	if (pmd_none(*pmd)) {
+		lock = pmm_table_lock(mm, table);
+		if (lock != outer)
+			spin_lock_nested(lock, SINGLE_DEPTH_NESTING);
+		mm_inc_nr_ptes(mm);
+		/* What walks page tables without locks sees the table initialised. */
+		smp_wmb();
+		pmd_populate(mm, pmd, table);
+	}
+	if (lock != outer)
+		spin_unlock(outer);
+	return lock;
+}
+
+/*
+ * The page table of @address, unless that has been done. It is locked from
+ * when it can be found until it is filled: who saw an empty entry without the
+ * lock looks again under it.
+ */
+static int pmm_fill_table(struct vm_area_struct *vma, const struct pmm_template *template,
+			  unsigned long address, bool empty)
+{
+	unsigned long base = address & PMD_MASK;
+	enum pmm_end end = pmm_table_end(vma, address);
+	struct mm_struct *mm = vma->vm_mm;
+	spinlock_t *lock = NULL;
+	pgtable_t table = NULL;
+	bool filled = false;
+	pmd_t *pmd;
+
+	pmd = pmm_make_pmd(mm, address);
+	if (!pmd)
+		return -ENOMEM;
+	if (pmd_none(READ_ONCE(*pmd))) {
+		table = pte_alloc_one(mm);
+		if (!table)
+			return -ENOMEM;
+		lock = pmm_install_table(mm, pmd, table);
+	}
+	if (lock) {
+		table = NULL;
+	} else {
+		lock = pte_lockptr(mm, pmd);
+		spin_lock(lock);
+		filled = pmm_table_is_filled(vma, pmd, end);
+	}
+	if (!filled && !empty)
+		pmm_set_table(vma, template, pmd, max(base, vma->vm_start),
+			      min(base + PMD_SIZE, vma->vm_end));
+	if (!filled && end != PMM_INSIDE)
+		set_bit(end, pmm_filled_ends(vma));
+	spin_unlock(lock);
+	if (table)
+		pte_free(mm, table);
+	return 0;
+}
+
+static bool pmm_is_filled(struct vm_area_struct *vma, unsigned long address)
+{
+	pmd_t *pmd = pmm_make_pmd(vma->vm_mm, address);
+
+	return pmd && pmm_table_is_filled(vma, pmd, pmm_table_end(vma, address));
+}
+
+/* Whether [start, end) is all that the page table of @start serves in the area. */
+static bool pmm_covers_table(const struct vm_area_struct *vma, unsigned long start,
+			     unsigned long end)
+{
+	unsigned long base = start & PMD_MASK;
+
+	return start == max(base, vma->vm_start) && end == min(base + PMD_SIZE, vma->vm_end);
+}
+
+static int pmm_lazy_fill(struct vm_area_struct *vma, unsigned long start, unsigned long end,
+			 bool discard)
+{
+	const struct pmm_template *template = pmm_template_of(vma->vm_file);
+	unsigned long next;
+	int index, err = 0;
+
+	for (; start < end && !err; start = next) {
+		next = pmd_addr_end(start, end);
+		if (pmm_is_filled(vma, start))
+			continue;
+		index = srcu_read_lock(&pmm_fill);
+		if (template->device && READ_ONCE(template->device->gone))
+			err = -ENODEV;
+		else
+			err = pmm_fill_table(vma, template, start,
+					     discard && pmm_covers_table(vma, start, next));
+		srcu_read_unlock(&pmm_fill, index);
+		if (!err && next < end && fatal_signal_pending(current))
+			err = -EINTR;
+		cond_resched();
+	}
+	return err;
+}
+
+static int pmm_fill_page_of(struct vm_area_struct *vma, unsigned long address)
+{
+	address &= PAGE_MASK;
+	return pmm_lazy_fill(vma, address, address + PAGE_SIZE, false);
+}
+
+/* What neighbours share, now and after the split, so that the bits fit all parts. */
+static int pmm_lazy_may_split(struct vm_area_struct *vma, unsigned long address)
+{
+	unsigned long last = vma->vm_end - 1;
+	int err = 0;
+
+	if (pmm_table_end(vma, vma->vm_start) != PMM_INSIDE)
+		err = pmm_fill_page_of(vma, vma->vm_start);
+	if (!err && pmm_table_end(vma, last) != PMM_INSIDE)
+		err = pmm_fill_page_of(vma, last);
+	if (!err && (address & ~PMD_MASK))
+		err = pmm_fill_page_of(vma, address);
+	if (err)
+		return err;
+	set_bit(PMM_HEAD, pmm_filled_ends(vma));
+	set_bit(PMM_TAIL, pmm_filled_ends(vma));
+	return 0;
+}
+
+static const struct vm_operations_struct pmm_lazy_vm_ops = {
+	.fill = pmm_lazy_fill,
+	.may_split = pmm_lazy_may_split,
+};
+
+/**
+ * pmm_area_begin - give a new area its contents, or the means to get them
+ * @vma: the area, which nobody can see yet
+ * @template: the template
+ */
+int pmm_area_begin(struct vm_area_struct *vma, const struct pmm_template *template)
+{
+	vma->vm_ops = &pmm_lazy_vm_ops;
+	vma->vm_private_data = NULL;
+	return 0;
+}
+
+/* From the first template on, the core looks for areas that have something to fill. */
+void pmm_area_enable(void)
+{
+	if (!static_key_enabled(&vma_fill_used))
+		static_branch_enable(&vma_fill_used);
+}

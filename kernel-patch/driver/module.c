@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * How a module attaches: with what the kernel exports.
+ *
+ * A new area gets all its entries at once, in batches, before anybody can see
+ * it. Areas are made one after the other, and only in the caller.
+ */
+#include <linux/mman.h>
+#include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+
+#include "pseudo_mm.h"
+
+/* Pages for one call of vm_insert_pages(): what one page table holds. */
+#define PMM_BATCH PTRS_PER_PTE
+
+static int pmm_fill_extent(struct vm_area_struct *vma, const struct pmm_device *device,
+			   const struct pmm_extent *extent, unsigned long first,
+			   unsigned long last, unsigned long address, struct page **pages)
+{
+	unsigned long device_page = extent->device_page + (first - extent->page);
+	unsigned long left = last - first;
+	unsigned long run, pfn, rest, i;
+	int err;
+
+	while (left) {
+		/* Up to the next page table, so that each is locked in one go. */
+		run = min(left, PMM_BATCH - ((address >> PAGE_SHIFT) & (PMM_BATCH - 1)));
+		pfn = pmm_device_run(device, device_page, &run);
+		for (i = 0; i < run; i++)
+			pages[i] = pfn_to_page(pfn + i);
+		rest = run;
+		err = vm_insert_pages(vma, address, pages, &rest);
+		if (err)
+			return err;
+		address += run << PAGE_SHIFT;
+		device_page += run;
+		left -= run;
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		cond_resched();
+	}
+	return 0;
+}
+
+/**
+ * pmm_area_begin - give a new area its contents, or the means to get them
+ * @vma: the area, which nobody can see yet
+ * @template: the template
+ */
+int pmm_area_begin(struct vm_area_struct *vma, const struct pmm_template *template)
+{
+	const struct pmm_layout *layout = &template->layout;
+	unsigned long first = vma->vm_pgoff;
+	unsigned long last = first + vma_pages(vma);
+	struct page **pages;
+	unsigned int i;
+	int err = 0;
+
+	vma_set_anonymous(vma);
+	pages = kmalloc_array(PMM_BATCH, sizeof(*pages), GFP_KERNEL);
+	if (!pages)
+		return -ENOMEM;
+	for (i = pmm_layout_extent(layout, first); i < layout->nr_extents && !err; i++) {
+		const struct pmm_extent *extent = &layout->extents[i];
+		unsigned long from = max(first, extent->page);
+		unsigned long to = min(last, extent->page + extent->pages);
+
+		if (from >= to)
+			break;
+		err = pmm_fill_extent(vma, template->device, extent, from, to,
+				      vma->vm_start + ((from - first) << PAGE_SHIFT), pages);
+	}
+	kfree(pages);
+	return err;
+}
+
+void pmm_area_enable(void)
+{
+}
+
+unsigned long pmm_area_map(struct file *file, unsigned long start, unsigned long length,
+			   unsigned long prot, unsigned long flags, unsigned long offset)
+{
+	return vm_mmap(file, start, length, prot, flags, offset);
+}
+
+void pmm_area_unmap(unsigned long start, unsigned long length)
+{
+	vm_munmap(start, length);
+}
+
+/*
+ * A private copy of one page, in the caller. Not by access_process_vm(), whose
+ * faults cannot be killed: a file's page may have to come from far away before
+ * it is overwritten.
+ */
+int pmm_area_write(unsigned long address, void *buffer)
+{
+	struct page *page;
+
+	if (pin_user_pages_unlocked(address, 1, &page, FOLL_WRITE | FOLL_FORCE) != 1)
+		return fatal_signal_pending(current) ? -EINTR : -ENOMEM;
+	memcpy_to_page(page, 0, buffer, PAGE_SIZE);
+	unpin_user_pages_dirty_lock(&page, 1, true);
+	return 0;
+}
+
+static int pmm_attach_here(struct file *file, u64 *failed_at)
+{
+	struct mm_struct *mm = current->mm;
+	int err;
+
+	/* First, so that the usual error costs nothing. */
+	err = mmap_read_lock_killable(mm);
+	if (err)
+		return err;
+	err = pmm_attach_conflict(mm, file, failed_at);
+	mmap_read_unlock(mm);
+	return err ?: pmm_attach_maps(file, failed_at);
+}
+
+/**
+ * pmm_attach - make all mappings of a template in a process, or none
+ * @file: the template
+ * @process: the process, or NULL for the caller, which is all that a module can do
+ * @failed_at: the start of the mapping that failed, or 0
+ */
+int pmm_attach(struct file *file, struct pid *process, u64 *failed_at)
+{
+	struct task_struct *task;
+	bool here;
+
+	*failed_at = 0;
+	if (process) {
+		task = get_pid_task(process, PIDTYPE_PID);
+		if (!task)
+			return -ESRCH;
+		here = same_thread_group(task, current);
+		put_task_struct(task);
+		if (!here)
+			return -EPERM;
+	}
+	return pmm_attach_here(file, failed_at);
+}
+
+/* The process of a pidfd: the kernel does not tell modules. */
+struct pid *pmm_pidfd(int fd)
+{
+	return ERR_PTR(-EOPNOTSUPP);
+}

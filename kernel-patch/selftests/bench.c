@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * bench [MIB...]: what attaching costs, beside other ways to get the same memory.
+ *
+ * Each way makes MAPPINGS mappings with the same bytes. The clock is the
+ * process's; in a VM with --icount it counts instructions. One line for each
+ * way and size: making the mappings, a first look at one page of each, at
+ * every page, and a fork after that.
+ */
+#define _GNU_SOURCE
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "pool.h"
+
+#define MAPPINGS 16UL
+
+struct way {
+	const char *name;
+	/* Makes the mappings, of @pages pages together, at BASE and every STEP from there. */
+	int (*make)(struct way *way, const struct pool *pool, unsigned long pages);
+	int fd;
+};
+
+static unsigned long step(unsigned long pages)
+{
+	/* Each mapping has 2 MiB for itself behind it, and begins inside of a page table. */
+	return ((pages / MAPPINGS * PAGE + (4UL << 20)) & ~((2UL << 20) - 1)) + 3 * PAGE;
+}
+
+static uint64_t now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
+static char *mapping(unsigned long number, unsigned long pages)
+{
+	return (char *)BASE + number * step(pages);
+}
+
+static int template_of(const struct pool *pool, unsigned long pages)
+{
+	struct pseudo_mm_map maps[MAPPINGS];
+	struct pseudo_mm_extent extents[MAPPINGS];
+	unsigned long each = pages / MAPPINGS;
+	int fd = template_create(pool);
+
+	for (unsigned long i = 0; i < MAPPINGS; i++) {
+		unsigned long start = (unsigned long)mapping(i, pages);
+
+		maps[i] = map_anonymous(start, each);
+		extents[i] = (struct pseudo_mm_extent) { start, each, i * each };
+	}
+	if (fd < 0 || template_add(fd, maps, MAPPINGS, extents, MAPPINGS) || template_seal(fd))
+		return -1;
+	return fd;
+}
+
+static int make_attach(struct way *way, const struct pool *pool, unsigned long pages)
+{
+	(void)pool;
+	(void)pages;
+	return template_attach(way->fd, NULL);
+}
+
+static int make_file(struct way *way, const struct pool *pool, unsigned long pages)
+{
+	unsigned long each = pages / MAPPINGS;
+
+	(void)pool;
+	for (unsigned long i = 0; i < MAPPINGS; i++) {
+		if (mmap(mapping(i, pages), each * PAGE, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_FIXED_NOREPLACE, way->fd, i * each * PAGE) == MAP_FAILED)
+			return -1;
+	}
+	return 0;
+}
+
+static int make_copy(struct way *way, const struct pool *pool, unsigned long pages)
+{
+	unsigned long each = pages / MAPPINGS;
+
+	(void)way;
+	for (unsigned long i = 0; i < MAPPINGS; i++) {
+		char *at = mmap(mapping(i, pages), each * PAGE, PROT_READ | PROT_WRITE,
+				MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+
+		if (at == MAP_FAILED)
+			return -1;
+		memcpy(at, pool->pages + i * each * PAGE, each * PAGE);
+	}
+	return 0;
+}
+
+static uint64_t time_fork(void)
+{
+	uint64_t begin = now(), end;
+	int status;
+	pid_t child = fork();
+
+	if (!child)
+		_exit(0);
+	end = now();
+	waitpid(child, &status, 0);
+	return end - begin;
+}
+
+static uint64_t time_look(unsigned long pages, unsigned long stride)
+{
+	uint64_t begin = now();
+	unsigned long each = pages / MAPPINGS;
+
+	for (unsigned long i = 0; i < MAPPINGS; i++) {
+		volatile const char *at = mapping(i, pages);
+
+		for (unsigned long page = 0; page < each; page += stride)
+			(void)at[page * PAGE];
+	}
+	return now() - begin;
+}
+
+/* In a child, whose end takes the mappings away. */
+static int measure(struct way *way, const struct pool *pool, unsigned long pages)
+{
+	uint64_t made, forked, looked, all, forked_after;
+	uint64_t begin = now();
+
+	if (way->make(way, pool, pages))
+		return 1;
+	made = now() - begin;
+	/* The pool itself would be forked too. */
+	munmap(pool->pages, pool->count * PAGE);
+	forked = time_fork();
+	looked = time_look(pages, pages / MAPPINGS);
+	all = time_look(pages, 1);
+	forked_after = time_fork();
+	printf("| %s | %lu | %.1f | %.1f | %.1f | %.1f | %.1f |\n", way->name, pages * PAGE >> 20,
+	       made / 1e3, forked / 1e3, looked / 1e3, all / 1e3, forked_after / 1e3);
+	fflush(stdout);
+	return 0;
+}
+
+static int in_turn(const struct pool *pool, unsigned long pages)
+{
+	struct way ways[] = {
+		{ "attach", make_attach, template_of(pool, pages) },
+		{ "MAP_PRIVATE of a file in tmpfs", make_file, memfd_create("pages", MFD_CLOEXEC) },
+		{ "copy", make_copy, -1 },
+	};
+
+	if (ways[0].fd < 0 || ways[1].fd < 0)
+		return 1;
+	for (unsigned long done = 0; done < pages * PAGE; done += 64 * PAGE) {
+		if (write(ways[1].fd, pool->pages + done, 64 * PAGE) != (ssize_t)(64 * PAGE))
+			return 1;
+	}
+	for (unsigned int i = 0; i < sizeof(ways) / sizeof(*ways); i++) {
+		int status;
+		pid_t child = fork();
+
+		if (!child)
+			_exit(measure(&ways[i], pool, pages));
+		if (waitpid(child, &status, 0) != child || status)
+			return 1;
+	}
+	close(ways[0].fd);
+	close(ways[1].fd);
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	struct pool pool;
+	unsigned long most = 0;
+
+	for (int i = 1; i < argc; i++) {
+		unsigned long mib = strtoul(argv[i], NULL, 10);
+
+		most = mib > most ? mib : most;
+		if (!mib || mib * 256 % (MAPPINGS * 64)) {
+			fprintf(stderr, "bench: %s is no size; give MiB, multiples of 4\n", argv[i]);
+			return 2;
+		}
+	}
+	if (!most) {
+		fprintf(stderr, "usage: bench MIB...\n");
+		return 2;
+	}
+	if (pool_open(&pool, most * 256)) {
+		perror("bench: cannot fill the pool; is PSEUDO_MM_DAX large enough?");
+		return 1;
+	}
+	printf("attach fills %s\n", pool_can(&pool, PSEUDO_MM_FEATURE_LAZY) ?
+	       "page tables at their first use" : "everything at once");
+	printf("| way | MiB | make, µs | fork | first page of each | every page | fork |\n");
+	printf("|---|---|---|---|---|---|---|\n");
+	for (int i = 1; i < argc; i++) {
+		if (in_turn(&pool, strtoul(argv[i], NULL, 10) * 256)) {
+			perror("bench");
+			return 1;
+		}
+	}
+	return 0;
+}
