@@ -5,6 +5,7 @@
  * A new area gets all its entries at once, in batches, before anybody can see
  * it. Areas are made one after the other, and only in the caller.
  */
+#include <linux/highmem.h>
 #include <linux/mman.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
