@@ -2,9 +2,9 @@
 # dax.sh PROGRAMS: in a virtual machine with a device-dax, prepares trenv with a pool on it, lets the demo
 # run, and looks where the memory of the functions is. PROGRAMS is the folder of the programs.
 #
-#   make -C kernel-patch/driver KDIR="$(cargo xtask vm headers)"
+#   make -C kernel-patch/driver KDIR="$(cargo xtask vm headers --kernel stock-6.12)"
 #   cargo build --workspace --bins
-#   cargo xtask vm run --dax nvdimm --memory 4096 --tmpfs /var/lib/trenv --timeout 3600 -- \
+#   cargo xtask vm run --kernel stock-6.12 --dax nvdimm --memory 4096 --tmpfs /var/lib/trenv --timeout 3600 -- \
 #       bash deploy/vm/dax.sh target/x86_64-unknown-linux-gnu/debug
 set -euo pipefail
 
