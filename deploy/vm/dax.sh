@@ -44,7 +44,7 @@ trenv-pool stat
 starts=
 for _ in 1 2; do
     for name in ${functions//,/ }; do
-        reply=$(curl -fsS -i -d '{}' "http://127.0.0.1:8080/function/$name")
+        reply=$(curl -fsS -i "http://127.0.0.1:8080/function/$name")
         start=$(grep -i -o '^x-trenv-start: [a-z]*' <<<"$reply")
         echo "$name: $start"
         starts="$starts $start"
