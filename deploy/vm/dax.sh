@@ -53,7 +53,7 @@ done
 [[ $starts == *repurposed* ]] || fail "no call was served by a repurposed sandbox"
 
 zygotes=0
-for procs in /sys/fs/cgroup/trenv/zygotes/*/cgroup.procs; do
+while read -r procs; do
     memory=$(cat "${procs%/*}/memory.current")
     while read -r pid; do
         present=$(attached "$pid" Rss)
@@ -64,7 +64,7 @@ for procs in /sys/fs/cgroup/trenv/zygotes/*/cgroup.procs; do
         [ "$((memory / 1024))" -lt "$present" ] || fail "the zygote's cgroup has paid for pages of the device"
         zygotes=$((zygotes + 1))
     done <"$procs"
-done
+done <<<"$(find /sys/fs/cgroup -path '*/zygotes/*' -name cgroup.procs)"
 [ "$zygotes" -gt 0 ] || fail "there is no zygote"
 
 instances=0
