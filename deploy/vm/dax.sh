@@ -2,9 +2,9 @@
 # dax.sh PROGRAMS: in a virtual machine with a device-dax, prepares trenv with a pool on it, lets the demo
 # run, and looks where the memory of the functions is. PROGRAMS is the folder of the programs.
 #
-#   make -C kernel-patch/driver KDIR="$(cargo xtask vm headers)"
+#   make -C kernel-patch/driver KDIR="$(cargo xtask vm headers --kernel stock-6.12)"
 #   cargo build --workspace --bins
-#   cargo xtask vm run --dax nvdimm --memory 4096 --tmpfs /var/lib/trenv --timeout 3600 -- \
+#   cargo xtask vm run --kernel stock-6.12 --dax nvdimm --memory 4096 --tmpfs /var/lib/trenv --timeout 3600 -- \
 #       bash deploy/vm/dax.sh target/x86_64-unknown-linux-gnu/debug
 set -euo pipefail
 
@@ -44,7 +44,7 @@ trenv-pool stat
 starts=
 for _ in 1 2; do
     for name in ${functions//,/ }; do
-        reply=$(curl -fsS -i -d '{}' "http://127.0.0.1:8080/function/$name")
+        reply=$(curl -fsS -i "http://127.0.0.1:8080/function/$name")
         start=$(grep -i -o '^x-trenv-start: [a-z]*' <<<"$reply")
         echo "$name: $start"
         starts="$starts $start"
@@ -53,7 +53,7 @@ done
 [[ $starts == *repurposed* ]] || fail "no call was served by a repurposed sandbox"
 
 zygotes=0
-for procs in /sys/fs/cgroup/trenv/zygotes/*/cgroup.procs; do
+while read -r procs; do
     memory=$(cat "${procs%/*}/memory.current")
     while read -r pid; do
         present=$(attached "$pid" Rss)
@@ -64,7 +64,7 @@ for procs in /sys/fs/cgroup/trenv/zygotes/*/cgroup.procs; do
         [ "$((memory / 1024))" -lt "$present" ] || fail "the zygote's cgroup has paid for pages of the device"
         zygotes=$((zygotes + 1))
     done <"$procs"
-done
+done <<<"$(find /sys/fs/cgroup -path '*/zygotes/*' -name cgroup.procs)"
 [ "$zygotes" -gt 0 ] || fail "there is no zygote"
 
 instances=0

@@ -37,7 +37,7 @@ pub use backend::{Backend, UnknownBackend};
 pub use dax::device::{DaxDevice, DaxError, DaxMode, list as dax_devices};
 pub use error::PoolError;
 pub use pool::{Pool, PoolOptions, PoolStat, Usage, Verification};
-pub use reader::TemplateReader;
+pub use reader::{PageLease, TemplateReader};
 pub use superblock::{DATA_OFFSET, VERSION};
 pub use template::{Extent, InvalidTemplateId, Source, TemplateId, TemplateInfo};
 pub use writer::TemplateWriter;

@@ -14,10 +14,16 @@ use crate::template::{Extent, Source, TemplateId, TemplateInfo};
 /// Pages read in one go by a check.
 const BATCH: u64 = 256;
 
+/// Keeps the pages of one generation of a template, beyond the reader that it is from.
+#[derive(Debug, Clone)]
+pub struct PageLease {
+    _lease: Arc<Lease>,
+}
+
 /// One generation of a template. Its pages and its record stay while this lives.
 pub struct TemplateReader {
     pool: Arc<Inner>,
-    _lease: Lease,
+    lease: Arc<Lease>,
     record: Record,
     manifest: Vec<u8>,
     sums: OnceLock<Vec<PageSum>>,
@@ -68,7 +74,7 @@ impl TemplateReader {
         }
         Ok(Self {
             pool,
-            _lease: lease,
+            lease: Arc::new(lease),
             record,
             manifest,
             sums: OnceLock::new(),
@@ -77,6 +83,13 @@ impl TemplateReader {
 
     pub fn info(&self) -> &TemplateInfo {
         &self.record.info
+    }
+
+    /// For who maps the pages: while it lives they are not given to another template.
+    pub fn lease(&self) -> PageLease {
+        PageLease {
+            _lease: Arc::clone(&self.lease),
+        }
     }
 
     pub fn manifest(&self) -> &[u8] {

@@ -24,7 +24,6 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use pseudo_mm_uapi::Template;
 use trenv_pool::TemplateReader;
 use trenv_restorer::wire::{self, MARKS, Report};
 
@@ -35,6 +34,7 @@ use crate::plan::base::Ground;
 use crate::plan::skeleton::{Area, Fill};
 use crate::plan::{Plan, PlanError};
 use crate::working_set::WorkingSet;
+use attached::Attached;
 use channel::{nonsense, receive, receive_from, send, socket_pair};
 use loader::Loader;
 pub use loader::fd as loader_fd;
@@ -124,7 +124,7 @@ pub struct Zygote {
     working_set: Mutex<WorkingSet>,
     stacks: Arc<Mutex<Stacks>>,
     /// What it maps of the pool's device.
-    template: Option<Template>,
+    attached: Option<Attached>,
 }
 
 /// What a start has to know of the tree.
@@ -189,14 +189,18 @@ impl Zygote {
         let manifest = usable(request.template)?;
         let (plan, attached) = attached::plan(&request, &manifest, fill)?;
         let (ours, theirs) = socket_pair()?;
-        let mut loader = Loader::of(&plan, attached.as_ref(), &request)?;
+        let mut loader = Loader::of(
+            &plan,
+            attached.as_ref().map(|attached| &attached.template),
+            &request,
+        )?;
         let child = loader.start(request.binary, &theirs, &request)?;
         let pid = i32::try_from(child.id()).unwrap_or_default();
         drop(theirs);
         // The zygote has the mount now; ours would only keep it from going away with it.
         drop(request.rootfs);
         let (mut zygote, areas) = Self::of_plan(plan, fill, (pid, open_pidfd(pid)?), ours);
-        zygote.template = attached;
+        zygote.attached = attached;
         zygote.await_build(request.template)?;
         Ok((zygote, areas))
     }
@@ -229,7 +233,7 @@ impl Zygote {
                 next: 1,
                 left: Vec::new(),
             })),
-            template: None,
+            attached: None,
         };
         (zygote, plan.areas)
     }
@@ -275,7 +279,10 @@ impl Zygote {
         let kilobytes = rss.and_then(|rss| rss.trim().strip_suffix(" kB")?.trim().parse().ok());
         let bytes = kilobytes.unwrap_or(0u64) << 10;
         // The kernel counts the pages of the device too.
-        let on_device = self.template.as_ref().map(Template::stat).transpose();
+        let attached = self.attached.as_ref();
+        let on_device = attached
+            .map(|attached| attached.template.stat())
+            .transpose();
         let on_device = on_device.map_err(io_error("asking how much memory is the device's"))?;
         Ok(bytes.saturating_sub(on_device.map_or(0, |stat| stat.pool_pages * PAGE)))
     }
@@ -320,13 +327,12 @@ impl Zygote {
 
 impl Drop for Zygote {
     fn drop(&mut self) {
-        if let Some(template) = &self.template {
-            // Nobody attaches it any more; what was cloned keeps its pages, and so the template.
-            let _ = template.delete();
-        }
         // It may have ended by itself.
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
         let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(self.pid), None);
+        if let Some(attached) = self.attached.take() {
+            attached.leave();
+        }
     }
 }
 

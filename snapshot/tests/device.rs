@@ -5,8 +5,10 @@
 mod harness;
 
 use std::path::Path;
+use std::time::Duration;
 
 use harness::{Bed, TestResult};
+use trenv_pool::PoolError;
 use trenv_snapshot::zygote::Zygote;
 
 /// What of a process's memory is mapped from templates of the device.
@@ -105,5 +107,15 @@ fn what_was_cloned_outlives_the_zygote_and_its_template() -> TestResult {
     drop(zygote);
     assert!(instance.ask("count").starts_with("1 "));
     assert!(Attached::of(instance.root).present > 8 << 20);
+
+    // Nor does its memory become another template's.
+    let id = bed.pool.list()?[0].id;
+    let refused = bed.pool.delete_within(&id, Duration::ZERO);
+    assert!(
+        matches!(refused, Err(PoolError::InUse { .. })),
+        "{refused:?}"
+    );
+    drop(instance);
+    assert!(bed.pool.delete_within(&id, Duration::from_secs(60))?);
     Ok(())
 }
