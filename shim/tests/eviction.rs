@@ -305,35 +305,40 @@ fn available() -> u64 {
     kilobytes.unwrap().parse::<u64>().unwrap() << 10
 }
 
-/// Programs that read a file again and again with less memory than it has, so that they wait for it.
+/// Programs that write more than fits into their memory, so that they wait until it is on the disk.
 struct Waiting {
     group: PathBuf,
-    file: tempfile::NamedTempFile,
-    readers: Vec<Child>,
+    files: tempfile::TempDir,
+    writers: Vec<Child>,
 }
 
 impl Waiting {
     fn begin(parent: &Path) -> Self {
         let group = parent.join("trenv-waiting");
         std::fs::create_dir(&group).unwrap();
-        let limit = match group.join("memory.max").exists() {
-            true => "memory.max",
-            false => "memory.limit_in_bytes",
-        };
-        std::fs::write(group.join(limit), "16777216").unwrap();
-        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
-        std::fs::write(file.path(), vec![1; 256 << 20]).unwrap();
+        // With version 2 of cgroups, those above `memory.high` wait.
+        for (limit, bytes) in [
+            ("memory.high", "8388608"),
+            ("memory.max", "16777216"),
+            ("memory.limit_in_bytes", "16777216"),
+        ] {
+            if group.join(limit).exists() {
+                std::fs::write(group.join(limit), bytes).unwrap();
+            }
+        }
         let mut waiting = Self {
             group,
-            file,
-            readers: Vec::new(),
+            files: tempfile::tempdir_in("/var/tmp").unwrap(),
+            writers: Vec::new(),
         };
-        for _ in 0..4 {
-            let script = r#"echo $$ > "$1/cgroup.procs"; while :; do cat "$2" > /dev/null; done"#;
-            let mut reader = Command::new("/bin/sh");
-            reader.args(["-c", script, "sh"]).arg(&waiting.group);
-            reader.arg(waiting.file.path()).process_group(0);
-            waiting.readers.push(reader.spawn().unwrap());
+        for number in 0..4 {
+            let script = r#"echo $$ > "$1/cgroup.procs"
+                while :; do dd if=/dev/zero of="$2" bs=1M count=64 conv=notrunc 2>/dev/null; done"#;
+            let mut writer = Command::new("/bin/sh");
+            writer.args(["-c", script, "sh"]).arg(&waiting.group);
+            let file = waiting.files.path().join(number.to_string());
+            writer.arg(file).process_group(0);
+            waiting.writers.push(writer.spawn().unwrap());
         }
         waiting
     }
@@ -341,10 +346,10 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        for reader in &mut self.readers {
-            let group = Pid::from_raw(reader.id().cast_signed());
+        for writer in &mut self.writers {
+            let group = Pid::from_raw(writer.id().cast_signed());
             let _ = nix::sys::signal::killpg(group, Signal::SIGKILL);
-            let _ = reader.wait();
+            let _ = writer.wait();
         }
         // The last program may still be on its way out.
         for _ in 0..100 {

@@ -1,4 +1,4 @@
-//! Running CRIU inside of a sandbox, seen from outside: [`enter`](super::enter) is the other half.
+//! Running CRIU inside of a sandbox, seen from outside: [`enter`](super::enter()) is the other half.
 
 use std::fs::File;
 use std::io;

@@ -2,7 +2,7 @@
 //!
 //! CRIU works from its own images, which [`Images`] keeps beside the pool: [`dump`] takes them while
 //! the function runs for the first time, [`Criu::start`] restores them. Both times CRIU runs inside
-//! of the sandbox ([`launch`], [`enter`]): its namespaces are those of the tree then, so that it
+//! of the sandbox ([`launch`], [`enter()`]): its namespaces are those of the tree then, so that it
 //! records none and makes none. [`options`] holds its arguments.
 
 mod enter;
