@@ -25,7 +25,7 @@ const KINDS: [(&str, &str, &[&str]); 3] = [
 const LOGGER: &str = r#"
 dir=$2
 echo "$CONTAINER_NAMESPACE $CONTAINER_ID $1 $#" > "$dir/given"
-ls /proc/$$/fd | tr '\n' ' ' > "$dir/descriptors"
+(cd /proc/$$/fd && printf '%s ' *) > "$dir/descriptors"
 echo $$ >> "$dir/pids"
 cat <&3 >> "$dir/out" 5>&- &
 cat <&4 >> "$dir/err" 5>&- &
