@@ -104,6 +104,15 @@ fn ten_functions_of_a_base_need_half_the_memory_of_ten_alone() -> anyhow::Result
     assert!(stored * 5 < images * 2, "{stored} of {images}");
     // The base's pages stay as long as a function has them.
     machine.remove("base-python")?;
+    let id = base["templateId"].as_str().context("no template")?;
+    until(
+        "the base's template is gone from the pool",
+        PATIENCE,
+        || {
+            let listed = machine.tool("trenv", &["pool", "ls", "--json"]);
+            listed.is_ok_and(|listed| !listed.contains(id))
+        },
+    )?;
     assert!(
         stat.stored - pool_stat(&machine)?.stored
             < base["template"]["storedBytes"].as_u64().unwrap_or(0)
