@@ -283,23 +283,23 @@ impl Containerd {
     }
 
     pub async fn remove_layer(&self, key: &str) -> anyhow::Result<()> {
+        let answer = self.ask_to_remove(key).await?;
+        unless_gone(answer, format!("remove the layer {key}"))
+    }
+
+    async fn ask_to_remove(&self, key: &str) -> anyhow::Result<Result<(), Status>> {
         let request = self.request(layers::RemoveSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             key: key.to_owned(),
         })?;
-        let answer = self.layers().remove(request).await;
-        unless_gone(answer.map(drop), format!("remove the layer {key}"))
+        Ok(self.layers().remove(request).await.map(drop))
     }
 
     /// Removes a layer, or leaves it to containerd's garbage collection where others are based on it.
     pub async fn leave_layer(&self, key: &str) -> anyhow::Result<()> {
-        let request = self.request(layers::RemoveSnapshotRequest {
-            snapshotter: self.snapshotter.clone(),
-            key: key.to_owned(),
-        })?;
-        match self.layers().remove(request).await {
+        match self.ask_to_remove(key).await? {
             Err(status) if status.code() == Code::FailedPrecondition => {}
-            answer => return unless_gone(answer.map(drop), format!("remove the layer {key}")),
+            answer => return unless_gone(answer, format!("remove the layer {key}")),
         }
         let request = self.request(layers::UpdateSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
@@ -420,7 +420,6 @@ impl Containerd {
     }
 }
 
-/// What keeps a layer from containerd's garbage collection.
 /// Mounts as a shim takes them.
 pub fn wire(mounts: Vec<Mount>) -> Vec<proto::Mount> {
     let mounts = mounts.into_iter();
