@@ -209,11 +209,6 @@ impl TemplateReader {
         Ok(())
     }
 
-    /// Bytes of the data file, whatever they are.
-    pub(crate) fn read_raw(&self, offset: u64, page: &mut [u8]) -> Result<(), PoolError> {
-        self.pool.data.read_at(page, offset)
-    }
-
     /// Where each stored page lies, in order.
     pub(crate) fn stored_offsets(&self) -> impl Iterator<Item = u64> + '_ {
         self.stored_extents().flat_map(|extent| {

@@ -49,7 +49,7 @@ impl Shareable {
         };
         let (_, offset) = self.pages[index];
         self.next = index + 1;
-        self.reader.read_raw(offset, &mut self.buffer).ok()?;
+        self.reader.read_at(&mut self.buffer, offset).ok()?;
         (self.buffer == page).then_some(offset)
     }
 
