@@ -134,37 +134,26 @@ impl Placement {
     /// Ranges that process `index` has to unmap: everybody else's, joined where nothing of its own
     /// lies between.
     pub fn foreign(&self, index: usize, manifest: &Manifest) -> Vec<(u64, u64)> {
-        let mut ranges: Vec<(u64, u64)> = Vec::new();
-        let mut open = false;
-        for place in &self.placed {
-            let mapping = &manifest.processes[place.process].mappings[place.mapping];
-            let own = place.process == index || kernel_owned(mapping);
-            // The region is nobody's to unmap.
-            let past_region =
-                ranges.last().is_some_and(|last| last.1 <= self.region) && place.at >= self.region;
-            match ranges.last_mut() {
-                _ if own => open = false,
-                Some(last) if open && !past_region => last.1 = place.at + place.length,
-                _ => {
-                    ranges.push((place.at, place.at + place.length));
-                    open = true;
-                }
-            }
-        }
-        ranges
+        self.ranges(manifest, |process| process != index)
     }
 
     /// Ranges in which the zygote has memory of the heir alone, which those that are forked from its
-    /// clones can do without. Between the mappings of a range is nothing else.
+    /// clones can do without.
     pub fn of_heir_alone(&self, manifest: &Manifest) -> Vec<(u64, u64)> {
+        self.ranges(manifest, |process| process == self.heir)
+    }
+
+    /// Ranges of what these processes have of their own, joined where nothing else lies between.
+    fn ranges(&self, manifest: &Manifest, whose: impl Fn(usize) -> bool) -> Vec<(u64, u64)> {
         let mut ranges: Vec<(u64, u64)> = Vec::new();
         let mut open = false;
         for place in &self.placed {
             let mapping = &manifest.processes[place.process].mappings[place.mapping];
-            if place.process != self.heir || kernel_owned(mapping) {
+            if !whose(place.process) || kernel_owned(mapping) {
                 open = false;
                 continue;
             }
+            // The region is nobody's.
             let past_region =
                 ranges.last().is_some_and(|last| last.1 <= self.region) && place.at >= self.region;
             match ranges.last_mut() {

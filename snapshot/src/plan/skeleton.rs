@@ -107,8 +107,8 @@ pub fn areas(manifest: &Manifest, placement: &Placement, pieces: &[Vec<Piece>]) 
             length: place.length,
             protection: mapping.protection,
             anonymous,
-            // A mapping of a file cannot grow downwards, and one that is moved must stay in one piece.
             attachable: is_attachable(mapping),
+            // A mapping of a file cannot grow downwards, and one that is moved must stay in one piece.
             mappable: anonymous && !mapping.flags.grows_down && place.at == mapping.start,
             runs,
         });
