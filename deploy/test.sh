@@ -50,7 +50,7 @@ tests() {
 
 # counted TITLE COMMAND...: counts the tests of a command by what it printed.
 counted() {
-    local title=$1 begin=$SECONDS log status count
+    local title=$1 begin=$SECONDS log status count name
     shift
     printf '[%s] tests: %s\n' "$(elapsed)" "$title"
     log=$(mktemp)
@@ -170,7 +170,7 @@ device_tests() {
 
 # driver KERNEL: the module of kernel-patch on a kernel of Debian's, with a device-dax of QEMU's.
 driver() {
-    local kernel=$1 title="pseudo_mm on $1" begin=$SECONDS log status=0 passes failures_here skips
+    local kernel=$1 title="pseudo_mm on $1" begin=$SECONDS log status=0 passes failures_here skips name
     printf '[%s] tests: %s\n' "$(elapsed)" "$title"
     log=$(mktemp)
     {
@@ -186,11 +186,14 @@ driver() {
     skips=$(grep -c '^ok .*# SKIP' "$log")
     passes=$(($(grep -c '^ok ' "$log") - skips))
     failures_here=$(grep -c '^not ok ' "$log")
+    while read -r name; do
+        failures+=("$title: $name")
+    done < <(sed -n 's/^not ok [0-9]* //p' "$log")
     if [ "$failures_here" -eq 0 ] && { [ "$status" -ne 0 ] || [ "$passes" -eq 0 ]; }; then
         # It was not built, the machine did not boot, or the kernel complained.
         failures_here=1
+        failures+=("$title: it ended with status $status: $(tail -n 3 "$log" | tr '\n' ' ')")
     fi
-    [ "$failures_here" -eq 0 ] || failures+=("$title")
     passed=$((passed + passes))
     failed=$((failed + failures_here))
     skipped=$((skipped + skips))

@@ -9,7 +9,6 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use trenv_pool::{Backend, Pool, TemplateId};
@@ -26,8 +25,6 @@ pub const OUTLIVES: &str = "TRENV_TEST_SANDBOX_OUTLIVES";
 
 /// Names a device-dax for the pool, whose bytes are lost.
 pub const DEVICE: &str = "TRENV_TEST_DAX";
-
-static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// A pool and a place for programs.
 pub struct Bed {
@@ -585,13 +582,11 @@ impl Freezer {
         } else {
             "/sys/fs/cgroup"
         };
-        let name = format!(
-            "trenv-snapshot-test-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
-        let path = Path::new(root).join(name);
-        std::fs::create_dir(&path)?;
+        // A name of its own, whatever an earlier process of this number left behind.
+        let path = tempfile::Builder::new()
+            .prefix("trenv-snapshot-test-")
+            .tempdir_in(root)?
+            .keep();
         Ok(Self {
             path,
             v1,
