@@ -7,6 +7,7 @@
  */
 #include <linux/highmem.h>
 #include <linux/mman.h>
+#include <linux/pagemap.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
@@ -15,6 +16,9 @@
 
 /* Pages for one call of vm_insert_pages(): what one page table holds. */
 #define PMM_BATCH PTRS_PER_PTE
+
+/* Page tables that an area gets beside those of its pages: 4 MiB, for 2 GiB of holes. */
+#define PMM_HOLE_TABLES 1024
 
 static int pmm_fill_extent(struct vm_area_struct *vma, const struct pmm_device *device,
 			   const struct pmm_extent *extent, unsigned long first,
@@ -43,6 +47,40 @@ static int pmm_fill_extent(struct vm_area_struct *vma, const struct pmm_device *
 		cond_resched();
 	}
 	return 0;
+}
+
+static int pmm_no_entry(pte_t *pte, unsigned long address, void *data)
+{
+	return 0;
+}
+
+/*
+ * Page tables where the area has no pages, so that none of it gets a huge page:
+ * the kernel takes those of an area that has a file and VM_MIXEDMAP for
+ * special, vma_is_special_huge(), and does not free them. VM_NOHUGEPAGE is for
+ * what is beyond the limit or comes with mremap(), but can be taken back.
+ */
+static int pmm_fill_holes(struct vm_area_struct *vma, const struct pmm_layout *layout)
+{
+	unsigned long block = ALIGN(vma->vm_start, PMD_SIZE);
+	unsigned int left = PMM_HOLE_TABLES;
+	int err = 0;
+
+	pmm_vm_flags_set(vma, VM_NOHUGEPAGE);
+	for (; !err && left && block < vma->vm_end && vma->vm_end - block >= PMD_SIZE;
+	     block += PMD_SIZE) {
+		unsigned long first = linear_page_index(vma, block);
+		unsigned int i = pmm_layout_extent(layout, first);
+
+		if (i < layout->nr_extents && layout->extents[i].page < first + PTRS_PER_PTE)
+			continue;
+		err = apply_to_page_range(vma->vm_mm, block, PAGE_SIZE, pmm_no_entry, NULL);
+		left--;
+		if (fatal_signal_pending(current))
+			err = -EINTR;
+		cond_resched();
+	}
+	return err;
 }
 
 /**
@@ -74,7 +112,7 @@ int pmm_area_begin(struct vm_area_struct *vma, const struct pmm_template *templa
 				      vma->vm_start + ((from - first) << PAGE_SHIFT), pages);
 	}
 	kfree(pages);
-	return err;
+	return err ?: pmm_fill_holes(vma, layout);
 }
 
 void pmm_area_enable(void)

@@ -154,6 +154,93 @@ TEST_F_TIMEOUT(system, khugepaged_makes_no_huge_pages_of_it, 300)
 	EXPECT_TRUE(page_is_zero(page(self->at, 8)));
 }
 
+/* What the process has of anonymous memory, in kB. */
+static long anonymous(void)
+{
+	FILE *file = fopen("/proc/self/status", "re");
+	char line[256];
+	long value = -1;
+
+	while (file && fgets(line, sizeof(line), file)) {
+		if (sscanf(line, "RssAnon: %ld", &value) == 1)
+			break;
+	}
+	if (file)
+		fclose(file);
+	return value;
+}
+
+static void touch(char *at, unsigned long first, unsigned long count)
+{
+	for (unsigned long i = first; i < first + count; i++)
+		page(at, i)[0] = 1;
+}
+
+/* An area that has a page before and after two huge pages' worth of none. */
+static char *attach_with_holes(const struct pool *pool)
+{
+	unsigned long start = START + 0x80000000UL;
+	struct pseudo_mm_map map = map_anonymous(start, 4 * HUGE_PAGES);
+	struct pseudo_mm_extent extents[] = {
+		{ .address = start, .pages = 1, .device_page = 8 },
+		{ .address = start + 3 * HUGE_PAGES * PAGE, .pages = 1, .device_page = 9 },
+	};
+	int tmpl = template_create(pool);
+	bool made = tmpl >= 0 && !template_add(tmpl, &map, 1, extents, 2) &&
+		    !template_seal(tmpl) && !template_attach(tmpl, NULL);
+
+	close(tmpl);
+	return made ? (char *)start : NULL;
+}
+
+static int leaves_no_huge_page(void *argument)
+{
+	char *at = attach_with_holes(argument);
+	long before;
+
+	if (!at)
+		return 1;
+	before = anonymous();
+	touch(at, HUGE_PAGES, 1);
+	if (madvise(at, 4 * HUGE_PAGES * PAGE, MADV_HUGEPAGE))
+		return 2;
+	touch(at, 2 * HUGE_PAGES, 1);
+	if (munmap(at, 4 * HUGE_PAGES * PAGE))
+		return 3;
+	return anonymous() < before + 1024 ? 0 : 4;
+}
+
+TEST_F(system, holes_leave_no_huge_page_behind)
+{
+	ASSERT_TRUE(set(THP "enabled", "always"));
+	EXPECT_EQ(0, in_child(leaves_no_huge_page, &self->pool));
+}
+
+static int grows_and_leaves_no_huge_page(void *argument)
+{
+	char *at = attach_with_holes(argument);
+	char *to = (char *)START + 0xc0000000UL;
+	long before;
+
+	if (!at)
+		return 1;
+	before = anonymous();
+	if (mremap(at, 4 * HUGE_PAGES * PAGE, 8 * HUGE_PAGES * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
+		   to) != to)
+		return 2;
+	touch(to, HUGE_PAGES, 1);
+	touch(to, 6 * HUGE_PAGES, 1);
+	if (munmap(to, 8 * HUGE_PAGES * PAGE))
+		return 3;
+	return anonymous() < before + 1024 ? 0 : 4;
+}
+
+TEST_F(system, what_mremap_adds_leaves_no_huge_page_behind)
+{
+	ASSERT_TRUE(set(THP "enabled", "always"));
+	EXPECT_EQ(0, in_child(grows_and_leaves_no_huge_page, &self->pool));
+}
+
 TEST_F_TIMEOUT(system, ksm_merges_none_of_its_pages, 300)
 {
 	ASSERT_TRUE(set(KSM "sleep_millisecs", "1"));

@@ -159,6 +159,8 @@ impl Line {
                 _ => {}
             }
         }
+        // The module's own flag, on each area that it attaches.
+        properties.no_huge &= !attached;
         let shared = self.access.ends_with('s');
         let writable =
             self.access.contains('w') || flags.split_whitespace().any(|f| f == "mw") && shared;
@@ -322,8 +324,9 @@ mod tests {
     #[test]
     fn memory_of_the_pool_s_device_is_anonymous() {
         let line = "1000-2000 rw-p 00001000 00:0f 5 /pseudo_mm:7 (deleted)";
-        let attached = mapping(line, "rd wr mr mw me mm").unwrap().unwrap();
+        let attached = mapping(line, "rd wr mr mw me mm nh").unwrap().unwrap();
         assert_eq!(attached.kind, MappingKind::Anonymous);
+        assert!(!attached.flags.no_huge);
         // A file may have such a name.
         let file = mapping(line, "rd wr mr mw me").unwrap().unwrap();
         assert!(matches!(file.kind, MappingKind::Object { .. }));

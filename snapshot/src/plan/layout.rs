@@ -222,7 +222,7 @@ fn ways(manifest: &Manifest, lineage: &Lineage, fill: Fill) -> Vec<Way> {
         .map(|index| match index {
             _ if index == heir => Way::Heir,
             // The heir's pages are not copied for what is forked from a clone, so no exec costs less.
-            _ if fill == Fill::Pages && !above_heir[index] => Way::Forked,
+            _ if fill.has_pages() && !above_heir[index] => Way::Forked,
             _ if small[index] => Way::Loaded,
             _ => Way::Forked,
         })

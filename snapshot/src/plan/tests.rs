@@ -163,7 +163,9 @@ fn the_largest_process_below_small_ones_gets_the_memory() {
     // A large parent cannot make room for its child.
     let sizes = [300, 9000, 10];
     assert_eq!(ways(&sizes, &parents, skeleton), [Heir, Forked, Loaded]);
-    assert_eq!(ways(&sizes, &parents, Fill::Pages), [Heir, Forked, Forked]);
+    for filled in [Fill::Pages, Fill::Attached] {
+        assert_eq!(ways(&sizes, &parents, filled), [Heir, Forked, Forked]);
+    }
     let line = [None, Some(0), Some(1)];
     assert_eq!(both(&[50, 20, 900], &line), [Loaded, Loaded, Heir]);
 }
