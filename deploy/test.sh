@@ -61,14 +61,19 @@ counted() {
     passed=$((passed + count))
     count=$(sum 's/^test result: .* \([0-9]*\) failed;.*/\1/p; s/^[0-9]* passed, \([0-9]*\) failed.*/\1/p' "$log")
     failed=$((failed + count))
-    if [ "$count" -gt 0 ]; then
-        while read -r name; do
-            failures+=("$title: $name")
-        done < <(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$log")
-    elif [ "$status" -ne 0 ]; then
-        # It did not compile, or a test took the whole program down.
+    while read -r name; do
+        failures+=("$title: $name")
+    done < <(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$log")
+    # A test took its whole program down.
+    while read -r name; do
+        count=$((count + 1))
         failed=$((failed + 1))
-        failures+=("$title: it ended with status $status")
+        failures+=("$title: $name")
+    done < <(sed -n "s/.*process didn't exit successfully: \(.*(signal.*\)/\1/p" "$log")
+    if [ "$count" -eq 0 ] && [ "$status" -ne 0 ]; then
+        # It did not compile, or the machine that it ran on failed.
+        failed=$((failed + 1))
+        failures+=("$title: it ended with status $status: $(tail -n 3 "$log" | tr '\n' ' ')")
     fi
     count=$(sum 's/^test result: .* \([0-9]*\) ignored;.*/\1/p' "$log")
     skipped=$((skipped + count))
@@ -147,9 +152,12 @@ virtual_machines() {
         check "dkms on $kernel" dkms_build "$kernel"
         driver "$kernel"
         # With the module that was just built.
-        [ "$kernel" = stock ] || continue
-        device_tests trenv-pool
-        device_tests trenv-snapshot bash snapshot/tests/on-device.sh
+        if [ "$kernel" = stock ]; then
+            device_tests trenv-pool device "$kernel"
+            device_tests trenv-snapshot device "$kernel" bash snapshot/tests/on-device.sh
+        else
+            device_tests trenv-snapshot families "$kernel" bash snapshot/tests/on-device.sh
+        fi
     done
 }
 
@@ -158,14 +166,14 @@ dkms_build() {
     headers=$(cargo xtask vm headers --kernel "$1") && bash kernel-patch/dkms.sh "$headers"
 }
 
-# device_tests PACKAGE [COMMAND...]: those that take a device-dax, by COMMAND if there is one.
+# device_tests PACKAGE TEST KERNEL [COMMAND...]: a test program with a device-dax, by COMMAND if there is one.
 device_tests() {
-    local package=$1 title="$1 on a device-dax" program
-    shift
-    program=$(cargo test --locked -p "$package" --features device --test device --no-run \
-        --message-format=json | jq -r 'select(.target.name == "device") | .executable // empty')
-    counted "$title" cargo xtask vm run --kernel stock --dax nvdimm --dax-size 256 --memory 2048 \
-        --timeout 600 -- "$@" "$program" --test-threads=1
+    local package=$1 test=$2 kernel=$3 program
+    shift 3
+    program=$(cargo test --locked -p "$package" --features device --test "$test" --no-run \
+        --message-format=json | jq -r "select(.target.name == \"$test\") | .executable // empty")
+    counted "$package: $test on a device-dax of $kernel" cargo xtask vm run --kernel "$kernel" \
+        --dax nvdimm --dax-size 512 --memory 3072 --timeout 900 -- "$@" "$program" --test-threads=1
 }
 
 # driver KERNEL: the module of kernel-patch on a kernel of Debian's, with a device-dax of QEMU's.

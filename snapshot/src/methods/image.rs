@@ -130,17 +130,13 @@ pub fn offset(parts: &[Part], at: u64) -> Option<u64> {
 
 /// A file without a name.
 pub fn nameless(store: Store<'_>) -> io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
     match store {
         Store::Memory => {
             let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
             Ok(nix::sys::memfd::memfd_create("trenv-image", flags).map(File::from)?)
         }
-        Store::Directory(path) => File::options()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_TMPFILE)
-            .open(path),
+        // Also where there is no O_TMPFILE: overlayfs has it since kernel 6.3.
+        Store::Directory(path) => tempfile::tempfile_in(path),
     }
 }
 
