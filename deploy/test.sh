@@ -157,6 +157,7 @@ virtual_machines() {
             device_tests trenv-snapshot device "$kernel" bash snapshot/tests/on-device.sh
         else
             device_tests trenv-snapshot families "$kernel" bash snapshot/tests/on-device.sh
+            check "functions with memory of a device" by_device "$kernel"
         fi
     done
 }
@@ -207,6 +208,13 @@ driver() {
     skipped=$((skipped + skips))
     rm -f "$log"
     printf '[%s] %s took %d s\n' "$(elapsed)" "$title" $((SECONDS - begin))
+}
+
+# A prepared machine with its pool on a device, and its demo.
+by_device() {
+    bash deploy/images/build.sh --fwatchdog target/x86_64-unknown-linux-gnu/debug/fwatchdog &&
+        cargo xtask vm run --kernel "$1" --dax nvdimm --memory 4096 --tmpfs /var/lib/trenv \
+            --timeout 1800 -- bash deploy/vm/dax.sh target/x86_64-unknown-linux-gnu/debug
 }
 
 # The whole, with the binaries just built, on a containerd and a provider of the tests' own.

@@ -114,6 +114,14 @@ pub enum PoolError {
 }
 
 impl PoolError {
+    /// Whether it says that a template, or a generation of it, is not there or not any more.
+    pub fn is_removal(&self) -> bool {
+        matches!(
+            self,
+            Self::NoSuchTemplate { .. } | Self::NoSuchGeneration { .. }
+        )
+    }
+
     pub(crate) fn io(action: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
         Self::Io {
             action,

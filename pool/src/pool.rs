@@ -416,6 +416,10 @@ impl Pool {
             let checked = self
                 .template(&record.info.id, Some(record.info.generation))
                 .and_then(|reader| reader.verify());
+            if matches!(&checked, Err(err) if err.is_removal()) {
+                // Since it was listed; that is no fault.
+                continue;
+            }
             progress(&record.info, checked.as_ref().err());
             found.templates += 1;
             found.pages += record.info.stored_pages;

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 use trenv_config::Config;
+use trenv_pool::PoolError;
 
 use super::stored::{Stored, all, find};
 
@@ -28,6 +29,14 @@ pub async fn run(
     let mut sound = true;
     for (name, info) in chosen {
         let checked = Stored::open(&pool, info).and_then(|one| Ok(one.reader.verify()?));
+        let removed = |err: &anyhow::Error| {
+            let cause = err.downcast_ref::<PoolError>();
+            cause.is_some_and(PoolError::is_removal)
+        };
+        if names.is_empty() && checked.as_ref().is_err_and(removed) {
+            // Since it was listed; that is no fault.
+            continue;
+        }
         let error = checked.err().map(|err| format!("{err:#}"));
         sound &= error.is_none();
         if !json {

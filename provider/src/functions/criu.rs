@@ -7,12 +7,20 @@ use tokio::process::Command;
 
 use super::StartMethod;
 
+/// Where CRIU may be beside the places of PATH, which a daemon's often lacks.
+const PLACES: &str = "/usr/sbin:/usr/local/sbin";
+
 /// Asks CRIU whether the kernel has what it needs.
 ///
 /// # Errors
 /// A sentence that says why a function cannot start by `method`.
 pub async fn check(method: StartMethod) -> Result<(), String> {
-    let output = Command::new("criu").arg("check").output().await;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let output = Command::new("criu")
+        .arg("check")
+        .env("PATH", format!("{path}:{PLACES}"))
+        .output()
+        .await;
     let reason = match output {
         Ok(output) if output.status.success() => return Ok(()),
         Ok(output) => said(&output),
