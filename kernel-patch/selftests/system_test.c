@@ -445,6 +445,8 @@ TEST_F(system, private_copies_are_swapped_and_pool_pages_stay)
 
 	if (!has_swap())
 		SKIP(return, "the machine has no swap");
+	/* What is not filled yet is not in Rss. */
+	EXPECT_TRUE(pages_are(&self->pool, self->at, POOL(0), PAGES));
 	fill(self->at, 100, 200, 10);
 	ASSERT_EQ(0, madvise(self->at, PAGES * PAGE, MADV_PAGEOUT));
 	swapped = smaps_value(START, "Swap");

@@ -196,12 +196,23 @@ static int attach_and_look(void *argument)
 	       pages_are(&self->pool, (char *)SLOW, 8, 1) ? 0 : 2;
 }
 
+/* A page of its own needs nothing of the file that it lies over, if nobody has to fault it in. */
+TEST_F(wait, an_attach_waits_for_no_page_that_it_replaces)
+{
+	if (!pool_can(&self->pool, PSEUDO_MM_FEATURE_PROCESS))
+		SKIP(return, "a module writes through page faults, which read the file");
+	EXPECT_EQ(0, in_child(attach_and_look, self));
+	EXPECT_EQ(0, __atomic_load_n(&self->slow->reads, __ATOMIC_ACQUIRE));
+}
+
 TEST_F(wait, attaches_of_one_template_overlap)
 {
 	struct pseudo_mm_stat stat;
 	pid_t children[3];
 	int status;
 
+	if (pool_can(&self->pool, PSEUDO_MM_FEATURE_PROCESS))
+		SKIP(return, "an attach does not wait");
 	for (int i = 0; i < 3; i++)
 		children[i] = start(attach_and_look, self);
 	/* Each has its first area, and none its second: all are in the middle at once. */
@@ -224,10 +235,13 @@ TEST_F(wait, attaches_of_one_template_overlap)
 
 TEST_F(wait, an_attach_in_the_middle_can_be_killed)
 {
-	pid_t child = start(attach_and_look, self);
 	struct pseudo_mm_stat stat;
+	pid_t child;
 	int status;
 
+	if (pool_can(&self->pool, PSEUDO_MM_FEATURE_PROCESS))
+		SKIP(return, "an attach does not wait");
+	child = start(attach_and_look, self);
 	wait_for_read(self);
 	ASSERT_EQ(0, template_stat(self->tmpl, &stat));
 	EXPECT_EQ(1ULL, stat.mapped);
