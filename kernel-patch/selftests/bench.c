@@ -5,9 +5,11 @@
  * Each way makes MAPPINGS mappings with the same bytes. The clock is the
  * process's; in a VM with --icount it counts instructions. One line for each
  * way and size: making the mappings, a first look at one page of each, at
- * every page, and a fork after that.
+ * every page, and a fork after that. Then the memory that INSTANCES processes
+ * take which each have written every tenth page.
  */
 #define _GNU_SOURCE
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,6 +22,9 @@
 #include "pool.h"
 
 #define MAPPINGS 16UL
+#define INSTANCES 20
+/* The size of an instance, if the pool has as much. */
+#define INSTANCE_MIB 40UL
 
 struct way {
 	const char *name;
@@ -145,11 +150,71 @@ static int measure(struct way *way, const struct pool *pool, unsigned long pages
 	forked_after = time_fork();
 	printf("| %s | %lu | %.1f | %.1f | %.1f | %.1f | %.1f |\n", way->name, pages * PAGE >> 20,
 	       made / 1e3, forked / 1e3, looked / 1e3, all / 1e3, forked_after / 1e3);
-	fflush(stdout);
 	return 0;
 }
 
-static int in_turn(const struct pool *pool, unsigned long pages)
+static long free_memory(void)
+{
+	FILE *file = fopen("/proc/meminfo", "re");
+	char line[128];
+	long value = -1;
+
+	while (file && fgets(line, sizeof(line), file)) {
+		if (sscanf(line, "MemFree: %ld", &value) == 1)
+			break;
+	}
+	if (file)
+		fclose(file);
+	return value;
+}
+
+/* Makes the mappings and writes, says so, and keeps them until it is killed. */
+static void be_instance(struct way *way, const struct pool *pool, unsigned long pages, int ready)
+{
+	if (way->make(way, pool, pages))
+		_exit(1);
+	for (unsigned long page = 0; page < pages; page += 10) {
+		unsigned long each = pages / MAPPINGS;
+
+		mapping(page / each, pages)[page % each * PAGE] = 1;
+	}
+	if (write(ready, "r", 1) != 1)
+		_exit(1);
+	pause();
+}
+
+static int weigh(struct way *way, const struct pool *pool, unsigned long pages)
+{
+	pid_t instances[INSTANCES];
+	long before = free_memory(), after;
+	int ready[2], status = 0;
+	char byte;
+
+	if (pipe(ready))
+		return 1;
+	for (int i = 0; i < INSTANCES; i++) {
+		instances[i] = fork();
+		if (!instances[i])
+			be_instance(way, pool, pages, ready[1]);
+	}
+	close(ready[1]);
+	for (int i = 0; i < INSTANCES; i++) {
+		if (read(ready[0], &byte, 1) != 1)
+			status = 1;
+	}
+	after = free_memory();
+	close(ready[0]);
+	for (int i = 0; i < INSTANCES; i++) {
+		kill(instances[i], SIGKILL);
+		waitpid(instances[i], NULL, 0);
+	}
+	printf("| %s | %lu | %d | %.1f |\n", way->name, pages * PAGE >> 20, INSTANCES,
+	       (before - after) / 1024.0);
+	return status;
+}
+
+static int in_turn(const struct pool *pool, unsigned long pages,
+		   int (*what)(struct way *way, const struct pool *pool, unsigned long pages))
 {
 	struct way ways[] = {
 		{ "attach", make_attach, template_of(pool, pages) },
@@ -167,8 +232,11 @@ static int in_turn(const struct pool *pool, unsigned long pages)
 		int status;
 		pid_t child = fork();
 
-		if (!child)
-			_exit(measure(&ways[i], pool, pages));
+		if (!child) {
+			status = what(&ways[i], pool, pages);
+			fflush(stdout);
+			_exit(status);
+		}
 		if (waitpid(child, &status, 0) != child || status)
 			return 1;
 	}
@@ -186,8 +254,8 @@ int main(int argc, char **argv)
 		unsigned long mib = strtoul(argv[i], NULL, 10);
 
 		most = mib > most ? mib : most;
-		if (!mib || mib * 256 % (MAPPINGS * 64)) {
-			fprintf(stderr, "bench: %s is no size; give MiB, multiples of 4\n", argv[i]);
+		if (!mib) {
+			fprintf(stderr, "bench: %s is no size; give MiB\n", argv[i]);
 			return 2;
 		}
 	}
@@ -203,9 +271,18 @@ int main(int argc, char **argv)
 	       "page tables at their first use" : "everything at once");
 	printf("| way | MiB | make, µs | fork | first page of each | every page | fork |\n");
 	printf("|---|---|---|---|---|---|---|\n");
+	fflush(stdout);
 	for (int i = 1; i < argc; i++) {
-		if (in_turn(&pool, strtoul(argv[i], NULL, 10) * 256)) {
+		if (in_turn(&pool, strtoul(argv[i], NULL, 10) * 256, measure)) {
 			perror("bench");
+			return 1;
+		}
+	}
+	if (most >= INSTANCE_MIB) {
+		printf("\n| way | MiB | instances | memory of all, MiB |\n|---|---|---|---|\n");
+		fflush(stdout);
+		if (in_turn(&pool, INSTANCE_MIB * 256, weigh)) {
+			perror("bench: not all instances came up");
 			return 1;
 		}
 	}
