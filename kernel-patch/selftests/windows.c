@@ -37,8 +37,9 @@ char *address(enum side side, unsigned long page)
 
 bool complain(const struct walk *walk, const char *what)
 {
-	printf("# seed %" PRIu64 ", step %lu, generation %u: %s of %lu pages at %lu: %s\n",
-	       walk->seed, walk->step, walk->depth, walk->name, walk->count, walk->first, what);
+	printf("# seed %" PRIu64 ", step %lu, generation %u: %s (%d) of %lu pages at %lu: %s\n",
+	       walk->seed, walk->step, walk->depth, walk->name, walk->detail, walk->count,
+	       walk->first, what);
 	fflush(stdout);
 	return false;
 }
@@ -124,8 +125,9 @@ bool compare(const struct walk *walk)
 			return false;
 		if (outcomes[COPIED].error || same_page((uint64_t *)attached, (uint64_t *)copied))
 			continue;
-		snprintf(text, sizeof(text), "then page %lu was different%s", i,
-			 page_is_zero(attached) ? ", and zero" : "");
+		snprintf(text, sizeof(text), "then page %lu was different%s%s", i,
+			 page_is_zero(attached) ? ", and zero" : "",
+			 page_is_zero(copied) ? ", the copied one is zero" : "");
 		return complain(walk, text);
 	}
 	return true;

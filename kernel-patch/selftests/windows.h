@@ -39,8 +39,11 @@ struct walk {
 	unsigned long step;
 	unsigned long check;
 	unsigned int depth;
-	/* The step that is done, for messages. */
+	/* A page whose steps are told, or PAGES. */
+	unsigned long watched;
+	/* The step that is done, for messages, with its protection or advice. */
 	const char *name;
+	int detail;
 	unsigned long first;
 	unsigned long count;
 };

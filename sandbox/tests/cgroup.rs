@@ -41,6 +41,22 @@ fn pid(child: &Child) -> i32 {
 }
 
 #[test]
+fn memory_is_kept_from_swap() {
+    let parent = Parent::new("swap");
+    let group = parent.group(&Limits::default());
+    group.keep_from_swap().unwrap();
+    let limits = group.dirs().into_iter().flat_map(|dir| {
+        ["memory.swap.max", "memory.swappiness"]
+            .map(|file| dir.join(file))
+            .into_iter()
+            .filter(|file| file.exists())
+    });
+    for file in limits {
+        assert_eq!(fs::read_to_string(&file).unwrap(), "0\n", "{file:?}");
+    }
+}
+
+#[test]
 fn processes_are_added_in_every_hierarchy_and_killed() {
     let parent = Parent::new("kill");
     let group = parent.group(&Limits::default());

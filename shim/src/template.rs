@@ -400,6 +400,10 @@ impl Templates {
         let parent = format!("{}/zygotes", self.cgroup_parent);
         let cgroup = TenancyCgroup::create(&parent, &name, &Limits::default())
             .map_err(ShimError::engine("make the zygote's cgroup"))?;
+        // Compressed swap loses shared pages that one process frees; docs/start-methods.md.
+        cgroup
+            .keep_from_swap()
+            .map_err(ShimError::engine("keep the zygote's memory out of swap"))?;
         let request = ZygoteRequest {
             template: &reader,
             rootfs: root,

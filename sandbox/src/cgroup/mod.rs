@@ -203,6 +203,21 @@ impl TenancyCgroup {
         }
     }
 
+    /// Keeps memory that this group is charged with out of swap, where the kernel has a limit for it.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn keep_from_swap(&self) -> Result<(), CgroupError> {
+        for dir in self.dirs() {
+            for file in ["memory.swap.max", "memory.swappiness"] {
+                if dir.join(file).exists() {
+                    kill::set(&dir, file, "0")?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Removes the empty cgroup from every hierarchy; none there is fine.
     ///
     /// # Errors

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::Dax;
+
 /// Tags and names that both sides use.
 pub const ROOT_TAG: &str = "trenv.root";
 pub const SHARE_TAG: &str = "trenv.share";
@@ -25,8 +27,8 @@ pub struct Job {
     pub modules: Option<PathBuf>,
     pub share: Option<PathBuf>,
     pub tmpfs: Vec<PathBuf>,
-    /// Whether an NVDIMM is to be made `/dev/dax0.0`.
-    pub nvdimm: bool,
+    /// What is to be made `/dev/dax0.0`.
+    pub dax: Option<Dax>,
     pub rdma: bool,
 }
 

@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Subcommand)]
 pub enum Verb {
@@ -55,7 +56,8 @@ pub struct Options {
     /// Have /dev/dax0.0, with pages of 4 KiB.
     #[arg(long, value_enum)]
     dax: Option<Dax>,
-    /// Size of the memory behind /dev/dax0.0 in MiB, a multiple of 16; 2 MiB of it describe it.
+    /// Size of the memory behind /dev/dax0.0 in MiB, a multiple of 16, or of 256 of CXL; 2 MiB of it
+    /// describe it.
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(32..=65536))]
     dax_size: u64,
     /// Have rxe0, RDMA in software, at 10.99.0.1 on the interface rdma0.
@@ -92,10 +94,22 @@ pub struct Options {
     command: Vec<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Dax {
     /// An emulated NVDIMM.
     Nvdimm,
+    /// An emulated CXL memory device, whose every access is one of the emulator's: very slow.
+    Cxl,
+}
+
+impl Dax {
+    /// What its size is a multiple of, in MiB.
+    fn unit(self) -> u64 {
+        match self {
+            Self::Nvdimm => 16,
+            Self::Cxl => 256,
+        }
+    }
 }
 
 pub fn main(verb: Verb) -> anyhow::Result<u8> {

@@ -17,6 +17,15 @@ pub const ROOT: &[&str] = &[
     "virtio_net",
 ];
 pub const NVDIMM: &[&str] = &["nfit", "device_dax", "dax_pmem"];
+pub const CXL: &[&str] = &[
+    "cxl_acpi",
+    "cxl_pci",
+    "cxl_mem",
+    "cxl_pmem",
+    "nd_pmem",
+    "device_dax",
+    "dax_pmem",
+];
 pub const RDMA: &[&str] = &["dummy", "rdma_rxe", "ib_uverbs", "rdma_ucm"];
 
 /// The files of the wanted modules in an order in which they can be loaded. What is built in needs none.

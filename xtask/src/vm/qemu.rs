@@ -113,6 +113,28 @@ pub fn command(
     device("-netdev", "user,id=network".into());
     device("-device", "virtio-net-pci,netdev=network,romfile=".into());
 
+    if options.dax == Some(Dax::Cxl) {
+        // A host bridge with a port, and a window of addresses that leads there. Last: other devices would
+        // be put on this bridge.
+        machine.push_str(&format!(
+            ",cxl=on,cxl-fmw.0.targets.0=bridge,cxl-fmw.0.size={}M",
+            options.dax_size
+        ));
+        let memory = format!("memory-backend-ram,id=cxl,size={}M", options.dax_size);
+        device("-object", memory.into());
+        let labels = format!("memory-backend-ram,id=labels,size={LABELS_MIB}M");
+        device("-object", labels.into());
+        for value in [
+            "pxb-cxl,id=bridge,bus=pcie.0,bus_nr=16",
+            "cxl-rp,id=root_port,bus=bridge,port=0,chassis=0,slot=0",
+            // Of a bridge with one port the kernel lets the decoder be, by which QEMU finds the device.
+            "cxl-rp,id=other_port,bus=bridge,port=1,chassis=0,slot=1",
+            "cxl-type3,bus=root_port,memdev=cxl,lsa=labels",
+        ] {
+            device("-device", value.into());
+        }
+    }
+
     let mut cpus = options.cpus;
     if options.kvm {
         command.args(["-accel", "kvm", "-cpu", "host"]);

@@ -53,12 +53,14 @@ pub fn run(options: &Options) -> anyhow::Result<u8> {
         modules: Some(image.modules.clone()),
         share: share.clone(),
         tmpfs: options.tmpfs.clone(),
-        nvdimm: options.dax == Some(Dax::Nvdimm),
+        dax: options.dax,
         rdma: options.rdma,
     };
     let mut wanted = modules::ROOT.to_vec();
-    if job.nvdimm {
-        wanted.extend(modules::NVDIMM);
+    match job.dax {
+        Some(Dax::Nvdimm) => wanted.extend(modules::NVDIMM),
+        Some(Dax::Cxl) => wanted.extend(modules::CXL),
+        None => {}
     }
     if job.rdma {
         wanted.extend(modules::RDMA);
@@ -92,8 +94,9 @@ fn check_machine(options: &Options) -> anyhow::Result<()> {
             qemu::PROGRAM
         );
     }
-    if !options.dax_size.is_multiple_of(16) {
-        bail!("--dax-size {} is no multiple of 16", options.dax_size);
+    let unit = options.dax.map_or(1, Dax::unit);
+    if !options.dax_size.is_multiple_of(unit) {
+        bail!("--dax-size {} is no multiple of {unit}", options.dax_size);
     }
     if options.kvm && !Path::new("/dev/kvm").exists() {
         bail!("This machine has no /dev/kvm; leave --kvm out");

@@ -33,17 +33,29 @@ pub fn network() -> anyhow::Result<()> {
 /// The NVDIMM's first namespace covers all of it; it is made a devdax with pages of 4 KiB, whose pages
 /// the kernel describes in ordinary memory.
 pub fn devdax_of_nvdimm() -> anyhow::Result<()> {
-    super::program(
-        "ndctl",
-        &[
-            "create-namespace",
-            "--force",
-            "--reconfig=namespace0.0",
-            "--mode=devdax",
-            "--align=4096",
-            "--map=mem",
-        ],
-    )?;
+    devdax(&["--force", "--reconfig=namespace0.0"])
+}
+
+/// A region of all of the one memory device, as persistent memory, and a namespace of all of it.
+pub fn devdax_of_cxl() -> anyhow::Result<()> {
+    let region = [
+        "create-region",
+        "-t",
+        "pmem",
+        "-d",
+        "decoder0.0",
+        "-w",
+        "1",
+        "-m",
+        "mem0",
+    ];
+    super::program("cxl", &region)?;
+    devdax(&["--region=region0"])
+}
+
+fn devdax(what: &[&str]) -> anyhow::Result<()> {
+    let how = ["--mode=devdax", "--align=4096", "--map=mem"];
+    super::program("ndctl", &[&["create-namespace"], what, &how].concat())?;
     if !Path::new("/dev/dax0.0").exists() {
         bail!("ndctl made no /dev/dax0.0");
     }

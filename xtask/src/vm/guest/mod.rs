@@ -15,6 +15,7 @@ use std::process::Command;
 use anyhow::{Context, bail};
 use nix::sys::reboot::{RebootMode, reboot};
 
+use super::Dax;
 use super::job::{self, Job, Outcome};
 
 pub fn main() -> anyhow::Result<u8> {
@@ -51,8 +52,10 @@ fn perform(job: &Job) -> anyhow::Result<u8> {
     );
     root::enter(job)?;
     devices::network()?;
-    if job.nvdimm {
-        devices::devdax_of_nvdimm()?;
+    match job.dax {
+        Some(Dax::Nvdimm) => devices::devdax_of_nvdimm()?,
+        Some(Dax::Cxl) => devices::devdax_of_cxl()?,
+        None => {}
     }
     if job.rdma {
         devices::rdma()?;
