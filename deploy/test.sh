@@ -153,6 +153,9 @@ virtual_machines() {
         driver "$kernel"
         # With the module that was just built.
         if [ "$kernel" = stock ]; then
+            # Each access to the CXL memory is emulated: the tests with the fewest.
+            selftests "pseudo_mm with CXL memory" --kernel "$kernel" --dax cxl --dax-size 256 -- \
+                kernel-patch/selftests/run.sh attach_
             device_tests trenv-pool device "$kernel"
             device_tests trenv-snapshot device "$kernel" bash snapshot/tests/on-device.sh
         else
@@ -179,18 +182,22 @@ device_tests() {
 
 # driver KERNEL: the module of kernel-patch on a kernel of Debian's, with a device-dax of QEMU's.
 driver() {
-    local kernel=$1 title="pseudo_mm on $1" begin=$SECONDS log status=0 passes failures_here skips name
+    local headers
+    headers=$(cargo xtask vm headers --kernel "$1") &&
+        make -s -C kernel-patch/driver KDIR="$headers" clean &&
+        make -s -C kernel-patch/driver KDIR="$headers" &&
+        make -s -C kernel-patch/selftests
+    selftests "pseudo_mm on $1" --kernel "$1" --dax nvdimm --numa --timeout 1200 -- \
+        kernel-patch/selftests/run.sh
+}
+
+# selftests TITLE VM-ARGUMENTS...: run.sh of kernel-patch, whose tests it counts.
+selftests() {
+    local title=$1 begin=$SECONDS log status=0 passes failures_here skips name
+    shift
     printf '[%s] tests: %s\n' "$(elapsed)" "$title"
     log=$(mktemp)
-    {
-        local headers
-        headers=$(cargo xtask vm headers --kernel "$kernel") &&
-            make -s -C kernel-patch/driver KDIR="$headers" clean &&
-            make -s -C kernel-patch/driver KDIR="$headers" &&
-            make -s -C kernel-patch/selftests &&
-            cargo xtask vm run --kernel "$kernel" --dax nvdimm --numa --timeout 1200 -- \
-                kernel-patch/selftests/run.sh
-    } 2>&1 | tee "$log"
+    cargo xtask vm run "$@" 2>&1 | tee "$log"
     status=${PIPESTATUS[0]}
     skips=$(grep -c '^ok .*# SKIP' "$log")
     passes=$(($(grep -c '^ok ' "$log") - skips))

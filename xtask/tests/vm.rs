@@ -166,6 +166,17 @@ fn only_the_shared_folder_is_changed() {
     assert_eq!(fs::read_to_string(shared.join("made")).unwrap(), "vm\n");
 }
 
+/// Not a kernel of 6.12: its driver of CXL memory has no use for QEMU's.
+#[test]
+fn cxl_memory_is_a_devdax_with_small_pages() {
+    let output = vm(
+        &["--kernel", "stock", "--dax", "cxl", "--dax-size", "256"],
+        "cat /sys/bus/dax/devices/dax0.0/align; ls /sys/bus/cxl/devices/region0/size",
+    );
+    assert_status(&output, 0);
+    assert!(stdout(&output).starts_with("4096\n"));
+}
+
 #[test]
 fn the_command_runs_in_the_same_folder_with_what_it_is_passed() {
     let output = vm(
