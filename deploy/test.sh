@@ -103,6 +103,10 @@ documentation() {
 }
 
 main() {
+    case ${1:-} in
+        '' | --quick | --all) ;;
+        *) fail "$1 is not an option; there are --quick and --all" ;;
+    esac
     [ "$(id -u)" = 0 ] || fail "Run this as root: the tests make namespaces, mounts and cgroups."
     step "Installing packages" install_packages "${run_packages[@]}" "${build_packages[@]}" ||
         fail "Packages cannot be installed"
@@ -134,8 +138,10 @@ main() {
     fi
     if [ "${1:-}" = --all ]; then
         check "functions started by CRIU" by_criu
+        patched_kernels
     else
         skip "functions started by CRIU" "--all runs it"
+        skip "pseudo_mm in the patched kernels" "--all builds and runs them"
     fi
     report
 }
@@ -189,6 +195,16 @@ driver() {
         make -s -C kernel-patch/selftests
     selftests "pseudo_mm on $1" --kernel "$1" --dax nvdimm --numa --timeout 1200 -- \
         kernel-patch/selftests/run.sh
+}
+
+# The driver built into a kernel, which is built first and kept: a quarter of an hour, and more for the
+# one that looks for faults.
+patched_kernels() {
+    make -s -C kernel-patch/selftests
+    selftests "pseudo_mm in the patched kernel" --kernel patched --dax nvdimm --numa --timeout 1200 -- \
+        kernel-patch/selftests/run.sh
+    selftests "pseudo_mm in the debug kernel" --kernel debug --dax nvdimm --numa --memory 4096 \
+        --timeout 3600 -- kernel-patch/selftests/run.sh
 }
 
 # selftests TITLE VM-ARGUMENTS...: run.sh of kernel-patch, whose tests it counts.
