@@ -189,10 +189,11 @@ device_tests() {
 # driver KERNEL: the module of kernel-patch on a kernel of Debian's, with a device-dax of QEMU's.
 driver() {
     local headers
+    # If it cannot be built the tests find none.
+    rm -f kernel-patch/driver/pseudo_mm.ko
     headers=$(cargo xtask vm headers --kernel "$1") &&
         make -s -C kernel-patch/driver KDIR="$headers" clean &&
-        make -s -C kernel-patch/driver KDIR="$headers" &&
-        make -s -C kernel-patch/selftests
+        make -s -C kernel-patch/driver KDIR="$headers"
     selftests "pseudo_mm on $1" --kernel "$1" --dax nvdimm --numa --timeout 1200 -- \
         kernel-patch/selftests/run.sh
 }
@@ -200,20 +201,19 @@ driver() {
 # The driver built into a kernel, which is built first and kept: a quarter of an hour, and more for the
 # one that looks for faults.
 patched_kernels() {
-    make -s -C kernel-patch/selftests
     selftests "pseudo_mm in the patched kernel" --kernel patched --dax nvdimm --numa --timeout 1200 -- \
         kernel-patch/selftests/run.sh
     selftests "pseudo_mm in the debug kernel" --kernel debug --dax nvdimm --numa --memory 4096 \
         --timeout 3600 -- kernel-patch/selftests/run.sh
 }
 
-# selftests TITLE VM-ARGUMENTS...: run.sh of kernel-patch, whose tests it counts.
+# selftests TITLE VM-ARGUMENTS...: builds and runs those of kernel-patch, and counts them.
 selftests() {
     local title=$1 begin=$SECONDS log status=0 passes failures_here skips name
     shift
     printf '[%s] tests: %s\n' "$(elapsed)" "$title"
     log=$(mktemp)
-    cargo xtask vm run "$@" 2>&1 | tee "$log"
+    { make -s -C kernel-patch/selftests && cargo xtask vm run "$@"; } 2>&1 | tee "$log"
     status=${PIPESTATUS[0]}
     skips=$(grep -c '^ok .*# SKIP' "$log")
     passes=$(($(grep -c '^ok ' "$log") - skips))

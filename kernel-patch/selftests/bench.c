@@ -153,21 +153,6 @@ static int measure(struct way *way, const struct pool *pool, unsigned long pages
 	return 0;
 }
 
-static long free_memory(void)
-{
-	FILE *file = fopen("/proc/meminfo", "re");
-	char line[128];
-	long value = -1;
-
-	while (file && fgets(line, sizeof(line), file)) {
-		if (sscanf(line, "MemFree: %ld", &value) == 1)
-			break;
-	}
-	if (file)
-		fclose(file);
-	return value;
-}
-
 /* Makes the mappings and writes, says so, and keeps them until it is killed. */
 static void be_instance(struct way *way, const struct pool *pool, unsigned long pages, int ready)
 {
@@ -186,25 +171,24 @@ static void be_instance(struct way *way, const struct pool *pool, unsigned long 
 static int weigh(struct way *way, const struct pool *pool, unsigned long pages)
 {
 	pid_t instances[INSTANCES];
-	long before = free_memory(), after;
-	int ready[2], status = 0;
+	long before = proc_value("/proc/meminfo", "MemFree"), after;
+	int ready[2] = { -1, -1 }, made = 0, status = 0;
 	char byte;
 
-	if (pipe(ready))
-		return 1;
-	for (int i = 0; i < INSTANCES; i++) {
-		instances[i] = fork();
-		if (!instances[i])
+	/* One after the other: a read that finds nobody left to write tells of a failure. */
+	while (made < INSTANCES && !status) {
+		status = pipe(ready);
+		instances[made] = status ? -1 : fork();
+		if (!instances[made])
 			be_instance(way, pool, pages, ready[1]);
+		close(ready[1]);
+		if (instances[made] > 0)
+			made++;
+		status = read(ready[0], &byte, 1) != 1;
+		close(ready[0]);
 	}
-	close(ready[1]);
-	for (int i = 0; i < INSTANCES; i++) {
-		if (read(ready[0], &byte, 1) != 1)
-			status = 1;
-	}
-	after = free_memory();
-	close(ready[0]);
-	for (int i = 0; i < INSTANCES; i++) {
+	after = proc_value("/proc/meminfo", "MemFree");
+	for (int i = 0; i < made; i++) {
 		kill(instances[i], SIGKILL);
 		waitpid(instances[i], NULL, 0);
 	}

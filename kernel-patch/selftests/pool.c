@@ -212,6 +212,22 @@ long smaps_value(unsigned long address, const char *name)
 	return value;
 }
 
+long proc_value(const char *path, const char *name)
+{
+	FILE *file = fopen(path, "re");
+	char line[256];
+	long value = -1;
+
+	if (!file)
+		return -1;
+	while (value < 0 && fgets(line, sizeof(line), file)) {
+		if (!strncmp(line, name, strlen(name)))
+			sscanf(line + strlen(name), ": %ld", &value);
+	}
+	fclose(file);
+	return value;
+}
+
 int in_child(int (*function)(void *), void *argument)
 {
 	int status;

@@ -61,6 +61,9 @@ int template_simple(const struct pool *pool, unsigned long start, unsigned long 
 /* A line of /proc/self/smaps for the area at @address, in kB, or -1. */
 long smaps_value(unsigned long address, const char *name);
 
+/* A line of /proc/meminfo, /proc/self/status and the like, in kB, or -1. */
+long proc_value(const char *path, const char *name);
+
 /* Runs @function in a child; its exit status, or 128 and the signal. */
 int in_child(int (*function)(void *), void *argument);
 /* The same in the background. */

@@ -9,8 +9,9 @@
  * or not be readable in both. Children do the same with what they inherit,
  * while their parent goes on.
  *
- * PSEUDO_MM_STEPS, PSEUDO_MM_SEED and PSEUDO_MM_CHECK (steps from one
- * comparison to the next) are taken from the environment.
+ * PSEUDO_MM_STEPS, PSEUDO_MM_SEED, PSEUDO_MM_CHECK (steps from one comparison
+ * to the next) and PSEUDO_MM_WATCH (a page, whose steps are told) are taken
+ * from the environment.
  *
  * What is different by design, and how it is kept out:
  * - attached areas do not merge again after a split, so mremap() and MADV_FREE

@@ -94,7 +94,7 @@ fn check_machine(options: &Options) -> anyhow::Result<()> {
             qemu::PROGRAM
         );
     }
-    let unit = options.dax.map_or(1, Dax::unit);
+    let unit = options.dax.unwrap_or(Dax::Nvdimm).unit();
     if !options.dax_size.is_multiple_of(unit) {
         bail!("--dax-size {} is no multiple of {unit}", options.dax_size);
     }
