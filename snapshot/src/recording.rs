@@ -258,7 +258,7 @@ pub fn all(
     generation: u64,
 ) -> io::Result<Vec<(Method, Vec<Recorded>)>> {
     let mut all = Vec::new();
-    for method in Method::ALL {
+    for method in Method::each() {
         let recorded = load(directory, template, generation, method)?;
         if !recorded.is_empty() {
             all.push((method, recorded));

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
+use pseudo_mm_uapi::Template;
 use trenv_pool::TemplateReader;
 use trenv_restorer::wire::{self, MARKS, Report};
 
@@ -91,6 +92,10 @@ pub enum ZygoteError {
         "The function has another file {path} than its base; build its image from the base's, without changing what that brings"
     )]
     OtherFile { path: String },
+    #[error(
+        "The start method attach maps pages of the pool's device, but this pool is not on a device-dax or the driver /dev/pseudo_mm is not there; give the pool a device and load the module pseudo_mm (docs/dax.md), or use another start method"
+    )]
+    NoDevice,
     #[error(transparent)]
     Criu(#[from] CriuError),
     #[error("The zygote has ended; the next start builds it anew")]
@@ -123,7 +128,7 @@ pub struct Zygote {
     ground: Ground,
     working_set: Mutex<WorkingSet>,
     stacks: Arc<Mutex<Stacks>>,
-    /// What it maps of the pool's device.
+    /// What it, or each clone when it starts, maps of the pool's device.
     attached: Option<Attached>,
 }
 
@@ -142,6 +147,8 @@ struct Tree {
     control: u64,
     /// Clones have a userfaultfd.
     watched: bool,
+    /// What a clone attaches when it starts.
+    attach: Option<Arc<Template>>,
 }
 
 /// Which agents' stacks are in use.
@@ -191,7 +198,7 @@ impl Zygote {
         let (ours, theirs) = socket_pair()?;
         let mut loader = Loader::of(
             &plan,
-            attached.as_ref().map(|attached| &attached.template),
+            attached.as_ref().map(|attached| &*attached.template),
             &request,
         )?;
         let child = loader.start(request.binary, &theirs, &request)?;
@@ -199,8 +206,8 @@ impl Zygote {
         drop(theirs);
         // The zygote has the mount now; ours would only keep it from going away with it.
         drop(request.rootfs);
-        let (mut zygote, areas) = Self::of_plan(plan, fill, (pid, open_pidfd(pid)?), ours);
-        zygote.attached = attached;
+        let process = (pid, open_pidfd(pid)?);
+        let (zygote, areas) = Self::of_plan(plan, fill, process, ours, attached);
         zygote.await_build(request.template)?;
         Ok((zygote, areas))
     }
@@ -211,7 +218,10 @@ impl Zygote {
         fill: Fill,
         (pid, pidfd): (i32, OwnedFd),
         control: OwnedFd,
+        attached: Option<Attached>,
     ) -> (Self, Vec<Area>) {
+        let by_clones = attached.as_ref().filter(|_| fill == Fill::Blank);
+        let attach = by_clones.map(|attached| Arc::clone(&attached.template));
         let zygote = Self {
             pid,
             pidfd,
@@ -227,13 +237,14 @@ impl Zygote {
                 control: plan.control,
                 rework: plan.rework,
                 watched: matches!(fill, Fill::Skeleton { watched: true }),
+                attach,
             }),
             working_set: Mutex::new(WorkingSet::new(plan.stored, plan.file_pages, plan.tables)),
             stacks: Arc::new(Mutex::new(Stacks {
                 next: 1,
                 left: Vec::new(),
             })),
-            attached: None,
+            attached,
         };
         (zygote, plan.areas)
     }
@@ -280,6 +291,7 @@ impl Zygote {
         let bytes = kilobytes.unwrap_or(0u64) << 10;
         // The kernel counts the pages of the device too.
         let attached = self.attached.as_ref();
+        let attached = attached.filter(|_| self.tree.attach.is_none());
         let on_device = attached
             .map(|attached| attached.template.stat())
             .transpose();
@@ -535,7 +547,8 @@ impl PreparedClone {
         let deadline = Instant::now() + request.deadline;
         let control = self.control.as_fd();
         let [input, output, error] = request.stdio;
-        let descriptors = [input, output, error, request.init];
+        let mut descriptors = vec![input, output, error, request.init];
+        descriptors.extend(self.tree.attach.as_ref().map(|template| template.as_fd()));
         send(control, wire::request::START, 0, &descriptors)?;
         let processes = self.tree.processes;
         let mut pids = vec![0; processes];

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use harness::{Bed, TestResult};
 use trenv_pool::PoolError;
+use trenv_snapshot::methods::Method;
 use trenv_snapshot::zygote::Zygote;
 
 /// What of a process's memory is mapped from templates of the device.
@@ -96,6 +97,47 @@ fn a_restored_function_s_second_dump_has_every_page() -> TestResult {
     let after = third.ask("count");
     let sum = |reply: &str| reply.split_whitespace().nth(1).map(str::to_owned);
     assert_eq!(sum(&after), sum(&written), "the sum over its memory");
+    Ok(())
+}
+
+/// Of a clone that attaches by itself; those that wait have nothing of the device yet.
+#[test]
+fn a_clone_attaches_when_it_starts() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    let counted = first.ask("count");
+    let template = bed.dump(first)?;
+    let prepared = bed.prepare(Method::Attach, &template)?;
+    let zygote = prepared.zygote();
+    assert_eq!(Attached::of(zygote.pid()).present, 0);
+    assert!(zygote.resident_bytes()? < 4 << 20);
+    let mut instance = bed.start_with(prepared.as_ref())?;
+    let other = bed.start_with(prepared.as_ref())?;
+    assert_eq!(Attached::of(zygote.pid()).present, 0);
+    let after = instance.ask("count");
+    let sum = |reply: &str| reply.split_whitespace().nth(1).map(str::to_owned);
+    assert_eq!(sum(&after), sum(&counted), "the sum over its memory");
+    instance.ask("write");
+    let (its, others) = (Attached::of(instance.root), Attached::of(other.root));
+    assert!(its.copied > 0 && its.copied < 1 << 20, "{its:?}");
+    assert!(its.present > 8 << 20 && others.present > 8 << 20);
+    for pid in [instance.root, other.root] {
+        for file in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+            let names = std::fs::read_link(file?.path())?;
+            assert!(!names.to_string_lossy().contains("pseudo_mm"), "{names:?}");
+        }
+    }
+
+    // Its pages stay its own while it lives.
+    drop(prepared);
+    let refused = bed.pool.delete_within(&template, Duration::ZERO);
+    assert!(
+        matches!(refused, Err(PoolError::InUse { .. })),
+        "{refused:?}"
+    );
+    drop((instance, other));
+    assert!(bed.pool.delete_within(&template, Duration::from_secs(60))?);
     Ok(())
 }
 

@@ -5,8 +5,6 @@
 
 mod harness;
 
-use trenv_snapshot::methods::Method;
-
 use harness::{Bed, TestResult};
 
 fn family_comes_back(arguments: &[&str]) -> TestResult {
@@ -33,7 +31,7 @@ fn family_comes_back(arguments: &[&str]) -> TestResult {
     // What was learnt is copied ahead, for those that are forked too.
     let mut taught = bed.start(&mut agent)?;
     assert_eq!(taught.ask("check"), "5 of 5");
-    for method in Method::ALL {
+    for method in harness::methods() {
         let prepared = bed.prepare(method, &template)?;
         for turn in 0..2 {
             let mut instance = bed.start_with(prepared.as_ref())?;

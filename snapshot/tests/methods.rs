@@ -56,7 +56,7 @@ fn every_method_brings_the_same_program_back() -> TestResult {
     count(&mut first, "count");
     let (_, heap) = count(&mut first, "count");
     let template = bed.dump(first)?;
-    for method in Method::ALL {
+    for method in harness::methods() {
         let prepared = bed.prepare(method, &template)?;
         let mut one = bed.start_with(prepared.as_ref())?;
         let mut other = bed.start_with(prepared.as_ref())?;
@@ -82,7 +82,7 @@ fn memory_that_is_first_touched_late_is_right() -> TestResult {
     let questions = [
         "all", "some", "fork", "move", "unmap", "read", "fork", "move", "unmap", "read", "whole",
     ];
-    for method in Method::ALL {
+    for method in harness::methods() {
         let prepared = bed.prepare(method, &template)?;
         for _ in 0..4 {
             tenancy(&bed, prepared.as_ref(), &questions)?;
@@ -97,7 +97,7 @@ fn memory_that_is_first_touched_late_is_right() -> TestResult {
 fn memory_that_is_given_back_is_zero_where_it_is_anonymous() -> TestResult {
     let bed = Bed::new()?;
     let template = template_of(&bed, "spread")?;
-    for method in Method::ALL {
+    for method in harness::methods() {
         let expected = match method {
             Method::FaaSnap => "ok",
             _ => "zero",
@@ -118,7 +118,7 @@ fn memory_that_is_given_back_is_zero_where_it_is_anonymous() -> TestResult {
 fn allocators_and_stacks_find_what_they_rely_on() -> TestResult {
     let bed = Bed::new()?;
     let template = template_of(&bed, "memory")?;
-    for method in Method::ALL {
+    for method in harness::methods() {
         if method == Method::FaaSnap {
             // It gives the template's bytes back.
             continue;
@@ -157,7 +157,7 @@ fn what_was_recorded_is_not_waited_for_again() -> TestResult {
 fn each_method_counts_what_it_does() -> TestResult {
     let bed = Bed::new()?;
     let template = template_of(&bed, "spread")?;
-    for method in Method::ALL {
+    for method in harness::methods() {
         let prepared = bed.prepare(method, &template)?;
         tenancy(&bed, prepared.as_ref(), &["some"])?;
         let mut instance = bed.start_with(prepared.as_ref())?;
@@ -165,6 +165,10 @@ fn each_method_counts_what_it_does() -> TestResult {
         let figures = instance.work.figures();
         eprintln!("{method}: {figures:?}");
         match method {
+            Method::Attach => {
+                assert!(figures.pages_copied > 0 && figures.pages_copied < 1000);
+                assert_eq!(figures.faults_served, 0);
+            }
             Method::Template => assert_eq!(figures, trenv_snapshot::methods::Figures::default()),
             Method::Copy => {
                 assert!(figures.pages_copied >= 8192);
@@ -190,6 +194,20 @@ fn each_method_counts_what_it_does() -> TestResult {
             Method::Criu | Method::CriuLazy => unreachable!("{method} clones no zygote"),
         }
     }
+    Ok(())
+}
+
+#[test]
+fn attaching_is_refused_without_a_device() -> TestResult {
+    if harness::methods().contains(&Method::Attach) {
+        return Ok(());
+    }
+    let bed = Bed::new()?;
+    let template = template_of(&bed, "counter")?;
+    let refused = bed.prepare(Method::Attach, &template);
+    let refused = refused.map_err(|err| err.to_string()).err();
+    let refused = refused.ok_or("it is prepared")?;
+    assert!(refused.contains("docs/dax.md"), "{refused}");
     Ok(())
 }
 
@@ -277,7 +295,7 @@ fn an_instance_dies_when_the_process_that_serves_it_is_killed() -> TestResult {
 fn many_instances_are_started_and_served_at_once() -> TestResult {
     let bed = Bed::new()?;
     let template = template_of(&bed, "spread")?;
-    for method in Method::ALL {
+    for method in harness::methods() {
         let prepared = bed.prepare(method, &template)?;
         let one_after_another = |index: usize| {
             for _ in 0..3 {
@@ -301,7 +319,7 @@ fn many_instances_are_started_and_served_at_once() -> TestResult {
 fn an_instance_is_served_after_its_method_was_dropped() -> TestResult {
     let bed = Bed::new()?;
     let template = template_of(&bed, "spread")?;
-    for method in Method::ALL {
+    for method in harness::methods() {
         let prepared = bed.prepare(method, &template)?;
         let mut instance = bed.start_with(prepared.as_ref())?;
         drop(prepared);
@@ -315,14 +333,14 @@ fn an_instance_is_served_after_its_method_was_dropped() -> TestResult {
 fn an_instance_is_dumped_unless_its_pages_are_elsewhere() -> TestResult {
     let bed = Bed::new()?;
     let template = template_of(&bed, "spread")?;
-    for method in Method::ALL {
+    for method in harness::methods() {
         let prepared = bed.prepare(method, &template)?;
         let mut instance = bed.start_with(prepared.as_ref())?;
         assert_eq!(instance.ask("some"), "ok", "{method}");
         let dumped = bed.try_dump(&instance).map_err(|err| err.to_string());
         match method {
             // What maps a file without a name has its pages stored.
-            Method::Template | Method::Copy | Method::FaaSnap => {
+            Method::Template | Method::Attach | Method::Copy | Method::FaaSnap => {
                 let taken = dumped.as_ref().map_err(Clone::clone)?.template.id;
                 let zygote = bed.zygote(&taken)?;
                 let mut again = bed.start(&mut zygote.agent()?)?;

@@ -137,13 +137,13 @@ fn program(name: &str) -> String {
 fn answers_lines(command: &[&str]) -> TestResult {
     let bed = Bed::new()?;
     let first = bed.run(command)?;
-    goes_on(&bed, first, by_line, &Method::ALL)?;
+    goes_on(&bed, first, by_line, &harness::methods())?;
     Ok(())
 }
 
 fn answers_http(bed: &Bed, command: &[&str], environment: &[(&str, &str)]) -> TestResult {
     let first = bed.serve(command, environment)?;
-    goes_on(bed, first, by_http, &Method::ALL)?;
+    goes_on(bed, first, by_http, &harness::methods())?;
     Ok(())
 }
 
@@ -303,7 +303,7 @@ fn nginx_in_the_foreground() -> TestResult {
     let bed = Bed::new()?;
     let configuration = nginx(&bed, "off", None)?;
     let first = bed.serve(&["/usr/sbin/nginx", "-c", &configuration], &[])?;
-    for mut instance in goes_on(&bed, first, by_http, &Method::ALL)? {
+    for mut instance in goes_on(&bed, first, by_http, &harness::methods())? {
         // The master makes other workers when it is told to read its configuration again.
         let before = instance.children();
         assert_eq!(before.len(), 2);
@@ -377,7 +377,7 @@ fn redis() -> TestResult {
         assert!(begun.elapsed() < Duration::from_secs(10), "no answer");
         std::thread::sleep(Duration::from_millis(10));
     }
-    for mut instance in goes_on(&bed, first, by_redis, &Method::ALL)? {
+    for mut instance in goes_on(&bed, first, by_redis, &harness::methods())? {
         let answer = instance.talk("BGREWRITEAOF\r\nQUIT\r\n")?;
         assert!(answer.starts_with("+Background append"), "{answer}");
         let begun = Instant::now();
@@ -427,7 +427,7 @@ fn java(collector: &str, methods: &[Method]) -> TestResult {
 
 #[test]
 fn java_with_g1() -> TestResult {
-    java("G1", &Method::ALL)
+    java("G1", &harness::methods())
 }
 
 #[test]

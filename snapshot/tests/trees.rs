@@ -4,8 +4,6 @@
 
 mod harness;
 
-use trenv_snapshot::methods::Method;
-
 use harness::{Bed, TestResult};
 
 fn functions() -> String {
@@ -65,7 +63,7 @@ fn comes_back(command: &[&str], environment: &[(&str, &str)]) -> TestResult {
     }
     drop(agent);
     drop(zygote);
-    for method in Method::ALL {
+    for method in harness::methods() {
         let prepared = bed.prepare(method, &template)?;
         for turn in 0..8 {
             let instance = bed.start_with(prepared.as_ref())?;

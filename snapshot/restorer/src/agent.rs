@@ -242,6 +242,10 @@ unsafe fn start(header: *mut Header, index: u64) -> ! {
         let control = (*header).control;
         // A zygote that is given away itself was never a clone.
         prepare(header);
+        let attach = (*header).attach;
+        if attach != 0 {
+            run(header, attach as *const Op);
+        }
         (*header).marks[0] = sys::now(sys::REALTIME);
         let entered = syscall(nr::SETNS, &[control + fd::INIT, NAMESPACES, 0, 0, 0, 0]);
         if entered < 0 {

@@ -42,7 +42,7 @@ fn a_request_comes_with_its_descriptors() {
             .filter(|count| Wanted::of(&message(kind, 1), *count).is_some())
             .collect()
     };
-    assert_eq!(counts(request::START), [4]);
+    assert_eq!(counts(request::START), [4, 5]);
     assert_eq!(counts(request::AGENT), [1]);
     assert_eq!(counts(request::CLONE), [1, 2]);
     // A word to a restored process; and no request at all.

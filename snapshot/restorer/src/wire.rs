@@ -52,6 +52,8 @@ pub mod fd {
     pub const WATCH: u64 = STDIO;
     /// The files that a program of [`super::request::REWORK`] maps.
     pub const FILES: u64 = STDIO;
+    /// The template of the pool's device that a clone attaches when it starts; it is closed then.
+    pub const TEMPLATE: u64 = INIT + 1;
     /// First of the open files that the tree's root makes for everyone.
     pub const OBJECTS: u64 = INIT + 2;
 }
@@ -76,6 +78,8 @@ pub struct Header {
     pub build: u64,
     /// Program that a clone runs ahead of its start; 0 when it has run.
     pub prepare: u64,
+    /// Program by which a clone attaches memory when it starts; 0 where it has all that it needs.
+    pub attach: u64,
     /// Program of the tree's root, its pid in the sandbox, the end of its stack, and the word that the
     /// kernel clears when it has left the address space (0 if it stays).
     pub root: u64,
@@ -205,7 +209,7 @@ pub struct Op {
 /// What a zygote, an agent or a clone is asked for; descriptors travel beside it.
 pub mod request {
     /// Give this task's memory to the tree, in a sandbox, and end. Descriptors: stdin, stdout,
-    /// stderr, pidfd of pid 1.
+    /// stderr, pidfd of pid 1; with an `attach` in the header, the template too.
     pub const START: u32 = 1;
     /// Make another agent. Descriptor: its socket.
     pub const AGENT: u32 = 2;
@@ -253,7 +257,7 @@ impl Wanted {
         let kind = u32::from_ne_bytes([a, b, c, d]);
         let agent = u64::from(u32::from_ne_bytes([e, f, g, h]));
         match (kind, descriptors) {
-            (request::START, 4) => Some(Self::Start),
+            (request::START, 4 | 5) => Some(Self::Start),
             (request::AGENT, 1) if agent > 0 && agent < MAX_AGENTS => Some(Self::Agent(agent)),
             (request::CLONE, 1 | 2) => Some(Self::Clone),
             (request::DERIVE, 1) => Some(Self::Derive),

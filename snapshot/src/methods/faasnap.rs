@@ -269,13 +269,8 @@ impl StartMethod for FaaSnap {
     ) -> Result<Started, ZygoteError> {
         let begun = Instant::now();
         let work = Arc::new(Work::default());
-        let image = &self.skeleton.image;
         self.skeleton.copy_own_pages(&clone, &work)?;
-        let pages = image
-            .write_parts(clone.pid(), &self.copied)
-            .map_err(failed("writing the pages of stacks"))?;
-        work.copied(pages);
-        work.read(pages * PAGE);
+        self.skeleton.copy_parts(&clone, &self.copied, &work)?;
         let begun_as = self.begin(request.input)?;
         if let Begun::Loaded(file, parts) = &begun_as {
             load_ahead(file, parts, &work).map_err(failed("starting a loader"))?;

@@ -11,6 +11,7 @@
 //! And pages of files that instances read are mapped in later clones (`working_set.rs`), as they are
 //! a part of the memory of the virtual machines that most of these methods were made for.
 
+mod attach;
 mod base;
 mod copy;
 mod criu;
@@ -51,6 +52,8 @@ pub enum Method {
     /// A clone of a zygote that has all pages.
     #[default]
     Template,
+    /// The pages of the pool's device, attached by each clone when it starts. Only where there is one.
+    Attach,
     /// All pages copied before the tree runs (SnapFaaS).
     Copy,
     /// One page for each fault (vHive without REAP).
@@ -75,7 +78,7 @@ pub struct UnknownMethod {
 }
 
 impl Method {
-    /// Those that start a tree by a clone of a zygote.
+    /// Those that start a tree by a clone of a zygote, on every machine.
     pub const ALL: [Self; 6] = [
         Self::Template,
         Self::Copy,
@@ -89,6 +92,7 @@ impl Method {
     pub fn name(self) -> &'static str {
         match self {
             Self::Template => "template",
+            Self::Attach => "attach",
             Self::Copy => "copy",
             Self::Lazy => "lazy",
             Self::Reap => "reap",
@@ -100,8 +104,9 @@ impl Method {
     }
 
     /// All there are.
-    fn each() -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().chain([Self::Criu, Self::CriuLazy])
+    pub(crate) fn each() -> impl Iterator<Item = Self> {
+        let not_everywhere = [Self::Attach, Self::Criu, Self::CriuLazy];
+        Self::ALL.into_iter().chain(not_everywhere)
     }
 
     /// The names of all.
@@ -130,7 +135,7 @@ impl Method {
     ///
     /// # Errors
     /// As [`Zygote::build`], when there is no memory or disk space for the files, and when CRIU or
-    /// its image of the template is not there.
+    /// its image of the template is not there, or the pool has no device to attach from.
     pub fn prepare(
         self,
         request: ZygoteRequest<'_>,
@@ -142,6 +147,7 @@ impl Method {
         };
         let by_clones: Arc<dyn StartMethod> = match self {
             Self::Template => Arc::new(template::Template::prepare(request)?),
+            Self::Attach => Arc::new(attach::Attach::prepare(request)?),
             Self::Copy => Arc::new(copy::Copy::prepare(request)?),
             Self::Lazy => Arc::new(lazy::Lazy::prepare(request)?),
             Self::Reap => Arc::new(reap::Reap::prepare(request, directory)?),
@@ -268,7 +274,7 @@ mod tests {
         let text = Method::parse("warp").map_err(|err| err.to_string());
         assert_eq!(
             text,
-            Err("The start method \"warp\" is not known; use one of template, copy, lazy, reap, faasnap, spice, criu, criu-lazy".into())
+            Err("The start method \"warp\" is not known; use one of template, copy, lazy, reap, faasnap, spice, attach, criu, criu-lazy".into())
         );
     }
 }

@@ -36,6 +36,16 @@ impl Skeleton {
         Ok(Self { zygote, image })
     }
 
+    /// One whose clones attach what the pool's device has for them when they start. The image has the
+    /// other pages.
+    pub fn blank(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
+        let template = request.template;
+        let (zygote, mut areas) = Zygote::fill(request, Fill::Blank)?;
+        areas.retain(|area| !area.attachable);
+        let image = Arc::new(Image::of(template, areas, Store::Memory)?);
+        Ok(Self { zygote, image })
+    }
+
     /// Watches the clone's anonymous areas that have stored pages. What other mappings miss is zero
     /// or of a file, as the kernel has it.
     pub fn watch(&self, clone: &PreparedClone) -> Result<(), ZygoteError> {
@@ -56,6 +66,22 @@ impl Skeleton {
             .image
             .write_own_pages(clone.pid())
             .map_err(failed("writing the pages of file mappings"))?;
+        work.copied(pages);
+        work.read(pages * PAGE);
+        Ok(())
+    }
+
+    /// Pages of anonymous memory that is written like those, such as stacks.
+    pub fn copy_parts(
+        &self,
+        clone: &PreparedClone,
+        parts: &[Part],
+        work: &Work,
+    ) -> Result<(), ZygoteError> {
+        let pages = self
+            .image
+            .write_parts(clone.pid(), parts)
+            .map_err(failed("writing the pages of stacks"))?;
         work.copied(pages);
         work.read(pages * PAGE);
         Ok(())

@@ -87,9 +87,10 @@ pub fn build(
             continue;
         }
         let anonymous = mapping.kind == MappingKind::Anonymous;
-        let stored: &[Piece] = match fill {
-            Fill::Pages | Fill::Attached => &pieces.processes[place.process],
-            Fill::Skeleton { .. } => &[],
+        let all = &pieces.processes[place.process];
+        let stored: &[Piece] = match fill.has_pages() {
+            true => all,
+            false => &[],
         };
         if let Some(base) = base
             && base.bring_up(
@@ -103,12 +104,14 @@ pub fn build(
         {
             continue;
         }
-        if fill == Fill::Attached
-            && is_attachable(mapping)
-            && !inside_stored(mapping, stored).is_empty()
-        {
-            attach(place, mapping, process.pid, control, region, &mut program);
-            continue;
+        let attached = is_attachable(mapping) && !inside_stored(mapping, all).is_empty();
+        match fill {
+            Fill::Attached if attached => {
+                attach(place, mapping, process.pid, control, region, &mut program);
+                continue;
+            }
+            Fill::Blank if attached => continue,
+            _ => {}
         }
         let inside = inside(mapping, stored);
         let sourced = inside.filter_map(|piece| {
@@ -444,7 +447,7 @@ pub fn map(
     }
 }
 
-fn advise(place: &Placed, mapping: &Mapping, program: &mut Program) {
+pub fn advise(place: &Placed, mapping: &Mapping, program: &mut Program) {
     for (wanted, advice) in [
         (mapping.flags.dont_dump, libc::MADV_DONTDUMP),
         (mapping.flags.huge, libc::MADV_HUGEPAGE),

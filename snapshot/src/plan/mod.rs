@@ -190,7 +190,7 @@ impl Plan {
         let programs = process::programs(tree, &mut region)?;
         let frame = Frame::of(&build, &words, &mut region);
         let rework = match fill {
-            Fill::Pages | Fill::Attached => base::ARRIVAL,
+            Fill::Pages | Fill::Attached | Fill::Blank => base::ARRIVAL,
             Fill::Skeleton { .. } => skeleton::REWORK,
         };
         let stacks = region.reserve(2 * MAX_AGENTS * STACK + rework);
@@ -203,6 +203,7 @@ impl Plan {
             length: region.length(),
             build: frame.build,
             prepare: programs.prepare,
+            attach: programs.attach,
             root: programs.root,
             root_pid: manifest.processes[0].pid as u64,
             root_stack: programs.root_stack,
@@ -426,6 +427,7 @@ fn header_bytes(header: &Header) -> Vec<u8> {
         length,
         build,
         prepare,
+        attach,
         root,
         root_pid,
         root_stack,
@@ -441,7 +443,7 @@ fn header_bytes(header: &Header) -> Vec<u8> {
         rework,
         marks,
     } = *header;
-    let mut words = vec![magic, base, length, build, prepare, root, root_pid];
+    let mut words = vec![magic, base, length, build, prepare, attach, root, root_pid];
     words.extend([
         root_stack,
         root_left,

@@ -3,6 +3,7 @@
 mod lock;
 
 use nix::libc;
+use pseudo_mm_uapi::abi;
 use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
 use super::layout::{Placement, Way, kernel_owned};
@@ -27,6 +28,8 @@ const ARCH_SET_FS: u64 = 0x1002;
 #[derive(Debug)]
 pub struct Programs {
     pub prepare: u64,
+    /// 0 where a clone has all that it attaches.
+    pub attach: u64,
     pub root: u64,
     pub root_stack: u64,
     /// Cleared when the root has left the address space, 0 if it stays.
@@ -153,6 +156,13 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
     if tree.way_exists(Way::Forked) {
         advise_heir(libc::MADV_DONTFORK, tree, &mut prepare);
     }
+    let attach = match tree.fill {
+        Fill::Blank => {
+            let attach = attach(tree, region);
+            region.put_program(&attach)
+        }
+        _ => 0,
+    };
     let words = Words {
         left: &left,
         clones: [clone_left, helper_left],
@@ -160,6 +170,7 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
     };
     Ok(Programs {
         prepare: region.put_program(&prepare),
+        attach,
         root: program_of(0, tree, &words, region)?,
         root_stack: region.put_stack(),
         root_left: match tree.way(0) {
@@ -170,6 +181,30 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
         helper_left,
         tables,
     })
+}
+
+/// Attaches the template of the pool's device in a clone, all of it by one call.
+fn attach(tree: Tree<'_>, region: &mut Region) -> Program {
+    let mut program = Program::default();
+    let template = tree.control + fd::TEMPLATE;
+    program.about(region.sentence("attaching memory from the pool's device".into()));
+    let size = size_of::<abi::Attach>() as u64;
+    // Flags and process are 0: all of the template, here.
+    let argument = region.put_words(&[size, 0, 0]);
+    let attach = u64::from(abi::ATTACH);
+    program.call(libc::SYS_ioctl, [template, attach, argument]);
+    program.call(libc::SYS_close, [template]);
+    for place in &tree.placement.placed {
+        let mapping = &tree.process(place.process).mappings[place.mapping];
+        if skeleton::is_attachable(mapping) {
+            memory::advise(place, mapping, &mut program);
+        }
+    }
+    if tree.way_exists(Way::Forked) {
+        // That which was given ahead met nothing there.
+        advise_heir(libc::MADV_DONTFORK, tree, &mut program);
+    }
+    program
 }
 
 /// Addresses of words in the region.

@@ -24,12 +24,14 @@ pub enum Fill {
     Attached,
     /// The mappings alone. In a clone of a watched one userfaultfd(2) tells of missing pages.
     Skeleton { watched: bool },
+    /// The same without the [`Area::attachable`] ones, which a clone attaches when it starts.
+    Blank,
 }
 
 impl Fill {
     /// Whether a clone has the stored pages before it starts.
     pub fn has_pages(self) -> bool {
-        !matches!(self, Self::Skeleton { .. })
+        matches!(self, Self::Pages | Self::Attached)
     }
 }
 
@@ -49,6 +51,8 @@ pub struct Area {
     pub mappable: bool,
     /// Its pages may be those of a device, mapped copy-on-write.
     pub attachable: bool,
+    /// It counts for no limit of memory that is promised (MAP_NORESERVE).
+    pub no_reserve: bool,
     /// By address.
     pub runs: Vec<Run>,
 }
@@ -108,6 +112,7 @@ pub fn areas(manifest: &Manifest, placement: &Placement, pieces: &[Vec<Piece>]) 
             protection: mapping.protection,
             anonymous,
             attachable: is_attachable(mapping),
+            no_reserve: mapping.flags.no_reserve,
             // A mapping of a file cannot grow downwards, and one that is moved must stay in one piece.
             mappable: anonymous && !mapping.flags.grows_down && place.at == mapping.start,
             runs,

@@ -220,6 +220,24 @@ fn pages_that_do_not_match_the_manifest_are_an_error() {
 }
 
 #[test]
+fn a_blank_has_a_program_that_attaches() {
+    let (manifest, extents) = sample();
+    let attach = std::mem::offset_of!(Header, attach);
+    for (fill, attaches) in [
+        (Fill::Pages, false),
+        (Fill::Attached, false),
+        (Fill::Skeleton { watched: false }, false),
+        (Fill::Blank, true),
+    ] {
+        let plan = Plan::of(&manifest, &extents, fill).unwrap();
+        assert!(plan.areas.iter().any(|area| area.attachable));
+        let at = (plan.header - plan.base) as usize + attach;
+        let word = u64::from_ne_bytes(plan.bytes[at..at + 8].try_into().unwrap());
+        assert_eq!(word != 0, attaches, "{fill:?}");
+    }
+}
+
+#[test]
 fn a_rework_has_its_room_in_the_region() {
     let (manifest, extents) = sample();
     for (fill, length) in [

@@ -57,7 +57,7 @@ impl Zygote {
             receive(ours.as_fd(), deadline, BUILD_DEADLINE)?.1
         };
         let process = (pid, open_pidfd(pid)?);
-        let (zygote, _) = Self::of_plan(plan, Fill::Pages, process, ours);
+        let (zygote, _) = Self::of_plan(plan, Fill::Pages, process, ours, None);
         for procs in &request.cgroups {
             std::fs::write(procs, pid.to_string())
                 .map_err(io_error("moving a zygote into its cgroup"))?;

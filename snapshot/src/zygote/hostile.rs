@@ -24,6 +24,7 @@ fn tree() -> Tree {
         rework: 0,
         control: 100,
         watched: false,
+        attach: None,
     }
 }
 

@@ -49,6 +49,13 @@ pub struct Instance {
     stdio: [Option<(u64, u64)>; 3],
 }
 
+/// The start methods that this machine has for pools of a [`Bed`].
+pub fn methods() -> Vec<Method> {
+    let device = std::env::var_os(DEVICE).is_some() && Path::new("/dev/pseudo_mm").exists();
+    let attach = device.then_some(Method::Attach);
+    Method::ALL.into_iter().chain(attach).collect()
+}
+
 impl Bed {
     pub fn new() -> Made<Self> {
         let directory = tempfile::tempdir()?;
