@@ -78,6 +78,7 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
         store,
         Arc::clone(&secrets),
         files,
+        config.pool.backend == "dax",
         call_timeout + Duration::from_secs(5),
     );
 

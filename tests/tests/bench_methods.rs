@@ -69,7 +69,7 @@ fn the_benchmark_compares_methods_and_puts_the_functions_own_back() -> anyhow::R
             "methods",
             "--json",
             "--functions=hello-python,hello-node",
-            "--methods=template,lazy",
+            "--methods=template,lazy,attach",
             "--starts=4",
             "--unmeasured=2",
             "--cold=2",
@@ -80,6 +80,10 @@ fn the_benchmark_compares_methods_and_puts_the_functions_own_back() -> anyhow::R
     )?;
     let report: Value = serde_json::from_str(&text)?;
     assert_eq!(report["failures"], json!([]), "{report:#}");
+    // The machine's pool is on no device.
+    let unavailable = report["unavailable"]["attach"].as_str();
+    let unavailable = unavailable.unwrap_or_default();
+    assert!(unavailable.contains("docs/dax.md"), "{report:#}");
     for (index, name) in ["hello-python", "hello-node"].into_iter().enumerate() {
         let function = &report["functions"][index];
         assert_eq!(function["name"], name, "{report:#}");

@@ -9,6 +9,7 @@ mod base;
 mod build;
 mod criu;
 mod deployment;
+mod device;
 mod key;
 mod process;
 mod quantity;

@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::store::FunctionRecord;
 use super::{
-    Deployment, FunctionName, Process, Revision, RevisionRecord, RevisionState, Store, StoreError,
-    criu, function_key,
+    Deployment, FunctionName, Process, Revision, RevisionRecord, RevisionState, StartMethod, Store,
+    StoreError, criu, device, function_key,
 };
 use crate::containerd::{ContainerdError, ImageError, Mount};
 use crate::error::chain;
@@ -149,6 +149,7 @@ pub struct Functions {
     pub(super) store: Store,
     secrets: Arc<Secrets>,
     files: SharedFiles,
+    pool_on_device: bool,
     pub(super) map: Mutex<BTreeMap<FunctionName, Arc<Function>>>,
     /// Changes of the set of functions happen one at a time.
     pub(super) changing: tokio::sync::Mutex<()>,
@@ -164,6 +165,7 @@ impl Functions {
         store: Store,
         secrets: Arc<Secrets>,
         files: SharedFiles,
+        pool_on_device: bool,
         drain: Duration,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -172,6 +174,7 @@ impl Functions {
             store,
             secrets,
             files,
+            pool_on_device,
             map: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
             drain,
@@ -392,6 +395,9 @@ impl Functions {
         let method = deployment.start_method().map_err(FunctionError::Invalid)?;
         if method.by_criu() {
             criu::check(method).await.map_err(FunctionError::Invalid)?;
+        }
+        if method == StartMethod::Attach {
+            device::check(method, self.pool_on_device).map_err(FunctionError::Invalid)?;
         }
         let name = name_of(deployment);
         let secrets = self.secret_digests(&name, &deployment.secrets)?;

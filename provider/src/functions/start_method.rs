@@ -21,6 +21,8 @@ pub enum StartMethod {
     Spice,
     /// `copy` of the base's memory; the function is loaded by each start.
     CopyBase,
+    /// Each instance attaches the pool's device when it starts.
+    Attach,
     /// CRIU restores the tree.
     Criu,
     /// The same, and CRIU's page server brings pages when they are touched.
@@ -28,7 +30,7 @@ pub enum StartMethod {
 }
 
 impl StartMethod {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Template,
         Self::Copy,
         Self::Lazy,
@@ -36,6 +38,7 @@ impl StartMethod {
         Self::Faasnap,
         Self::Spice,
         Self::CopyBase,
+        Self::Attach,
         Self::Criu,
         Self::CriuLazy,
     ];
@@ -50,6 +53,7 @@ impl StartMethod {
             Self::Faasnap => "faasnap",
             Self::Spice => "spice",
             Self::CopyBase => "copy-base",
+            Self::Attach => "attach",
             Self::Criu => "criu",
             Self::CriuLazy => "criu-lazy",
         }
@@ -132,7 +136,7 @@ mod tests {
         for name in ["", "Template", "CRIU", "template "] {
             let refused = StartMethod::parse(name).unwrap_err();
             assert!(
-                refused.contains("reap, faasnap, spice, copy-base, criu, criu-lazy"),
+                refused.contains("reap, faasnap, spice, copy-base, attach, criu, criu-lazy"),
                 "{refused}"
             );
         }

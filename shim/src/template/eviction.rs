@@ -171,9 +171,10 @@ impl Standing {
     }
 }
 
-/// Memory that a template's pages take in a zygote; none if it maps the pool's device.
+/// Memory that a template's pages take in a zygote; none if it, or its clones, map the pool's device.
 pub fn bytes_of(template: &TemplateReader, method: Method) -> u64 {
-    if method == Method::Template && template.templates().is_some() {
+    let maps = matches!(method, Method::Template | Method::Attach);
+    if maps && template.templates().is_some() {
         return 0;
     }
     let extents = template.extents().iter();

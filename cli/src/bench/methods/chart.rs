@@ -21,6 +21,7 @@ fn colour(row: &str) -> &'static str {
     match row {
         "template" => "#0072b2",
         "parked" => "#56b4e9",
+        "attach" => "#117733",
         "copy" => "#e69f00",
         "copy-base" => "#f5cf80",
         "lazy" => "#cc79a7",

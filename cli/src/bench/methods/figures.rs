@@ -11,9 +11,10 @@ use crate::table::{Table, bytes, micros};
 
 /// The rows there can be, in the order in which they are shown: the start methods, what
 /// `template` becomes where the provider parks instances, and the cold starts beside them.
-pub const ROWS: [&str; 12] = [
+pub const ROWS: [&str; 13] = [
     "template",
     "parked",
+    "attach",
     "copy",
     "copy-base",
     "lazy",

@@ -40,7 +40,7 @@ pub struct MethodsOptions {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "template,copy,lazy,reap,faasnap,spice,criu,criu-lazy"
+        default_value = "template,attach,copy,lazy,reap,faasnap,spice,criu,criu-lazy"
     )]
     pub methods: Vec<String>,
     /// Measured starts by each method, over all functions together
@@ -81,8 +81,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a function started through runc may take.
 const RUNC_PATIENCE: Duration = Duration::from_secs(20);
 const TEMPLATE: &str = "template";
-/// The methods for which a function is built anew, and that not every machine has.
-const BY_CRIU: [&str; 2] = ["criu", "criu-lazy"];
+/// The methods that not every machine has. For those of CRIU a function is built anew.
+const NOT_EVERYWHERE: [&str; 3] = ["attach", "criu", "criu-lazy"];
 
 /// Starts in a row of one function by one method.
 #[derive(Debug, Clone, Copy)]
@@ -144,8 +144,9 @@ pub async fn measure(
 
 /// The rows of the methods that are asked for.
 fn methods(names: &[String]) -> anyhow::Result<Vec<&'static str>> {
-    const KNOWN: [&str; 9] = [
+    const KNOWN: [&str; 10] = [
         TEMPLATE,
+        "attach",
         "copy",
         "copy-base",
         "lazy",
@@ -252,7 +253,7 @@ impl<'a> Bench<'a> {
         let mut available = Vec::new();
         for method in methods {
             let mut refused = None;
-            if BY_CRIU.contains(method) {
+            if NOT_EVERYWHERE.contains(method) {
                 self.say("building");
                 for function in self.functions {
                     refused = function.build_for(self.gateway, method).await?;
