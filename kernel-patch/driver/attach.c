@@ -63,19 +63,51 @@ unlock:
 	return err;
 }
 
-/* One pool page into @buffer. */
-static int pmm_read_page(const struct pmm_device *device, unsigned long device_page, void *buffer)
+/* Page @n of an extent into @buffer. */
+static int pmm_read_page(const struct pmm_template *template, const struct pmm_extent *extent,
+			 unsigned long n, void *buffer)
 {
+	struct page *local = pmm_local_find(template, extent->page + n);
+	const struct pmm_device *device = template->device;
 	unsigned long run = 1;
 	int index, err = 0;
 
+	if (local) {
+		memcpy_from_page(buffer, local, 0, PAGE_SIZE);
+		return 0;
+	}
+	/* pmm_attach_prepare() has them fetched. */
+	if (extent->remote)
+		return -EIO;
 	index = srcu_read_lock(&pmm_fill);
 	if (READ_ONCE(device->gone))
 		err = -ENODEV;
 	else
-		memcpy_from_page(buffer, pfn_to_page(pmm_device_run(device, device_page, &run)), 0,
-				 PAGE_SIZE);
+		memcpy_from_page(buffer,
+				 pfn_to_page(pmm_device_run(device, extent->device_page + n, &run)),
+				 0, PAGE_SIZE);
 	srcu_read_unlock(&pmm_fill, index);
+	return err;
+}
+
+/**
+ * pmm_attach_prepare - fetch what attaching copies, while no lock is held
+ * @file: the template, which is sealed
+ */
+int pmm_attach_prepare(struct file *file)
+{
+	struct pmm_template *template = pmm_template_of(file);
+	const struct pmm_layout *layout = &template->layout;
+	unsigned int i;
+	int err = 0;
+
+	if (!template->remote)
+		return 0;
+	for (i = 0; i < layout->nr_maps && !err; i++) {
+		if (!pmm_map_is_shared_pages(layout, &layout->maps[i]))
+			err = pmm_local_bring(template, layout->maps[i].start >> PAGE_SHIFT,
+					      layout->maps[i].end >> PAGE_SHIFT, true);
+	}
 	return err;
 }
 
@@ -99,7 +131,7 @@ static int pmm_copy_extents(const struct pmm_template *template, const struct pm
 		unsigned long n;
 
 		for (n = 0; n < extent->pages && !err; n++) {
-			err = pmm_read_page(template->device, extent->device_page + n, buffer);
+			err = pmm_read_page(template, extent, n, buffer);
 			if (!err)
 				err = pmm_area_write((extent->page + n) << PAGE_SHIFT, buffer);
 			if (!err && fatal_signal_pending(current))

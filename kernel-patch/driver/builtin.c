@@ -143,6 +143,9 @@ static int pmm_attach_here(struct file *file, u64 *failed_at)
 	if (err)
 		return err;
 	*failed_at = 0;
+	err = pmm_attach_prepare(file);
+	if (err)
+		return err;
 	err = mmap_write_lock_killable(mm);
 	if (err)
 		return err;
@@ -275,4 +278,24 @@ struct pid *pmm_pidfd(int fd)
 	unsigned int flags;
 
 	return pidfd_get_pid(fd, &flags);
+}
+
+/* What a process's address space did with pool pages. */
+int pmm_faults(struct pid *process, struct pseudo_mm_v0_pf_stat *stat)
+{
+	struct task_struct *task = get_pid_task(process, PIDTYPE_PID);
+	struct mm_struct *mm;
+
+	if (!task)
+		return -ESRCH;
+	mm = get_task_mm(task);
+	put_task_struct(task);
+	if (!mm)
+		return -ESRCH;
+	stat->cow_nr = atomic_read(&mm->fill_stat.copied);
+	stat->rdma_read_nr = atomic_read(&mm->fill_stat.fetched);
+	stat->fast_rdma_read_nr = atomic_read(&mm->fill_stat.fetched_fast);
+	stat->slow_rdma_read_nr = atomic_read(&mm->fill_stat.fetched_slow);
+	mmput(mm);
+	return 0;
 }

@@ -177,8 +177,9 @@ static int pmm_check_maps(const struct pmm_layout *layout, const struct pmm_map 
 
 static int pmm_check_extent(const struct pmm_layout *layout, const struct pmm_map *added,
 			    unsigned int nr_added, const struct pmm_extent *extent,
-			    unsigned long device_pages)
+			    const struct pmm_sources *sources)
 {
+	unsigned long available = extent->remote ? sources->remote : sources->device;
 	const struct pmm_map *map;
 	unsigned long start, end;
 	unsigned int at;
@@ -198,7 +199,7 @@ static int pmm_check_extent(const struct pmm_layout *layout, const struct pmm_ma
 	}
 	if (map->flags & MAP_SHARED)
 		return -EINVAL;
-	if (extent->device_page > device_pages || extent->pages > device_pages - extent->device_page)
+	if (extent->device_page > available || extent->pages > available - extent->device_page)
 		return -ERANGE;
 	at = pmm_layout_extent(layout, extent->page);
 	if (at < layout->nr_extents && layout->extents[at].page < extent->page + extent->pages)
@@ -208,13 +209,13 @@ static int pmm_check_extent(const struct pmm_layout *layout, const struct pmm_ma
 
 static int pmm_check_extents(const struct pmm_layout *layout, const struct pmm_map *maps,
 			     unsigned int nr_maps, const struct pmm_extent *extents,
-			     unsigned int count, unsigned long device_pages)
+			     unsigned int count, const struct pmm_sources *sources)
 {
 	unsigned int i;
 	int err;
 
 	for (i = 0; i < count; i++) {
-		err = pmm_check_extent(layout, maps, nr_maps, &extents[i], device_pages);
+		err = pmm_check_extent(layout, maps, nr_maps, &extents[i], sources);
 		if (err)
 			return err;
 		if (i > 0 && extents[i - 1].page + extents[i - 1].pages > extents[i].page)
@@ -266,11 +267,11 @@ static void pmm_merge_extents(struct pmm_layout *layout, const struct pmm_extent
  * @nr_maps: how many
  * @extents: extents
  * @nr_extents: how many
- * @device_pages: pages of the device
+ * @sources: what extents can be of
  */
 int pmm_layout_add(struct pmm_layout *layout, struct pmm_map *maps, unsigned int nr_maps,
 		   struct pmm_extent *extents, unsigned int nr_extents,
-		   unsigned long device_pages)
+		   const struct pmm_sources *sources)
 {
 	int err;
 
@@ -280,7 +281,7 @@ int pmm_layout_add(struct pmm_layout *layout, struct pmm_map *maps, unsigned int
 	err = pmm_check_maps(layout, maps, nr_maps);
 	if (err)
 		return err;
-	err = pmm_check_extents(layout, maps, nr_maps, extents, nr_extents, device_pages);
+	err = pmm_check_extents(layout, maps, nr_maps, extents, nr_extents, sources);
 	if (err)
 		return err;
 	err = pmm_grow((void **)&layout->maps, &layout->max_maps, layout->nr_maps, nr_maps,

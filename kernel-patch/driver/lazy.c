@@ -14,14 +14,25 @@
  * parts. An area is filled as a whole, and is then no longer of this kind,
  * before it moves or is given to userfaultfd; the core sees to that
  * (vma_fill_settle()).
+ *
+ * A page of a remote pool that is not in memory has a marker in place of an
+ * entry. A fault of it has its cluster fetched, without the mmap_lock where
+ * that can be, and maps what is there of the cluster.
  */
+#include <linux/file.h>
 #include <linux/jump_label.h>
 #include <linux/mm.h>
 #include <linux/rmap.h>
 #include <linux/sched/signal.h>
+#include <linux/swap.h>
+#include <linux/swapops.h>
 #include <asm/pgalloc.h>
 
 #include "pseudo_mm.h"
+
+/* What the published PF_STAT calls fast and slow. */
+#define PMM_FAST_US 10
+#define PMM_SLOW_US 1000
 
 enum pmm_end {
 	PMM_HEAD,
@@ -52,8 +63,8 @@ static bool pmm_table_is_filled(struct vm_area_struct *vma, pmd_t *pmd, enum pmm
 }
 
 /* Entries of one page table, for a run of frames. Its lock is held. */
-static unsigned long pmm_set_entries(struct vm_area_struct *vma, unsigned long address, pte_t *pte,
-				     unsigned long pfn, unsigned long count)
+static void pmm_set_entries(struct vm_area_struct *vma, unsigned long address, pte_t *pte,
+			    unsigned long pfn, unsigned long count)
 {
 	unsigned long i, set = 0;
 
@@ -67,7 +78,27 @@ static unsigned long pmm_set_entries(struct vm_area_struct *vma, unsigned long a
 		set_pte_at(vma->vm_mm, address, pte, mk_pte(page, vma->vm_page_prot));
 		set++;
 	}
-	return set;
+	/* All of a run are of one kind. */
+	add_mm_counter(vma->vm_mm, mm_counter_file(pfn_to_page(pfn)), set);
+}
+
+/* The entry of a page of which something is known that its extent does not tell. */
+static void pmm_set_entry(struct vm_area_struct *vma, const struct pmm_template *template,
+			  const struct pmm_extent *extent, unsigned long page,
+			  unsigned long address, pte_t *pte)
+{
+	struct page *local = pmm_local_find(template, page);
+	unsigned long run = 1;
+
+	if (local)
+		pmm_set_entries(vma, address, pte, page_to_pfn(local), 1);
+	else if (!extent->remote)
+		pmm_set_entries(vma, address, pte,
+				pmm_device_run(template->device,
+					       extent->device_page + (page - extent->page), &run),
+				1);
+	else if (pte_none(*pte))
+		set_pte_at(vma->vm_mm, address, pte, make_pte_marker(PTE_MARKER_FILL));
 }
 
 /* All entries of one page table in [start, end) that the template has pages for. */
@@ -77,7 +108,7 @@ static void pmm_set_table(struct vm_area_struct *vma, const struct pmm_template 
 	const struct pmm_layout *layout = &template->layout;
 	unsigned long first = linear_page_index(vma, start);
 	unsigned long last = first + ((end - start) >> PAGE_SHIFT);
-	unsigned long set = 0;
+	bool single = !xa_empty(&template->local);
 	unsigned int i;
 
 	for (i = pmm_layout_extent(layout, first); i < layout->nr_extents; i++) {
@@ -88,16 +119,22 @@ static void pmm_set_table(struct vm_area_struct *vma, const struct pmm_template 
 		while (page < to) {
 			unsigned long device_page = extent->device_page + (page - extent->page);
 			unsigned long run = to - page;
-			unsigned long pfn = pmm_device_run(template->device, device_page, &run);
 			unsigned long address = start + ((page - first) << PAGE_SHIFT);
+			pte_t *pte = pte_offset_map(pmd, address);
 
-			set += pmm_set_entries(vma, address, pte_offset_map(pmd, address), pfn, run);
+			if (single || extent->remote) {
+				pmm_set_entry(vma, template, extent, page, address, pte);
+				run = 1;
+			} else {
+				pmm_set_entries(vma, address, pte,
+						pmm_device_run(template->device, device_page, &run),
+						run);
+			}
 			page += run;
 		}
 		if (to == last)
 			break;
 	}
-	add_mm_counter(vma->vm_mm, MM_FILEPAGES, set);
 }
 
 static pmd_t *pmm_make_pmd(struct mm_struct *mm, unsigned long address)
@@ -196,24 +233,67 @@ static bool pmm_covers_table(const struct vm_area_struct *vma, unsigned long sta
 	return start == max(base, vma->vm_start) && end == min(base + PMD_SIZE, vma->vm_end);
 }
 
-static int pmm_lazy_fill(struct vm_area_struct *vma, unsigned long start, unsigned long end,
-			 bool discard)
+/* Markers in part of a page table give way to those pages that are in memory. */
+static void pmm_map_local(struct vm_area_struct *vma, const struct pmm_template *template,
+			  pmd_t *pmd, unsigned long start, unsigned long end)
 {
-	const struct pmm_template *template = pmm_template_of(vma->vm_file);
+	unsigned long index = linear_page_index(vma, start);
+	pte_t *first, *pte;
+	spinlock_t *lock;
+
+	first = pte = pte_offset_map_lock(vma->vm_mm, pmd, start, &lock);
+	for (; start < end; start += PAGE_SIZE, pte++, index++) {
+		struct page *page;
+
+		if (!is_pte_marker(*pte))
+			continue;
+		page = pmm_local_find(template, index);
+		if (!page)
+			continue;
+		pte_clear(vma->vm_mm, start, pte);
+		pmm_set_entries(vma, start, pte, page_to_pfn(page), 1);
+	}
+	pte_unmap_unlock(first, lock);
+}
+
+/* Leaves no marker in part of a page table. */
+static int pmm_fetch(struct vm_area_struct *vma, struct pmm_template *template,
+		     unsigned long start, unsigned long end)
+{
+	unsigned long first = linear_page_index(vma, start);
+	int err;
+
+	if (!template->remote)
+		return 0;
+	err = pmm_local_bring(template, first, first + ((end - start) >> PAGE_SHIFT), true);
+	if (!err)
+		pmm_map_local(vma, template, pmm_make_pmd(vma->vm_mm, start), start, end);
+	return err;
+}
+
+static int pmm_lazy_fill(struct vm_area_struct *vma, unsigned long start, unsigned long end,
+			 enum vma_fill how)
+{
+	struct pmm_template *template = pmm_template_of(vma->vm_file);
 	unsigned long next;
 	int index, err = 0;
 
 	for (; start < end && !err; start = next) {
 		next = pmd_addr_end(start, end);
-		if (pmm_is_filled(vma, start))
+		if (!pmm_is_filled(vma, start)) {
+			index = srcu_read_lock(&pmm_fill);
+			if (template->device && READ_ONCE(template->device->gone))
+				err = -ENODEV;
+			else
+				err = pmm_fill_table(vma, template, start,
+						     how == VMA_FILL_DISCARD &&
+						     pmm_covers_table(vma, start, next));
+			srcu_read_unlock(&pmm_fill, index);
+		} else if (how != VMA_FILL_FETCH) {
 			continue;
-		index = srcu_read_lock(&pmm_fill);
-		if (template->device && READ_ONCE(template->device->gone))
-			err = -ENODEV;
-		else
-			err = pmm_fill_table(vma, template, start,
-					     discard && pmm_covers_table(vma, start, next));
-		srcu_read_unlock(&pmm_fill, index);
+		}
+		if (!err && how == VMA_FILL_FETCH)
+			err = pmm_fetch(vma, template, start, next);
 		if (!err && next < end && fatal_signal_pending(current))
 			err = -EINTR;
 		cond_resched();
@@ -224,7 +304,7 @@ static int pmm_lazy_fill(struct vm_area_struct *vma, unsigned long start, unsign
 static int pmm_fill_page_of(struct vm_area_struct *vma, unsigned long address)
 {
 	address &= PAGE_MASK;
-	return pmm_lazy_fill(vma, address, address + PAGE_SIZE, false);
+	return pmm_lazy_fill(vma, address, address + PAGE_SIZE, VMA_FILL);
 }
 
 /* What neighbours share, now and after the split, so that the bits fit all parts. */
@@ -246,8 +326,64 @@ static int pmm_lazy_may_split(struct vm_area_struct *vma, unsigned long address)
 	return 0;
 }
 
+static void pmm_count_fetch(struct mm_struct *mm, ktime_t begun)
+{
+	s64 took = ktime_us_delta(ktime_get(), begun);
+
+	atomic_inc(&mm->fill_stat.fetched);
+	if (took <= PMM_FAST_US)
+		atomic_inc(&mm->fill_stat.fetched_fast);
+	else if (took >= PMM_SLOW_US)
+		atomic_inc(&mm->fill_stat.fetched_slow);
+}
+
+/* A fault of a page that was not in memory when its page table was filled. */
+static vm_fault_t pmm_lazy_fill_page(struct vm_fault *vmf)
+{
+	struct vm_area_struct *vma = vmf->vma;
+	struct pmm_template *template = pmm_template_of(vma->vm_file);
+	unsigned long index = linear_page_index(vma, vmf->address);
+	unsigned long first = round_down(index, PMM_CLUSTER);
+	unsigned long before = min((index - first) << PAGE_SHIFT,
+				   (vmf->address & PAGE_MASK) - vma->vm_start);
+	unsigned long start = max((vmf->address & PAGE_MASK) - before, vmf->address & PMD_MASK);
+	unsigned long end = min(pmd_addr_end(vmf->address & PAGE_MASK, vma->vm_end),
+				(vmf->address & PAGE_MASK) +
+				((first + PMM_CLUSTER - index) << PAGE_SHIFT));
+	struct mm_struct *mm = vma->vm_mm;
+	ktime_t begun = ktime_get();
+	struct file *file;
+	int err;
+
+	if (pmm_local_find(template, index)) {
+		pmm_map_local(vma, template, vmf->pmd, start, end);
+		return 0;
+	}
+	if ((vmf->flags & FAULT_FLAG_ALLOW_RETRY) && (vmf->flags & FAULT_FLAG_RETRY_NOWAIT))
+		return VM_FAULT_RETRY;
+	if (fault_flag_allow_retry_first(vmf->flags)) {
+		/* An error is found again, and told, by the second try. */
+		file = get_file(vma->vm_file);
+		mmap_read_unlock(mm);
+		if (!pmm_local_bring(template, first, first + PMM_CLUSTER, true))
+			pmm_count_fetch(mm, begun);
+		fput(file);
+		return VM_FAULT_RETRY;
+	}
+	err = pmm_local_bring(template, first, first + PMM_CLUSTER, true);
+	/* What is wrong with a neighbour must not matter. */
+	if (err && err != -EINTR)
+		err = pmm_local_bring(template, index, index + 1, true);
+	if (err)
+		return err == -ENOMEM ? VM_FAULT_OOM : VM_FAULT_SIGBUS;
+	pmm_count_fetch(mm, begun);
+	pmm_map_local(vma, template, vmf->pmd, start, end);
+	return 0;
+}
+
 static const struct vm_operations_struct pmm_lazy_vm_ops = {
 	.fill = pmm_lazy_fill,
+	.fill_page = pmm_lazy_fill_page,
 	.may_split = pmm_lazy_may_split,
 };
 

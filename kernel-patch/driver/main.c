@@ -2,7 +2,7 @@
 /*
  * /dev/pseudo_mm and the versioned command set.
  *
- * A descriptor of the device has a registered pool; templates made on it take
+ * A descriptor of the device has registered pools; templates made on it take
  * their pages from there. Registering needs CAP_SYS_ADMIN. Making templates
  * needs a descriptor with a pool, attaching one needs a descriptor of the
  * template: who may do what is decided by who was given which descriptor.
@@ -34,13 +34,16 @@ unsigned int pmm_max_extents = 1 << 20;
 module_param_named(max_extents, pmm_max_extents, uint, 0444);
 MODULE_PARM_DESC(max_extents, "extents of one template");
 
-/* The size of struct pseudo_mm_attach before it had a process. */
+/* Sizes of structures that have grown since they were published. */
 #define PMM_ATTACH_FIRST_VERSION 16
+#define PMM_EXTENT_FIRST_VERSION 24
+#define PMM_STAT_FIRST_VERSION 64
 
 /* What an open descriptor of /dev/pseudo_mm holds. */
 struct pmm_session {
 	struct mutex lock;
 	struct pmm_device *device;
+	struct pmm_remote *remote;
 };
 
 /* A structure that starts with its size; the size itself is at the same place in all. */
@@ -78,7 +81,9 @@ static long pmm_info(struct pmm_session *session, void __user *arg)
 	info.version = PSEUDO_MM_VERSION;
 	info.features = PSEUDO_MM_FEATURE_ATTACH | PSEUDO_MM_FEATURE_PUBLISHED;
 	if (IS_ENABLED(CONFIG_PSEUDO_MM_BUILTIN))
-		info.features |= PSEUDO_MM_FEATURE_LAZY | PSEUDO_MM_FEATURE_PROCESS;
+		info.features |= PSEUDO_MM_FEATURE_LAZY | PSEUDO_MM_FEATURE_PROCESS |
+				 PSEUDO_MM_FEATURE_REMOTE | PSEUDO_MM_FEATURE_PROMOTE_MAPPED |
+				 PSEUDO_MM_FEATURE_FIGURES;
 	info.page_size = PAGE_SIZE;
 	info.max_templates = pmm_max_templates;
 	info.max_maps = pmm_max_maps;
@@ -120,21 +125,62 @@ static long pmm_register(struct pmm_session *session, void __user *arg)
 	return err;
 }
 
-static struct pmm_device *pmm_session_device(struct pmm_session *session)
+static long pmm_register_remote(struct pmm_session *session, void __user *arg)
 {
-	struct pmm_device *device = NULL;
+	struct pseudo_mm_register_remote reg;
+	struct pmm_remote *remote;
+	int err;
+
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	err = pmm_copy_in(&reg, sizeof(reg), sizeof(reg), arg);
+	if (err)
+		return err;
+	if ((reg.flags & ~PSEUDO_MM_REMOTE_PUBLISHED) || reg.reserved || reg.remote_pages)
+		return -EINVAL;
+	remote = pmm_remote_register(reg.fd);
+	if (IS_ERR(remote))
+		return PTR_ERR(remote);
+	reg.remote_pages = pmm_remote_pages(remote);
 
 	mutex_lock(&session->lock);
-	if (session->device && !READ_ONCE(session->device->gone))
-		device = pmm_device_get(session->device);
+	err = session->remote ? -EBUSY : pmm_copy_out(arg, reg.size, &reg, sizeof(reg));
+	if (!err)
+		session->remote = pmm_remote_get(remote);
 	mutex_unlock(&session->lock);
-	return device;
+	if (!err && (reg.flags & PSEUDO_MM_REMOTE_PUBLISHED))
+		pmm_published_use_remote(pmm_remote_get(remote));
+	pmm_remote_put(remote);
+	return err;
+}
+
+/* A template with what is registered on the descriptor, if any of it is still there. */
+static struct file *pmm_session_template(struct pmm_session *session)
+{
+	struct pmm_device *device = NULL;
+	struct pmm_remote *remote = NULL;
+	struct file *file;
+	bool gone;
+
+	mutex_lock(&session->lock);
+	if (session->device)
+		device = pmm_device_get(session->device);
+	if (session->remote)
+		remote = pmm_remote_get(session->remote);
+	mutex_unlock(&session->lock);
+	gone = device && READ_ONCE(device->gone);
+	if (gone || (!device && !remote))
+		file = ERR_PTR(-ENODEV);
+	else
+		file = pmm_template_create(device, remote);
+	pmm_device_put(device);
+	pmm_remote_put(remote);
+	return file;
 }
 
 static long pmm_create(struct pmm_session *session, void __user *arg)
 {
 	struct pseudo_mm_create create;
-	struct pmm_device *device;
 	struct file *file;
 	int fd, err;
 
@@ -143,11 +189,7 @@ static long pmm_create(struct pmm_session *session, void __user *arg)
 		return err;
 	if (create.flags || create.id)
 		return -EINVAL;
-	device = pmm_session_device(session);
-	if (!device)
-		return -ENODEV;
-	file = pmm_template_create(device);
-	pmm_device_put(device);
+	file = pmm_session_template(session);
 	if (IS_ERR(file))
 		return PTR_ERR(file);
 	create.id = pmm_template_of(file)->id;
@@ -179,7 +221,7 @@ static long pmm_list(void __user *arg)
 	err = pmm_copy_in(&list, sizeof(list), sizeof(list), arg);
 	if (err)
 		return err;
-	if (list.entry_size < sizeof(*stats))
+	if (list.entry_size < PMM_STAT_FIRST_VERSION)
 		return -EINVAL;
 	room = min(list.capacity, pmm_max_templates);
 	stats = kvcalloc(room ?: 1, sizeof(*stats), GFP_KERNEL_ACCOUNT);
@@ -268,7 +310,7 @@ static struct pmm_extent *pmm_read_extents(const struct pseudo_mm_add *add)
 
 	if (!add->nr_extents)
 		return NULL;
-	if (add->extent_size < sizeof(given))
+	if (add->extent_size < PMM_EXTENT_FIRST_VERSION)
 		return ERR_PTR(-EINVAL);
 	if (add->extent_size > PAGE_SIZE)
 		return ERR_PTR(-E2BIG);
@@ -280,7 +322,8 @@ static struct pmm_extent *pmm_read_extents(const struct pseudo_mm_add *add)
 	for (i = 0; i < add->nr_extents; i++) {
 		err = copy_struct_from_user(&given, sizeof(given),
 					    from + (size_t)i * add->extent_size, add->extent_size);
-		if (!err && given.address & ~PAGE_MASK)
+		if (!err && (given.address & ~PAGE_MASK || given.reserved ||
+			     given.source > PSEUDO_MM_SOURCE_REMOTE))
 			err = -EINVAL;
 		if (!err && fatal_signal_pending(current))
 			err = -EINTR;
@@ -291,6 +334,7 @@ static struct pmm_extent *pmm_read_extents(const struct pseudo_mm_add *add)
 		extents[i].page = given.address >> PAGE_SHIFT;
 		extents[i].pages = given.pages;
 		extents[i].device_page = given.device_page;
+		extents[i].remote = given.source == PSEUDO_MM_SOURCE_REMOTE;
 		cond_resched();
 	}
 	return extents;
@@ -298,6 +342,7 @@ static struct pmm_extent *pmm_read_extents(const struct pseudo_mm_add *add)
 
 static long pmm_add(struct pmm_template *template, void __user *arg)
 {
+	struct pmm_sources sources = pmm_template_sources(template);
 	struct pseudo_mm_add add;
 	struct pmm_extent *extents;
 	struct pmm_map *maps;
@@ -323,7 +368,7 @@ static long pmm_add(struct pmm_template *template, void __user *arg)
 		err = -EPERM;
 	else
 		err = pmm_layout_add(&template->layout, maps, add.nr_maps, extents,
-				     add.nr_extents, template->device->pages);
+				     add.nr_extents, &sources);
 	mutex_unlock(&template->lock);
 free_extents:
 	kvfree(extents);
@@ -366,7 +411,7 @@ static long pmm_stat(struct pmm_template *template, void __user *arg)
 	u32 size;
 	int err;
 
-	err = pmm_copy_in(&stat, sizeof(stat), sizeof(stat), arg);
+	err = pmm_copy_in(&stat, sizeof(stat), PMM_STAT_FIRST_VERSION, arg);
 	if (err)
 		return err;
 	size = stat.size;
@@ -409,6 +454,8 @@ static int pmm_query_extents(const struct pmm_layout *layout, const struct pseud
 			.address = (u64)extent->page << PAGE_SHIFT,
 			.pages = extent->pages,
 			.device_page = extent->device_page,
+			.source = extent->remote ? PSEUDO_MM_SOURCE_REMOTE :
+						   PSEUDO_MM_SOURCE_DEVICE,
 		};
 
 		err = pmm_copy_out(to + (size_t)i * query->extent_size, query->extent_size, &out,
@@ -429,7 +476,7 @@ static long pmm_query(struct pmm_template *template, void __user *arg)
 	if (err)
 		return err;
 	if (query.flags || query.map_size < sizeof(struct pseudo_mm_map) ||
-	    query.extent_size < sizeof(struct pseudo_mm_extent))
+	    query.extent_size < PMM_EXTENT_FIRST_VERSION)
 		return -EINVAL;
 	err = mutex_lock_killable(&template->lock);
 	if (err)
@@ -441,6 +488,39 @@ static long pmm_query(struct pmm_template *template, void __user *arg)
 	query.nr_extents = template->layout.nr_extents;
 	mutex_unlock(&template->lock);
 	return err ?: pmm_copy_out(arg, query.size, &query, sizeof(query));
+}
+
+static long pmm_promote(struct pmm_template *template, void __user *arg)
+{
+	struct pseudo_mm_promote promote;
+	const struct pmm_map *map;
+	unsigned long first, last;
+	int err;
+
+	err = pmm_copy_in(&promote, sizeof(promote), sizeof(promote), arg);
+	if (err)
+		return err;
+	if ((promote.flags & ~PSEUDO_MM_PROMOTE_MAPPED) || promote.pages || !promote.length ||
+	    ((promote.start | promote.length) & ~PAGE_MASK) ||
+	    promote.start + promote.length < promote.start)
+		return -EINVAL;
+	if ((promote.flags & PSEUDO_MM_PROMOTE_MAPPED) &&
+	    !IS_ENABLED(CONFIG_PSEUDO_MM_BUILTIN))
+		return -EOPNOTSUPP;
+	if (!pmm_template_is_sealed(template))
+		return -EBUSY;
+	map = pmm_layout_map(&template->layout, promote.start, promote.start + promote.length);
+	if (!map || !(map->flags & MAP_ANONYMOUS) || (map->flags & MAP_GROWSDOWN))
+		return -ENXIO;
+	first = promote.start >> PAGE_SHIFT;
+	last = first + (promote.length >> PAGE_SHIFT);
+	err = pmm_local_bring(template, first, last, false);
+	if (!err && (promote.flags & PSEUDO_MM_PROMOTE_MAPPED))
+		err = pmm_replace_mapped(template, first, last);
+	if (err)
+		return err;
+	promote.pages = pmm_local_count(template, first, last);
+	return pmm_copy_out(arg, promote.size, &promote, sizeof(promote));
 }
 
 /* SEAL and DELETE have nothing but flags, of which there are none. */
@@ -474,6 +554,8 @@ long pmm_template_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return pmm_stat(template, user);
 	case PSEUDO_MM_QUERY:
 		return pmm_query(template, user);
+	case PSEUDO_MM_PROMOTE:
+		return pmm_promote(template, user);
 	case PSEUDO_MM_DELETE:
 		err = pmm_no_flags(user);
 		if (!err)
@@ -500,6 +582,7 @@ static int pmm_release(struct inode *inode, struct file *file)
 	struct pmm_session *session = file->private_data;
 
 	pmm_device_put(session->device);
+	pmm_remote_put(session->remote);
 	kfree(session);
 	return 0;
 }
@@ -514,6 +597,8 @@ static long pmm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return pmm_info(session, user);
 	case PSEUDO_MM_REGISTER:
 		return pmm_register(session, user);
+	case PSEUDO_MM_REGISTER_REMOTE:
+		return pmm_register_remote(session, user);
 	case PSEUDO_MM_CREATE:
 		return pmm_create(session, user);
 	case PSEUDO_MM_LIST:
@@ -543,6 +628,7 @@ static struct miscdevice pmm_misc = {
 
 static int __init pmm_init(void)
 {
+	pmm_local_init();
 	return misc_register(&pmm_misc);
 }
 

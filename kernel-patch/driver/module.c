@@ -20,10 +20,12 @@
 /* Page tables that an area gets beside those of its pages: 4 MiB, for 2 GiB of holes. */
 #define PMM_HOLE_TABLES 1024
 
-static int pmm_fill_extent(struct vm_area_struct *vma, const struct pmm_device *device,
+static int pmm_fill_extent(struct vm_area_struct *vma, const struct pmm_template *template,
 			   const struct pmm_extent *extent, unsigned long first,
 			   unsigned long last, unsigned long address, struct page **pages)
 {
+	const struct pmm_device *device = template->device;
+	bool has_local = !xa_empty(&template->local);
 	unsigned long device_page = extent->device_page + (first - extent->page);
 	unsigned long left = last - first;
 	unsigned long run, pfn, rest, i;
@@ -35,6 +37,8 @@ static int pmm_fill_extent(struct vm_area_struct *vma, const struct pmm_device *
 		pfn = pmm_device_run(device, device_page, &run);
 		for (i = 0; i < run; i++)
 			pages[i] = pfn_to_page(pfn + i);
+		for (i = 0; i < run && has_local; i++)
+			pages[i] = pmm_local_find(template, last - left + i) ?: pages[i];
 		rest = run;
 		err = vm_insert_pages(vma, address, pages, &rest);
 		if (err)
@@ -108,7 +112,7 @@ int pmm_area_begin(struct vm_area_struct *vma, const struct pmm_template *templa
 
 		if (from >= to)
 			break;
-		err = pmm_fill_extent(vma, template->device, extent, from, to,
+		err = pmm_fill_extent(vma, template, extent, from, to,
 				      vma->vm_start + ((from - first) << PAGE_SHIFT), pages);
 	}
 	kfree(pages);
@@ -188,4 +192,41 @@ int pmm_attach(struct file *file, struct pid *process, u64 *failed_at)
 struct pid *pmm_pidfd(int fd)
 {
 	return ERR_PTR(-EOPNOTSUPP);
+}
+
+/* The kernel does not count for modules. */
+int pmm_faults(struct pid *process, struct pseudo_mm_v0_pf_stat *stat)
+{
+	return -EOPNOTSUPP;
+}
+
+/* Reading far away at a fault, and entries of running processes, are the core's. */
+struct pmm_remote *pmm_remote_register(int fd)
+{
+	return ERR_PTR(-EOPNOTSUPP);
+}
+
+struct pmm_remote *pmm_remote_get(struct pmm_remote *remote)
+{
+	return remote;
+}
+
+void pmm_remote_put(struct pmm_remote *remote)
+{
+}
+
+unsigned long pmm_remote_pages(const struct pmm_remote *remote)
+{
+	return 0;
+}
+
+int pmm_remote_read(const struct pmm_remote *remote, unsigned long page, struct page **pages,
+		    unsigned int count)
+{
+	return -EOPNOTSUPP;
+}
+
+int pmm_replace_mapped(struct pmm_template *template, unsigned long first, unsigned long last)
+{
+	return -EOPNOTSUPP;
 }

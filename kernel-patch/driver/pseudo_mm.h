@@ -5,7 +5,9 @@
  * device.c: a registered pool, and its end. template.c: a template as a file.
  * layout.c: what a template holds. attach.c: how it comes into a process, with
  * module.c in a module and builtin.c, lazy.c in a kernel that has it built in.
- * main.c, published.c: the two command sets.
+ * local.c: pages of a template in this machine's memory, from a device or from
+ * remote.c, with replace.c in processes that are running. main.c, published.c:
+ * the two command sets.
  *
  * Locks, outer first: pmm_lock; a process's mmap_lock; the i_mmap lock of a
  * template's inode. A template's own lock is a leaf, and is not needed once
@@ -24,6 +26,7 @@
 #include <linux/notifier.h>
 #include <linux/srcu.h>
 #include <linux/version.h>
+#include <linux/xarray.h>
 #include <uapi/linux/pseudo_mm.h>
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
@@ -91,7 +94,17 @@ struct pmm_extent {
 	unsigned long page;
 	unsigned long pages;
 	unsigned long device_page;
+	bool remote;
 };
+
+/* Pages of the sources that extents can have. */
+struct pmm_sources {
+	unsigned long device;
+	unsigned long remote;
+};
+
+/* A pool that is read by a file; remote.c. */
+struct pmm_remote;
 
 /**
  * struct pmm_layout - what a template holds
@@ -116,7 +129,8 @@ struct pmm_layout {
 /**
  * struct pmm_template - the private data of a template's file
  * @id: its number
- * @device: where its pages come from; NULL while it has none (published set)
+ * @device: where its pages come from; NULL while it has none
+ * @remote: the same
  * @node: in @device's list, under pmm_lock
  * @all: in the list of all templates, under pmm_lock
  * @mapping: of the template's inode; finds what maps the template
@@ -126,10 +140,14 @@ struct pmm_layout {
  * @sealed: set with release, read with acquire
  * @deleted: no further attach
  * @attached: how often it was attached
+ * @local: pages that are in this machine's memory, by page of the address space;
+ *	none is ever taken out before the template ends
+ * @local_pages: how many
  */
 struct pmm_template {
 	u64 id;
 	struct pmm_device *device;
+	struct pmm_remote *remote;
 	struct list_head node;
 	struct list_head all;
 	struct address_space *mapping;
@@ -139,6 +157,8 @@ struct pmm_template {
 	bool sealed;
 	bool deleted;
 	atomic64_t attached;
+	struct xarray local;
+	atomic64_t local_pages;
 };
 
 extern struct mutex pmm_lock;
@@ -156,8 +176,10 @@ unsigned long pmm_device_run(const struct pmm_device *device, unsigned long page
 			     unsigned long *pages);
 
 /* template.c */
-struct file *pmm_template_create(struct pmm_device *device);
+struct file *pmm_template_create(struct pmm_device *device, struct pmm_remote *remote);
 int pmm_template_use_device(struct pmm_template *template, struct pmm_device *device);
+int pmm_template_use_remote(struct pmm_template *template, struct pmm_remote *remote);
+struct pmm_sources pmm_template_sources(const struct pmm_template *template);
 struct pmm_template *pmm_template_of(struct file *file);
 int pmm_template_seal(struct pmm_template *template);
 bool pmm_template_is_sealed(const struct pmm_template *template);
@@ -168,7 +190,7 @@ bool pmm_vma_is_template(const struct vm_area_struct *vma);
 /* layout.c */
 int pmm_layout_add(struct pmm_layout *layout, struct pmm_map *maps, unsigned int nr_maps,
 		   struct pmm_extent *extents, unsigned int nr_extents,
-		   unsigned long device_pages);
+		   const struct pmm_sources *sources);
 int pmm_layout_copy(struct pmm_layout *to, const struct pmm_layout *from);
 void pmm_layout_free(struct pmm_layout *layout);
 const struct pmm_map *pmm_layout_map(const struct pmm_layout *layout, unsigned long start,
@@ -177,10 +199,33 @@ unsigned int pmm_layout_extent(const struct pmm_layout *layout, unsigned long pa
 void pmm_maps_free(struct pmm_map *maps, unsigned int count);
 int pmm_map_check(const struct pmm_map *map);
 
+/* local.c */
+#define PMM_CLUSTER 16
+void pmm_local_init(void);
+struct page *pmm_local_find(const struct pmm_template *template, unsigned long page);
+int pmm_local_bring(struct pmm_template *template, unsigned long first, unsigned long last,
+		    bool remote_only);
+unsigned long pmm_local_count(const struct pmm_template *template, unsigned long first,
+			      unsigned long last);
+int pmm_local_copy(struct pmm_template *to, const struct pmm_template *from);
+void pmm_local_free(struct pmm_template *template);
+
+/* remote.c, not in a module */
+struct pmm_remote *pmm_remote_register(int fd);
+struct pmm_remote *pmm_remote_get(struct pmm_remote *remote);
+void pmm_remote_put(struct pmm_remote *remote);
+unsigned long pmm_remote_pages(const struct pmm_remote *remote);
+int pmm_remote_read(const struct pmm_remote *remote, unsigned long page, struct page **pages,
+		    unsigned int count);
+
+/* replace.c, not in a module */
+int pmm_replace_mapped(struct pmm_template *template, unsigned long first, unsigned long last);
+
 /* attach.c */
 int pmm_template_mmap(struct file *file, struct vm_area_struct *vma);
 bool pmm_map_is_shared_pages(const struct pmm_layout *layout, const struct pmm_map *map);
 int pmm_attach_conflict(struct mm_struct *mm, struct file *file, u64 *found_at);
+int pmm_attach_prepare(struct file *file);
 int pmm_attach_maps(struct file *file, u64 *failed_at);
 
 /* module.c, or builtin.c and lazy.c. The areas are those of the current address space. */
@@ -192,12 +237,14 @@ void pmm_area_unmap(unsigned long start, unsigned long length);
 int pmm_area_write(unsigned long address, void *buffer);
 int pmm_area_begin(struct vm_area_struct *vma, const struct pmm_template *template);
 void pmm_area_enable(void);
+int pmm_faults(struct pid *process, struct pseudo_mm_v0_pf_stat *stat);
 
 /* main.c */
 long pmm_template_ioctl(struct file *file, unsigned int cmd, unsigned long arg);
 
 /* published.c */
 long pmm_published_ioctl(struct file *file, unsigned int cmd, void __user *arg);
+void pmm_published_use_remote(struct pmm_remote *remote);
 void pmm_published_exit(void);
 
 #endif

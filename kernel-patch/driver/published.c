@@ -22,6 +22,7 @@
 static DEFINE_MUTEX(pmm_published_lock);
 static DEFINE_XARRAY_ALLOC1(pmm_published);
 static struct pmm_device *pmm_published_device;
+static struct pmm_remote *pmm_published_remote;
 
 static long pmm_v0_register(const int __user *arg)
 {
@@ -52,7 +53,7 @@ static long pmm_v0_create(int __user *arg)
 	u32 id;
 	int err;
 
-	file = pmm_template_create(NULL);
+	file = pmm_template_create(NULL, NULL);
 	if (IS_ERR(file))
 		return PTR_ERR(file);
 	err = mutex_lock_killable(&pmm_published_lock);
@@ -124,11 +125,13 @@ static struct pmm_template *pmm_v0_writable(int id)
 	template = pmm_template_of(file);
 	if (!pmm_template_is_sealed(template))
 		return template;
-	changed = pmm_template_create(template->device);
+	changed = pmm_template_create(template->device, template->remote);
 	if (IS_ERR(changed))
 		return ERR_CAST(changed);
 	copy = pmm_template_of(changed);
 	err = pmm_layout_copy(&copy->layout, &template->layout);
+	if (!err)
+		err = pmm_local_copy(copy, template);
 	if (!err) {
 		stored = xa_store(&pmm_published, id, changed, GFP_KERNEL_ACCOUNT);
 		err = xa_err(stored);
@@ -145,18 +148,21 @@ static struct pmm_template *pmm_v0_writable(int id)
 static int pmm_v0_change(int id, struct pmm_map *maps, unsigned int nr_maps,
 			 struct pmm_extent *extents, unsigned int nr_extents)
 {
-	unsigned long device_pages = pmm_published_device ? pmm_published_device->pages : 0;
 	struct pmm_template *template = pmm_v0_writable(id);
+	struct pmm_sources sources;
 	int err = 0;
 
 	if (IS_ERR(template))
 		return PTR_ERR(template);
-	if (nr_extents)
+	if (nr_extents && extents->remote)
+		err = pmm_template_use_remote(template, pmm_published_remote);
+	else if (nr_extents)
 		err = pmm_template_use_device(template, pmm_published_device);
 	if (err)
 		return err;
+	sources = pmm_template_sources(template);
 	mutex_lock(&template->lock);
-	err = pmm_layout_add(&template->layout, maps, nr_maps, extents, nr_extents, device_pages);
+	err = pmm_layout_add(&template->layout, maps, nr_maps, extents, nr_extents, &sources);
 	mutex_unlock(&template->lock);
 	return err;
 }
@@ -235,6 +241,7 @@ static int pmm_v0_setup_range(const struct pseudo_mm_v0_setup_pt *given)
 		.page = given->start >> PAGE_SHIFT,
 		.pages = given->size >> PAGE_SHIFT,
 		.device_page = given->pgoff,
+		.remote = given->type == PSEUDO_MM_MEMORY_RDMA,
 	};
 	const struct pmm_map *map = pmm_v0_map(given->id, given->start, given->size);
 	int err;
@@ -243,11 +250,10 @@ static int pmm_v0_setup_range(const struct pseudo_mm_v0_setup_pt *given)
 		return PTR_ERR(map);
 	if (given->type != PSEUDO_MM_MEMORY_DAX && given->type != PSEUDO_MM_MEMORY_RDMA)
 		return -EINVAL;
-	/* No remote pool is ever registered with the module. */
-	if (given->type == PSEUDO_MM_MEMORY_RDMA || !pmm_published_device)
+	if (extent.remote ? !pmm_published_remote : !pmm_published_device)
 		return -ENOENT;
 	err = pmm_v0_change(given->id, NULL, 0, &extent, 1);
-	/* Pages behind the device, and pages that are set already. */
+	/* Pages behind the pool, and pages that are set already. */
 	return err == -ERANGE || err == -EEXIST ? -EFAULT : err;
 }
 
@@ -295,10 +301,44 @@ static long pmm_v0_attach(const struct pseudo_mm_v0_attach __user *arg)
 	return err;
 }
 
+/* Pages of the device all, none of which has been brought back. */
+static int pmm_v0_check_back(const struct pmm_template *template, unsigned long first,
+			     unsigned long last)
+{
+	const struct pmm_layout *layout = &template->layout;
+	unsigned long page = first;
+	unsigned int i;
+
+	for (i = pmm_layout_extent(layout, first); page < last; i++) {
+		if (i == layout->nr_extents || layout->extents[i].page > page ||
+		    layout->extents[i].remote)
+			return -EINVAL;
+		page = layout->extents[i].page + layout->extents[i].pages;
+	}
+	return pmm_local_count(template, first, last) ? -EINVAL : 0;
+}
+
+/* The caller holds pmm_published_lock, so the template does not change. */
+static int pmm_v0_bring_range(const struct pseudo_mm_v0_bring_back *given)
+{
+	const struct pmm_map *map = pmm_v0_map(given->id, given->start, given->size);
+	unsigned long first = given->start >> PAGE_SHIFT;
+	unsigned long last = first + (given->size >> PAGE_SHIFT);
+	struct pmm_template *template;
+	int err;
+
+	if (IS_ERR(map))
+		return PTR_ERR(map);
+	if (!(map->flags & MAP_ANONYMOUS))
+		return -EINVAL;
+	template = pmm_template_of(xa_load(&pmm_published, given->id));
+	err = pmm_v0_check_back(template, first, last);
+	return err ?: pmm_local_bring(template, first, last, false);
+}
+
 static long pmm_v0_bring_back(const struct pseudo_mm_v0_bring_back __user *arg)
 {
 	struct pseudo_mm_v0_bring_back given;
-	const struct pmm_map *map;
 	int err;
 
 	if (copy_from_user(&given, arg, sizeof(given)))
@@ -306,28 +346,39 @@ static long pmm_v0_bring_back(const struct pseudo_mm_v0_bring_back __user *arg)
 	err = mutex_lock_killable(&pmm_published_lock);
 	if (err)
 		return err;
-	map = pmm_v0_map(given.id, given.start, given.size);
-	if (IS_ERR(map))
-		err = PTR_ERR(map);
-	else
-		err = map->flags & MAP_ANONYMOUS ? -EOPNOTSUPP : -EINVAL;
+	err = pmm_v0_bring_range(&given);
 	mutex_unlock(&pmm_published_lock);
 	return err;
 }
 
-static long pmm_v0_pf_stat(const struct pseudo_mm_v0_pf_stat __user *arg)
+static long pmm_v0_pf_stat(struct pseudo_mm_v0_pf_stat __user *arg)
 {
+	struct pseudo_mm_v0_pf_stat stat = {};
 	struct pid *process;
-	int number;
+	int err;
 
-	if (get_user(number, &arg->pid))
+	if (get_user(stat.pid, &arg->pid))
 		return -EFAULT;
-	process = find_get_pid(number);
+	process = find_get_pid(stat.pid);
 	if (!process)
 		return -ESRCH;
+	err = pmm_faults(process, &stat);
 	put_pid(process);
-	/* Faults are not counted by process. */
-	return -EOPNOTSUPP;
+	if (err)
+		return err;
+	return copy_to_user(arg, &stat, sizeof(stat)) ? -EFAULT : 0;
+}
+
+/* From here on the pool of PSEUDO_MM_MEMORY_RDMA; takes the reference. */
+void pmm_published_use_remote(struct pmm_remote *remote)
+{
+	struct pmm_remote *old;
+
+	mutex_lock(&pmm_published_lock);
+	old = pmm_published_remote;
+	pmm_published_remote = remote;
+	mutex_unlock(&pmm_published_lock);
+	pmm_remote_put(old);
 }
 
 long pmm_published_ioctl(struct file *file, unsigned int cmd, void __user *arg)
@@ -362,4 +413,5 @@ long pmm_published_ioctl(struct file *file, unsigned int cmd, void __user *arg)
 void pmm_published_exit(void)
 {
 	pmm_device_put(pmm_published_device);
+	pmm_remote_put(pmm_published_remote);
 }

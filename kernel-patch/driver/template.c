@@ -38,8 +38,10 @@ static int pmm_template_release(struct inode *inode, struct file *file)
 	pmm_nr_templates--;
 	mutex_unlock(&pmm_lock);
 
+	pmm_local_free(template);
 	pmm_layout_free(&template->layout);
 	pmm_device_put(template->device);
+	pmm_remote_put(template->remote);
 	put_pid(template->owner);
 	kfree(template);
 	simple_release_fs(&pmm_mount, &pmm_mount_pins);
@@ -81,10 +83,11 @@ static struct file *pmm_template_file(struct pmm_template *template)
 /**
  * pmm_template_create - make an empty template
  * @device: where its pages come from, or NULL if that is not known yet
+ * @remote: the same
  *
  * Return: a file, or an error pointer.
  */
-struct file *pmm_template_create(struct pmm_device *device)
+struct file *pmm_template_create(struct pmm_device *device, struct pmm_remote *remote)
 {
 	struct pmm_template *template;
 	struct file *file;
@@ -94,6 +97,7 @@ struct file *pmm_template_create(struct pmm_device *device)
 	if (!template)
 		return ERR_PTR(-ENOMEM);
 	mutex_init(&template->lock);
+	xa_init_flags(&template->local, XA_FLAGS_ACCOUNT);
 	INIT_LIST_HEAD(&template->node);
 	pmm_area_enable();
 	err = simple_pin_fs(&pmm_fs_type, &pmm_mount, &pmm_mount_pins);
@@ -118,6 +122,8 @@ struct file *pmm_template_create(struct pmm_device *device)
 		template->device = pmm_device_get(device);
 		list_add_tail(&template->node, &device->templates);
 	}
+	if (remote)
+		template->remote = pmm_remote_get(remote);
 	mutex_unlock(&pmm_lock);
 	return file;
 
@@ -151,6 +157,29 @@ int pmm_template_use_device(struct pmm_template *template, struct pmm_device *de
 	}
 	mutex_unlock(&pmm_lock);
 	return err;
+}
+
+/* The same for a remote pool. */
+int pmm_template_use_remote(struct pmm_template *template, struct pmm_remote *remote)
+{
+	int err = mutex_lock_killable(&pmm_lock);
+
+	if (err)
+		return err;
+	if (!template->remote)
+		template->remote = pmm_remote_get(remote);
+	else if (template->remote != remote)
+		err = -EBUSY;
+	mutex_unlock(&pmm_lock);
+	return err;
+}
+
+struct pmm_sources pmm_template_sources(const struct pmm_template *template)
+{
+	return (struct pmm_sources) {
+		.device = template->device ? template->device->pages : 0,
+		.remote = pmm_remote_pages(template->remote),
+	};
 }
 
 /* The template of a file, or NULL if it is another kind of file. */
@@ -225,6 +254,7 @@ void pmm_template_stat(struct pmm_template *template, struct pseudo_mm_stat *sta
 	stat->attached = atomic64_read(&template->attached);
 	stat->mapped = pmm_template_areas(template);
 	stat->owner = pid_vnr(template->owner);
+	stat->local_pages = atomic64_read(&template->local_pages);
 }
 
 static int pmm_init_fs_context(struct fs_context *context)

@@ -78,6 +78,7 @@ int pool_open(struct pool *pool, unsigned long count)
 	const char *path = getenv("PSEUDO_MM_DAX");
 	struct timespec now;
 
+	pool->remote = -1;
 	pool->dax = open(path ? path : "/dev/dax0.0", O_RDWR | O_CLOEXEC);
 	pool->dev = open("/dev/pseudo_mm", O_RDWR | O_CLOEXEC);
 	if (pool->dax < 0 || pool->dev < 0)
@@ -95,8 +96,40 @@ int pool_open(struct pool *pool, unsigned long count)
 	return ioctl(pool->dev, PSEUDO_MM_REGISTER, &reg) ? failed("registering the pool") : 0;
 }
 
+int pool_register_remote(struct pool *pool, int file)
+{
+	struct pseudo_mm_register_remote reg = { .size = sizeof(reg), .fd = file };
+
+	if (ioctl(pool->dev, PSEUDO_MM_REGISTER_REMOTE, &reg))
+		return failed("registering a remote pool");
+	pool->remote = file;
+	return 0;
+}
+
+int pool_add_remote(struct pool *pool, unsigned long count)
+{
+	char path[] = "/tmp/pseudo_mm.remote.XXXXXX", page[PAGE];
+	int writer = mkstemp(path), file = open(path, O_RDONLY | O_CLOEXEC);
+
+	unlink(path);
+	if (writer < 0 || file < 0)
+		return failed("a file as a remote pool");
+	for (unsigned long i = 0; i < count; i++) {
+		page_fill(page, pool->seed, REMOTE(i));
+		if (write(writer, page, PAGE) != PAGE)
+			return failed("filling the remote pool");
+	}
+	close(writer);
+	pool->remote_pages = mmap(NULL, count * PAGE, PROT_READ, MAP_SHARED, file, 0);
+	if (pool->remote_pages == MAP_FAILED)
+		return failed("mapping the remote pool");
+	return pool_register_remote(pool, file);
+}
+
 void pool_close(struct pool *pool)
 {
+	if (pool->remote >= 0)
+		close(pool->remote);
 	munmap(pool->pages, pool->count * PAGE);
 	close(pool->dax);
 	close(pool->dev);
@@ -163,6 +196,16 @@ int template_delete(int fd)
 	return ioctl(fd, PSEUDO_MM_DELETE, &delete);
 }
 
+int template_promote(int fd, unsigned long start, unsigned long pages, unsigned int flags)
+{
+	struct pseudo_mm_promote promote = {
+		.size = sizeof(promote), .flags = flags, .start = start, .length = pages * PAGE,
+	};
+	int err = ioctl(fd, PSEUDO_MM_PROMOTE, &promote);
+
+	return err ?: (int)promote.pages;
+}
+
 struct pseudo_mm_map map_anonymous(unsigned long start, unsigned long pages)
 {
 	return (struct pseudo_mm_map) {
@@ -226,6 +269,17 @@ long proc_value(const char *path, const char *name)
 	}
 	fclose(file);
 	return value;
+}
+
+uint64_t frame(const char *at)
+{
+	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	uint64_t entry = 0;
+
+	if (pread(pagemap, &entry, sizeof(entry), (uintptr_t)at / PAGE * sizeof(entry)) < 0)
+		entry = 0;
+	close(pagemap);
+	return entry >> 63 ? entry & ((1ULL << 55) - 1) : 0;
 }
 
 int in_child(int (*function)(void *), void *argument)

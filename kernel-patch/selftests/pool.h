@@ -28,11 +28,21 @@ struct pool {
 	char *pages;
 	unsigned long count;
 	uint64_t seed;
+	/* A file that is registered as the remote pool, or -1, and its pages. */
+	int remote;
+	const char *remote_pages;
 };
+
+/* Page i of the remote pool has the bytes of a page of this number. */
+#define REMOTE(i) ((1UL << 20) + (i))
 
 /* Opens the device named by PSEUDO_MM_DAX, or /dev/dax0.0, and fills @count pages. */
 int pool_open(struct pool *pool, unsigned long count);
 void pool_close(struct pool *pool);
+/* Gives it a remote pool of @count pages, in a file of /tmp. */
+int pool_add_remote(struct pool *pool, unsigned long count);
+/* The same with a file that is there. */
+int pool_register_remote(struct pool *pool, int file);
 /* Whether the driver has a PSEUDO_MM_FEATURE_*. */
 bool pool_can(const struct pool *pool, uint64_t feature);
 
@@ -50,6 +60,7 @@ int template_seal(int fd);
 int template_attach(int fd, uint64_t *failed_at);
 int template_stat(int fd, struct pseudo_mm_stat *stat);
 int template_delete(int fd);
+int template_promote(int fd, unsigned long start, unsigned long pages, unsigned int flags);
 
 /* A readable and writable private anonymous mapping of a template. */
 struct pseudo_mm_map map_anonymous(unsigned long start, unsigned long pages);
@@ -63,6 +74,9 @@ long smaps_value(unsigned long address, const char *name);
 
 /* A line of /proc/meminfo, /proc/self/status and the like, in kB, or -1. */
 long proc_value(const char *path, const char *name);
+
+/* The frame that a page of this process lies in, or 0. */
+uint64_t frame(const char *at);
 
 /* Runs @function in a child; its exit status, or 128 and the signal. */
 int in_child(int (*function)(void *), void *argument);

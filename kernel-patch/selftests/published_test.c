@@ -325,16 +325,15 @@ TEST_F(published, attach_names_its_process_and_template)
 	EXPECT_ERROR(EEXIST, v0_attach(dev, getpid(), id));
 }
 
-TEST_F(published, bring_back_and_statistics_are_refused_after_their_checks)
+TEST_F(published, pages_are_brought_back_all_or_none)
 {
 	struct pseudo_mm_v0_bring_back back = { self->id, BASE, PAGE };
-	struct pseudo_mm_v0_pf_stat stat = { .pid = getpid(), .cow_nr = 77 };
 	int dev = self->pool.dev, id = self->id, file = memfd_create("file", MFD_CLOEXEC);
 
 	ASSERT_EQ(0, ftruncate(file, PAGE));
 	ASSERT_EQ(0, v0_add(dev, id, BASE, 4, ANONYMOUS, -1));
 	ASSERT_EQ(0, v0_add(dev, id, BASE + 4 * PAGE, 4, MAP_PRIVATE, file));
-	ASSERT_EQ(0, v0_setup(dev, id, BASE, 4, 20, PSEUDO_MM_MEMORY_DAX));
+	ASSERT_EQ(0, v0_setup(dev, id, BASE, 3, 20, PSEUDO_MM_MEMORY_DAX));
 #define BAD(number, change) do { \
 	struct pseudo_mm_v0_bring_back good = back; \
 	change; \
@@ -350,20 +349,79 @@ TEST_F(published, bring_back_and_statistics_are_refused_after_their_checks)
 	BAD(EFAULT, back.start = BASE + 50 * PAGE);
 	BAD(EFAULT, back.start = -PAGE; back.size = 2 * PAGE);
 	BAD(EINVAL, back.start = BASE + 4 * PAGE);
-	BAD(EOPNOTSUPP, back.size = 4 * PAGE);
+	/* A page of the range that is a hole, and then one that has been brought back. */
+	BAD(EINVAL, back.size = 4 * PAGE);
+	ASSERT_EQ(0, v0_setup(dev, id, BASE + 3 * PAGE, 1, 23, PSEUDO_MM_MEMORY_DAX));
+	ASSERT_EQ(0, ioctl(dev, PSEUDO_MM_V0_BRING_BACK, &back));
+	BAD(EINVAL, );
+	BAD(EINVAL, back.size = 4 * PAGE);
 #undef BAD
-	/* The pages are where they were. */
+	/* What failed has brought back nothing. */
+	back.start += PAGE;
+	back.size = 3 * PAGE;
+	ASSERT_EQ(0, ioctl(dev, PSEUDO_MM_V0_BRING_BACK, &back));
 	ASSERT_EQ(0, v0_attach(dev, getpid(), id));
 	EXPECT_TRUE(pages_are(&self->pool, (char *)BASE, 20, 4));
+	/* They are this machine's memory. */
+	for (unsigned long i = 0; i < 4; i++)
+		EXPECT_NE(frame((char *)BASE + i * PAGE),
+			  frame(self->pool.pages + (20 + i) * PAGE));
+	/* A template that is changed after that keeps them. */
+	ASSERT_EQ(0, v0_add(dev, id, BASE + 100 * PAGE, 1, ANONYMOUS, -1));
+	ASSERT_EQ(0, munmap((void *)BASE, 8 * PAGE));
+	ASSERT_EQ(0, v0_attach(dev, getpid(), id));
+	EXPECT_TRUE(pages_are(&self->pool, (char *)BASE, 20, 4));
+	EXPECT_NE(frame((char *)BASE), frame(self->pool.pages + 20 * PAGE));
+}
 
-	EXPECT_ERROR(EOPNOTSUPP, ioctl(dev, PSEUDO_MM_V0_PF_STAT, &stat));
-	EXPECT_EQ(77, stat.cow_nr);
-	stat.pid = getppid();
-	EXPECT_ERROR(EOPNOTSUPP, ioctl(dev, PSEUDO_MM_V0_PF_STAT, &stat));
+TEST_F(published, faults_are_told_by_process)
+{
+	struct pseudo_mm_v0_pf_stat stat = { .pid = getpid(), .cow_nr = 77 };
+	int dev = self->pool.dev;
+
+	if (pool_can(&self->pool, PSEUDO_MM_FEATURE_FIGURES)) {
+		ASSERT_EQ(0, ioctl(dev, PSEUDO_MM_V0_PF_STAT, &stat));
+		EXPECT_EQ(getpid(), stat.pid);
+		EXPECT_EQ(0, stat.cow_nr);
+	} else {
+		EXPECT_ERROR(EOPNOTSUPP, ioctl(dev, PSEUDO_MM_V0_PF_STAT, &stat));
+		EXPECT_EQ(77, stat.cow_nr);
+	}
 	stat.pid = 0;
 	EXPECT_ERROR(ESRCH, ioctl(dev, PSEUDO_MM_V0_PF_STAT, &stat));
 	stat.pid = -1;
 	EXPECT_ERROR(ESRCH, ioctl(dev, PSEUDO_MM_V0_PF_STAT, &stat));
+}
+
+TEST_F(published, a_remote_pool_is_that_of_rdma)
+{
+	struct pseudo_mm_register_remote reg = {
+		.size = sizeof(reg), .flags = PSEUDO_MM_REMOTE_PUBLISHED,
+	};
+	int dev = self->pool.dev, id = self->id, session = open("/dev/pseudo_mm", O_RDWR | O_CLOEXEC);
+	char path[] = "/tmp/pseudo_mm.remote.XXXXXX", page[PAGE];
+	int writer = mkstemp(path);
+
+	if (!pool_can(&self->pool, PSEUDO_MM_FEATURE_REMOTE))
+		SKIP(return, "a module has no remote pools");
+	for (unsigned long i = 0; i < 8; i++) {
+		page_fill(page, self->pool.seed, REMOTE(i));
+		ASSERT_EQ((ssize_t)PAGE, write(writer, page, PAGE));
+	}
+	close(writer);
+	reg.fd = open(path, O_RDONLY | O_CLOEXEC);
+	unlink(path);
+	ASSERT_EQ(0, ioctl(session, PSEUDO_MM_REGISTER_REMOTE, &reg));
+	ASSERT_EQ(0, v0_add(dev, id, BASE, 8, ANONYMOUS, -1));
+	ASSERT_EQ(0, v0_setup(dev, id, BASE, 2, 20, PSEUDO_MM_MEMORY_DAX));
+	ASSERT_EQ(0, v0_setup(dev, id, BASE + 2 * PAGE, 4, 4, PSEUDO_MM_MEMORY_RDMA));
+	EXPECT_ERROR(EFAULT, v0_setup(dev, id, BASE + 6 * PAGE, 2, 7, PSEUDO_MM_MEMORY_RDMA));
+	ASSERT_EQ(0, v0_attach(dev, getpid(), id));
+	EXPECT_TRUE(pages_are(&self->pool, (char *)BASE, 20, 2));
+	EXPECT_TRUE(pages_are(&self->pool, (char *)BASE + 2 * PAGE, REMOTE(4), 4));
+	EXPECT_TRUE(page_is_zero((char *)BASE + 6 * PAGE));
+	close(session);
+	close(reg.fd);
 }
 
 TEST_F(published, registering_anything_else_leaves_no_device)

@@ -50,6 +50,7 @@
 
 /* Steps until both windows are made anew, and of a child. */
 #define EPOCH 1500UL
+#define SHORT_EPOCH 30UL
 #define CHILD_STEPS 40UL
 #define MAX_DEPTH 2
 /* The most that one step moves through a pipe; a pipe has room for it. */
@@ -263,6 +264,19 @@ static bool step_map_template(struct walk *walk)
 	for (int side = 0; side < SIDES; side++)
 		outcomes[side] = map_part(walk, side, from);
 	return same(walk, outcomes);
+}
+
+/* Pages of the template come into memory: nobody sees that, the other window least. */
+static bool step_promote(struct walk *walk)
+{
+	const struct pseudo_mm_map *map = &walk->maps[below(walk, walk->nr_maps)];
+	unsigned long pages = map->length / PAGE, first = below(walk, pages);
+	bool mapped = pool_can(walk->pool, PSEUDO_MM_FEATURE_PROMOTE_MAPPED) && below(walk, 4);
+
+	pick(walk, pages - first < 60 ? pages - first : 60);
+	return template_promote(walk->tmpl, map->start + first * PAGE, walk->count,
+				mapped ? PSEUDO_MM_PROMOTE_MAPPED : 0) >= 0 ||
+	       complain(walk, strerror(errno));
 }
 
 static bool step_shrink(struct walk *walk)
@@ -509,6 +523,7 @@ static const struct {
 	{ "munmap", step_unmap, 30 },
 	{ "mmap", step_map, 30 },
 	{ "mmap of the template", step_map_template, 60 },
+	{ "promotion", step_promote, 20 },
 	{ "shrinking", step_shrink, 20 },
 	{ "mremap", step_move, 60 },
 	{ "a write into a pipe", step_into_pipe, 40 },
@@ -589,6 +604,26 @@ TEST_F_TIMEOUT(windows, attached_memory_is_as_copied_memory, 3600)
 
 		ASSERT_TRUE(begin_epoch(&walk) && walk_on(&walk, until) && compare(&walk));
 	}
+}
+
+/* Page tables are not filled and pages not fetched when the steps come: few steps, often. */
+TEST_F_TIMEOUT(windows, memory_that_nobody_has_touched_is_as_copied_memory, 3600)
+{
+	unsigned long last = from_environment("PSEUDO_MM_STEPS", 8000) / 4;
+	static struct walk walk = { .tmpl = -1, .untouched = true, .watched = PAGES };
+
+	if (!pool_can(&self->pool, PSEUDO_MM_FEATURE_LAZY))
+		SKIP(return, "the driver fills at attach");
+	ASSERT_EQ(0, pool_add_remote(&self->pool, POOL_PAGES));
+	walk.pool = &self->pool;
+	walk.seed = from_environment("PSEUDO_MM_SEED", self->pool.seed);
+	walk.random = walk.seed;
+	walk.check = last + 1;
+	printf("# seed %" PRIu64 ", %lu steps\n", walk.seed, last);
+	ASSERT_EQ(0, catch_faults());
+	while (walk.step < last)
+		ASSERT_TRUE(begin_epoch(&walk) && walk_on(&walk, walk.step + SHORT_EPOCH) &&
+			    compare(&walk));
 }
 
 TEST_HARNESS_MAIN

@@ -118,18 +118,6 @@ static void wait_for_scans(const char *counter)
 		usleep(10000);
 }
 
-/* The page frame that an address has, or 0. */
-static uint64_t frame(const char *at)
-{
-	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	uint64_t entry = 0;
-
-	if (pread(fd, &entry, sizeof(entry), (uintptr_t)at / PAGE * sizeof(entry)) != sizeof(entry))
-		entry = 0;
-	close(fd);
-	return entry >> 63 ? entry & ((1ULL << 55) - 1) : 0;
-}
-
 TEST_F_TIMEOUT(system, khugepaged_makes_no_huge_pages_of_it, 300)
 {
 	ASSERT_TRUE(set(THP "enabled", "always"));

@@ -148,7 +148,7 @@ static unsigned int lay_out(struct walk *walk, struct pseudo_mm_extent *extents)
 
 	walk->nr_maps = 0;
 	for (unsigned long i = 0; i < PAGES; i++)
-		walk->source[i] = -1;
+		walk->source[i] = NULL;
 	for (unsigned long at = 0; at < PAGES; at += below(walk, 3) ? 0 : 1 + below(walk, 20)) {
 		unsigned long count = 1 + below(walk, PAGES - at < 500 ? PAGES - at : 500);
 		struct pseudo_mm_map map = map_anonymous(windows[ATTACHED] + at * PAGE, count);
@@ -161,11 +161,16 @@ static unsigned int lay_out(struct walk *walk, struct pseudo_mm_extent *extents)
 			unsigned long run = 1 + below(walk, end - at < 200 ? end - at : 200);
 			unsigned long from = below(walk, POOL_PAGES - run);
 
+			bool remote = walk->pool->remote >= 0 && below(walk, 2);
+
 			extents[nr_extents++] = (struct pseudo_mm_extent) {
 				windows[ATTACHED] + at * PAGE, run, from,
+				remote ? PSEUDO_MM_SOURCE_REMOTE : PSEUDO_MM_SOURCE_DEVICE,
 			};
 			for (unsigned long i = 0; i < run; i++)
-				walk->source[at + i] = from + i;
+				walk->source[at + i] = (remote ? walk->pool->remote_pages :
+								 walk->pool->pages) +
+						       (from + i) * PAGE;
 			at += run + (below(walk, 2) ? 0 : below(walk, 30));
 			if (at > end)
 				at = end;
@@ -184,8 +189,8 @@ static struct outcome map_copied(const struct walk *walk, unsigned long first, u
 	if (at == MAP_FAILED)
 		return outcome_of(-1);
 	for (unsigned long i = 0; i < count; i++) {
-		if (walk->source[from + i] >= 0)
-			memcpy(at + i * PAGE, walk->pool->pages + walk->source[from + i] * PAGE, PAGE);
+		if (walk->source[from + i])
+			memcpy(at + i * PAGE, walk->source[from + i], PAGE);
 	}
 	if (prot != (PROT_READ | PROT_WRITE) && mprotect(at, count * PAGE, prot))
 		return outcome_of(-1);
@@ -230,7 +235,8 @@ bool begin_epoch(struct walk *walk)
 		if (made.error)
 			return complain(walk, strerror(made.error));
 	}
-	return compare(walk);
+	/* A comparison has everything filled and fetched. */
+	return walk->untouched || compare(walk);
 }
 
 void pick(struct walk *walk, unsigned long most)

@@ -28,8 +28,10 @@ struct outcome {
 struct walk {
 	const struct pool *pool;
 	int tmpl;
-	/* The pool's page of each page of the template, or -1. */
-	long source[PAGES];
+	/* Bytes that each page of the template starts with, or NULL. */
+	const char *source[PAGES];
+	/* Windows begin without a look at them. */
+	bool untouched;
 	struct pseudo_mm_map maps[PAGES];
 	unsigned int nr_maps;
 	/* Where an area may begin or end, in either window. */

@@ -17,8 +17,17 @@ pub const FEATURE_PUBLISHED: u64 = 1 << 1;
 pub const FEATURE_LAZY: u64 = 1 << 2;
 pub const FEATURE_REMOTE: u64 = 1 << 3;
 pub const FEATURE_PROCESS: u64 = 1 << 4;
+pub const FEATURE_PROMOTE_MAPPED: u64 = 1 << 5;
+pub const FEATURE_FIGURES: u64 = 1 << 6;
+
+pub const REMOTE_PUBLISHED: u32 = 1 << 0;
+
+pub const SOURCE_DEVICE: u32 = 0;
+pub const SOURCE_REMOTE: u32 = 1;
 
 pub const ATTACH_PIDFD: u32 = 1 << 0;
+
+pub const PROMOTE_MAPPED: u32 = 1 << 0;
 
 pub const STATE_SEALED: u32 = 1 << 0;
 pub const STATE_DELETED: u32 = 1 << 1;
@@ -28,15 +37,17 @@ pub const INFO: u32 = io(0x20);
 pub const REGISTER: u32 = io(0x21);
 pub const CREATE: u32 = io(0x22);
 pub const LIST: u32 = io(0x23);
+pub const REGISTER_REMOTE: u32 = io(0x24);
 pub const ADD: u32 = io(0x30);
 pub const SEAL: u32 = io(0x31);
 pub const ATTACH: u32 = io(0x32);
 pub const STAT: u32 = io(0x33);
 pub const QUERY: u32 = io(0x34);
 pub const DELETE: u32 = io(0x35);
+pub const PROMOTE: u32 = io(0x36);
 
-const _: () = assert!(INFO == 0x1c20 && LIST == 0x1c23);
-const _: () = assert!(ADD == 0x1c30 && DELETE == 0x1c35);
+const _: () = assert!(INFO == 0x1c20 && REGISTER_REMOTE == 0x1c24);
+const _: () = assert!(ADD == 0x1c30 && PROMOTE == 0x1c36);
 
 /// The size of a structure of the interface; all are far below 4 GiB.
 #[expect(clippy::cast_possible_truncation)]
@@ -82,6 +93,14 @@ structures! {
         dax_fd: i32,
         device_pages: u64,
     }
+    RegisterRemote: 24 {
+        size: u32,
+        fd: i32,
+        /// `REMOTE_*`.
+        flags: u32,
+        reserved: u32,
+        remote_pages: u64,
+    }
     Create: 16 {
         size: u32,
         flags: u32,
@@ -99,10 +118,14 @@ structures! {
         offset: u64,
     }
     /// A run of pool pages in a mapping of a template.
-    Extent: 24 {
+    Extent: 32 {
         address: u64,
         pages: u64,
+        /// The page of the source that is the first.
         device_page: u64,
+        /// `SOURCE_*`.
+        source: u32,
+        reserved: u32,
     }
     Add: 40 {
         size: u32,
@@ -127,8 +150,16 @@ structures! {
         pidfd: i32,
         reserved: u32,
     }
+    Promote: 32 {
+        size: u32,
+        /// `PROMOTE_*`.
+        flags: u32,
+        start: u64,
+        length: u64,
+        pages: u64,
+    }
     /// A template's figures.
-    Stat: 64 {
+    Stat: 72 {
         size: u32,
         /// `STATE_*`.
         state: u32,
@@ -143,6 +174,8 @@ structures! {
         /// The process that made it, or 0 if this pid namespace does not know it.
         owner: i32,
         reserved: u32,
+        /// Pages that are in this machine's memory.
+        local_pages: u64,
     }
     List: 24 {
         size: u32,
@@ -180,10 +213,12 @@ macro_rules! sized {
 sized! {
     Info {}
     Register {}
+    RegisterRemote {}
     Create {}
     Add { map_size: size_of::<Map>(), extent_size: size_of::<Extent>() }
     Flags {}
     Attach {}
+    Promote {}
     Stat {}
     List { entry_size: size_of::<Stat>() }
     Query { map_size: size_of::<Map>(), extent_size: size_of::<Extent>() }
@@ -200,6 +235,28 @@ impl Map {
             flags: (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).cast_unsigned(),
             fd: -1,
             ..Self::default()
+        }
+    }
+}
+
+impl Extent {
+    /// Pages of the device.
+    #[must_use]
+    pub fn of_device(address: u64, pages: u64, device_page: u64) -> Self {
+        Self {
+            address,
+            pages,
+            device_page,
+            ..Self::default()
+        }
+    }
+
+    /// Pages of the remote pool.
+    #[must_use]
+    pub fn of_remote(address: u64, pages: u64, remote_page: u64) -> Self {
+        Self {
+            source: SOURCE_REMOTE,
+            ..Self::of_device(address, pages, remote_page)
         }
     }
 }

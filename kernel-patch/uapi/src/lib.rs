@@ -14,7 +14,7 @@
 //! let template = device.create()?;
 //! let heap = Map::private_anonymous(0x7000_0000_0000, 64 << 12, libc::PROT_READ | libc::PROT_WRITE);
 //! // Its first 16 pages are the pool's pages 100 to 115, the others start as zeroes.
-//! template.add(&[heap], &[Extent { address: 0x7000_0000_0000, pages: 16, device_page: 100 }])?;
+//! template.add(&[heap], &[Extent::of_device(0x7000_0000_0000, 16, 100)])?;
 //! template.seal()?;
 //!
 //! // Everything at its address, in this process:
@@ -83,6 +83,16 @@ impl Device {
         register.dax_fd = dax.as_fd().as_raw_fd();
         command(self.fd.as_fd(), abi::REGISTER, &mut register)?;
         Ok(register.device_pages)
+    }
+
+    /// Makes what `pool` reads the remote pool of the templates that are created from here on, and
+    /// returns how many pages it has: a descriptor that a provider in the kernel serves, a block
+    /// device, or a file that nobody can write to. Needs [`abi::FEATURE_REMOTE`].
+    pub fn register_remote(&self, pool: &impl AsFd) -> io::Result<u64> {
+        let mut register = abi::RegisterRemote::new();
+        register.fd = pool.as_fd().as_raw_fd();
+        command(self.fd.as_fd(), abi::REGISTER_REMOTE, &mut register)?;
+        Ok(register.remote_pages)
     }
 
     /// Makes an empty template.
@@ -194,6 +204,18 @@ impl Template {
         maps.truncate(query.nr_maps as usize);
         extents.truncate(query.nr_extents as usize);
         Ok((maps, extents))
+    }
+
+    /// Has the pages of a range in this machine's memory, once for all that attach the template from
+    /// here on; returns how many of the range are. With `mapped`, processes that have it attached get
+    /// them too, for which [`abi::FEATURE_PROMOTE_MAPPED`] is needed.
+    pub fn promote(&self, start: u64, length: u64, mapped: bool) -> io::Result<u64> {
+        let mut promote = abi::Promote::new();
+        promote.flags = if mapped { abi::PROMOTE_MAPPED } else { 0 };
+        promote.start = start;
+        promote.length = length;
+        command(self.fd.as_fd(), abi::PROMOTE, &mut promote)?;
+        Ok(promote.pages)
     }
 
     /// Refuses attaches from here on; what is attached stays.

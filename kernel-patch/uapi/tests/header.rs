@@ -25,17 +25,20 @@ fn expected() -> Vec<(String, u64)> {
             device_pages
         }
         "pseudo_mm_register" = Register { size, dax_fd, device_pages }
+        "pseudo_mm_register_remote" = RegisterRemote { size, fd, flags, reserved, remote_pages }
         "pseudo_mm_create" = Create { size, flags, id }
         "pseudo_mm_map" = Map { start, length, prot, flags, fd, reserved, offset }
-        "pseudo_mm_extent" = Extent { address, pages, device_page }
+        "pseudo_mm_extent" = Extent { address, pages, device_page, source, reserved }
         "pseudo_mm_add" = Add {
             size, flags, maps, nr_maps, map_size, extents, nr_extents, extent_size
         }
         "pseudo_mm_seal" = Flags { size, flags }
         "pseudo_mm_delete" = Flags { size, flags }
         "pseudo_mm_attach" = Attach { size, flags, failed_at, pidfd, reserved }
+        "pseudo_mm_promote" = Promote { size, flags, start, length, pages }
         "pseudo_mm_stat" = Stat {
-            size, state, id, maps, extents, pool_pages, attached, mapped, owner, reserved
+            size, state, id, maps, extents, pool_pages, attached, mapped, owner, reserved,
+            local_pages
         }
         "pseudo_mm_list" = List { size, entry_size, entries, capacity, count }
         "pseudo_mm_query" = Query {
@@ -49,7 +52,13 @@ fn expected() -> Vec<(String, u64)> {
         ("PSEUDO_MM_FEATURE_LAZY", FEATURE_LAZY),
         ("PSEUDO_MM_FEATURE_REMOTE", FEATURE_REMOTE),
         ("PSEUDO_MM_FEATURE_PROCESS", FEATURE_PROCESS),
+        ("PSEUDO_MM_FEATURE_PROMOTE_MAPPED", FEATURE_PROMOTE_MAPPED),
+        ("PSEUDO_MM_FEATURE_FIGURES", FEATURE_FIGURES),
+        ("PSEUDO_MM_REMOTE_PUBLISHED", REMOTE_PUBLISHED.into()),
+        ("PSEUDO_MM_SOURCE_DEVICE", SOURCE_DEVICE.into()),
+        ("PSEUDO_MM_SOURCE_REMOTE", SOURCE_REMOTE.into()),
         ("PSEUDO_MM_ATTACH_PIDFD", ATTACH_PIDFD.into()),
+        ("PSEUDO_MM_PROMOTE_MAPPED", PROMOTE_MAPPED.into()),
         ("PSEUDO_MM_STATE_SEALED", STATE_SEALED.into()),
         ("PSEUDO_MM_STATE_DELETED", STATE_DELETED.into()),
         ("PSEUDO_MM_STATE_GONE", STATE_GONE.into()),
@@ -57,12 +66,14 @@ fn expected() -> Vec<(String, u64)> {
         ("PSEUDO_MM_REGISTER", REGISTER.into()),
         ("PSEUDO_MM_CREATE", CREATE.into()),
         ("PSEUDO_MM_LIST", LIST.into()),
+        ("PSEUDO_MM_REGISTER_REMOTE", REGISTER_REMOTE.into()),
         ("PSEUDO_MM_ADD", ADD.into()),
         ("PSEUDO_MM_SEAL", SEAL.into()),
         ("PSEUDO_MM_ATTACH", ATTACH.into()),
         ("PSEUDO_MM_STAT", STAT.into()),
         ("PSEUDO_MM_QUERY", QUERY.into()),
         ("PSEUDO_MM_DELETE", DELETE.into()),
+        ("PSEUDO_MM_PROMOTE", PROMOTE.into()),
     ];
     values.extend(numbers.map(|(name, value): (_, u64)| (name.to_owned(), value)));
     // The published set has no Rust side; these are its numbers and layouts on x86-64.

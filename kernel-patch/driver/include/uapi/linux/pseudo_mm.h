@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
 /*
- * Memory templates: pages of a device-dax pool, mapped copy-on-write.
+ * Memory templates: pages of a pool, mapped copy-on-write.
  *
  * A template is a list of mappings (address, length, protection, flags) and of
  * extents that say which pool pages their memory starts with. It is made once
@@ -49,10 +49,18 @@
 #define PSEUDO_MM_FEATURE_PUBLISHED	(1ULL << 1)
 /* PSEUDO_MM_ATTACH costs per mapping, not per page. */
 #define PSEUDO_MM_FEATURE_LAZY		(1ULL << 2)
-/* Extents of a remote pool. */
+/* PSEUDO_MM_REGISTER_REMOTE, and extents of a remote pool. */
 #define PSEUDO_MM_FEATURE_REMOTE	(1ULL << 3)
 /* PSEUDO_MM_ATTACH_PIDFD; other threads of the process see all mappings or none. */
 #define PSEUDO_MM_FEATURE_PROCESS	(1ULL << 4)
+/* PSEUDO_MM_PROMOTE_MAPPED. PSEUDO_MM_PROMOTE itself is there always. */
+#define PSEUDO_MM_FEATURE_PROMOTE_MAPPED (1ULL << 5)
+/*
+ * Pool pages have figures of their own: RssPool in /proc/PID/status, Pool in
+ * smaps, bit 60 in pagemap, memory.pool (memory.pool_in_bytes) in memory
+ * cgroups, and PSEUDO_MM_V0_PF_STAT.
+ */
+#define PSEUDO_MM_FEATURE_FIGURES	(1ULL << 6)
 
 /**
  * struct pseudo_mm_info - what the driver can do, and its limits
@@ -97,6 +105,38 @@ struct pseudo_mm_register {
 	__u64 device_pages;
 };
 
+/* Bits of pseudo_mm_register_remote.flags. */
+/* Also the pool of PSEUDO_MM_MEMORY_RDMA in the published set, in place of the last. */
+#define PSEUDO_MM_REMOTE_PUBLISHED	(1U << 0)
+
+/**
+ * struct pseudo_mm_register_remote - choose the remote pool of templates made on this descriptor
+ * @size: in: size of this structure
+ * @fd: in: what the pool is read by, opened for reading: a descriptor that a
+ *	provider in the kernel serves, a block device, or a regular file that
+ *	nobody can write to
+ * @flags: in: PSEUDO_MM_REMOTE_*
+ * @reserved: 0
+ * @remote_pages: out: pages of the pool
+ *
+ * A descriptor may have a device, a remote pool, or both. Remote pages are
+ * fetched into this machine's memory when one is first used, with its
+ * neighbours, and are then shared by all that attach the template. A page that
+ * cannot be fetched is SIGBUS, and is tried again at the next use.
+ *
+ * EPERM: the caller lacks CAP_SYS_ADMIN. EBUSY: this descriptor has a remote
+ * pool already. EBADF: no such descriptor. EACCES: it is not open for reading.
+ * ENODEV: nothing of the above. ETXTBSY: somebody can write to the file.
+ * EOPNOTSUPP: PSEUDO_MM_FEATURE_REMOTE is missing.
+ */
+struct pseudo_mm_register_remote {
+	__u32 size;
+	__s32 fd;
+	__u32 flags;
+	__u32 reserved;
+	__u64 remote_pages;
+};
+
 /**
  * struct pseudo_mm_create - make an empty template
  * @size: in: size of this structure
@@ -105,7 +145,8 @@ struct pseudo_mm_register {
  *
  * The call's value is a descriptor of the template, with close-on-exec set.
  *
- * ENODEV: no device is registered on this descriptor, or it has gone away.
+ * ENODEV: neither a device nor a remote pool is registered on this descriptor,
+ * or the device has gone away.
  * ENOSPC: the machine has max_templates. EMFILE, ENFILE: no descriptor is free.
  */
 struct pseudo_mm_create {
@@ -140,11 +181,17 @@ struct pseudo_mm_map {
 	__u64 offset;
 };
 
+/* Values of pseudo_mm_extent.source. */
+#define PSEUDO_MM_SOURCE_DEVICE		0
+#define PSEUDO_MM_SOURCE_REMOTE		1
+
 /**
  * struct pseudo_mm_extent - a run of pool pages in a mapping of a template
  * @address: the address of the first page
  * @pages: how many pages, not 0
- * @device_page: the device's page that the first one is, counted from 0
+ * @device_page: the page of the source that the first one is, counted from 0
+ * @source: PSEUDO_MM_SOURCE_*
+ * @reserved: 0
  *
  * Pages of a mapping without an extent are zero, or the file's.
  */
@@ -152,6 +199,8 @@ struct pseudo_mm_extent {
 	__u64 address;
 	__u64 pages;
 	__u64 device_page;
+	__u32 source;
+	__u32 reserved;
 };
 
 /**
@@ -173,7 +222,8 @@ struct pseudo_mm_extent {
  * an extent is empty or belongs to a shared mapping. EBADF: a mapping's fd.
  * EACCES: the file is not open for what prot asks. ENODEV: the file is not
  * regular or cannot be mapped. ENXIO: an extent does not lie in one mapping.
- * ERANGE: an extent ends behind the device. ENOSPC: max_maps or max_extents.
+ * ERANGE: an extent ends behind its source, or the template has no such source.
+ * ENOSPC: max_maps or max_extents.
  */
 struct pseudo_mm_add {
 	__u32 size;
@@ -238,6 +288,41 @@ struct pseudo_mm_attach {
 	__u32 reserved;
 };
 
+/* Bits of pseudo_mm_promote.flags. */
+/* In processes that have the template attached, too. */
+#define PSEUDO_MM_PROMOTE_MAPPED	(1U << 0)
+
+/**
+ * struct pseudo_mm_promote - have pages of a template in this machine's memory
+ * @size: in: size of this structure
+ * @flags: in: PSEUDO_MM_PROMOTE_*
+ * @start: in: address of the first page
+ * @length: in: bytes, a multiple of the page size, not 0
+ * @pages: out: pages of the range that are in memory now
+ *
+ * For pages that are read often. Each is copied once, from the device or from
+ * the remote pool, for all that attach the template from here on; the copies
+ * are charged to the caller's memory cgroup and last as long as the template.
+ * With PSEUDO_MM_PROMOTE_MAPPED, processes that map a page of the device get
+ * the copy in its place. What they have written is theirs and stays, and so
+ * does what mremap() has moved.
+ *
+ * If it fails, pages of a part of the range may be in memory, which changes no
+ * byte that anybody sees.
+ *
+ * EBUSY: the template is not sealed. ENXIO: the range does not lie in one
+ * anonymous mapping of the template. ENODEV: the device has gone away. EIO and
+ * others: what reading a remote pool gives. EOPNOTSUPP: a flag's feature is
+ * missing.
+ */
+struct pseudo_mm_promote {
+	__u32 size;
+	__u32 flags;
+	__u64 start;
+	__u64 length;
+	__u64 pages;
+};
+
 /* Bits of pseudo_mm_stat.state. */
 #define PSEUDO_MM_STATE_SEALED		(1U << 0)
 #define PSEUDO_MM_STATE_DELETED		(1U << 1)
@@ -256,6 +341,7 @@ struct pseudo_mm_attach {
  * @mapped: out: virtual memory areas that map it now
  * @owner: out: the process that made it, in the caller's pid namespace, or 0
  * @reserved: out: 0
+ * @local_pages: out: pages that are in this machine's memory, promoted or fetched
  */
 struct pseudo_mm_stat {
 	__u32 size;
@@ -268,6 +354,7 @@ struct pseudo_mm_stat {
 	__u64 mapped;
 	__s32 owner;
 	__u32 reserved;
+	__u64 local_pages;
 };
 
 /**
@@ -328,6 +415,7 @@ struct pseudo_mm_delete {
 #define PSEUDO_MM_REGISTER	_IO(PSEUDO_MM_MAGIC, 0x21)
 #define PSEUDO_MM_CREATE	_IO(PSEUDO_MM_MAGIC, 0x22)
 #define PSEUDO_MM_LIST		_IO(PSEUDO_MM_MAGIC, 0x23)
+#define PSEUDO_MM_REGISTER_REMOTE _IO(PSEUDO_MM_MAGIC, 0x24)
 
 /* On a template's descriptor. */
 #define PSEUDO_MM_ADD		_IO(PSEUDO_MM_MAGIC, 0x30)
@@ -336,6 +424,7 @@ struct pseudo_mm_delete {
 #define PSEUDO_MM_STAT		_IO(PSEUDO_MM_MAGIC, 0x33)
 #define PSEUDO_MM_QUERY		_IO(PSEUDO_MM_MAGIC, 0x34)
 #define PSEUDO_MM_DELETE	_IO(PSEUDO_MM_MAGIC, 0x35)
+#define PSEUDO_MM_PROMOTE	_IO(PSEUDO_MM_MAGIC, 0x36)
 
 /*
  * The published command set, kept so that programs written for it run: global
