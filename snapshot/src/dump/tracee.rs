@@ -92,7 +92,41 @@ impl Tracee {
             disturbed: false,
         };
         stopped.forget_interruption()?;
+        stopped.leave_sequence()?;
         Ok(Some(stopped))
+    }
+
+    /// A stop in a restartable sequence is one of the interruptions after which it must begin anew
+    /// (rseq(2)). The kernel would lead the thread out of it only when it goes on, and the first call in
+    /// its name would look like the sequence's end.
+    fn leave_sequence(&mut self) -> io::Result<()> {
+        let Some((area, _, _)) = self.rseq()? else {
+            return Ok(());
+        };
+        // struct rseq: two words of 32 bits, then the address of struct rseq_cs, or 0: two words of 32
+        // bits, where it begins, its length, and where it is left to.
+        let tid = self.tid;
+        let peek = |at: u64| ptrace::read(tid, at as ptrace::AddressType);
+        let Ok(sequence) = peek(area.wrapping_add(8)) else {
+            return Ok(());
+        };
+        if sequence == 0 {
+            return Ok(());
+        }
+        let mut words = [0u64; 3];
+        for (word, at) in words.iter_mut().zip([8, 16, 24]) {
+            let Ok(found) = peek((sequence as u64).wrapping_add(at)) else {
+                return Ok(());
+            };
+            *word = found as u64;
+        }
+        let [start, length, left_to] = words;
+        if self.registers.rip.wrapping_sub(start) < length {
+            ptrace::write(self.tid, area.wrapping_add(8) as ptrace::AddressType, 0)?;
+            self.registers.rip = left_to;
+            self.disturbed = true;
+        }
+        Ok(())
     }
 
     /// Some calls tell of a stop by EINTR, though they have done nothing. Where it is the dump's stop
