@@ -503,15 +503,23 @@ impl Info {
                 nanoseconds.trim().parse().ok()?,
             ])
         };
+        let interval = pair("it_interval").ok_or_else(|| self.wrong("it_interval"))?;
+        let ticks = self.decimal("ticks")?;
+        let mut value = pair("it_value").ok_or_else(|| self.wrong("it_value"))?;
+        // The kernel lets one that has gone off rest until its ticks are read, and tells that nothing
+        // remains, as of one that is not set.
+        if ticks > 0 && value == [0; 2] {
+            value = interval;
+        }
         Ok(ObjectKind::TimerFd {
             clock: self.decimal("clockid")? as i32,
             flags: self
                 .field("settime flags")
                 .and_then(|text| u32::from_str_radix(text, 8).ok())
                 .ok_or_else(|| self.wrong("settime flags"))?,
-            value: pair("it_value").ok_or_else(|| self.wrong("it_value"))?,
-            interval: pair("it_interval").ok_or_else(|| self.wrong("it_interval"))?,
-            ticks: self.decimal("ticks")?,
+            value,
+            interval,
+            ticks,
         })
     }
 }

@@ -156,6 +156,10 @@ pub fn capture(
             [which as u64, caller.scratch, 0, 0, 0, 0],
         )?;
         *timer = caller.read()?;
+        // ITIMER_REAL rests while its signal is pending, and looks as if it were not set.
+        if timer[2..] == [0; 2] {
+            timer.copy_within(..2, 2);
+        }
     }
     let posix_timers = timers::read(&mut caller, host, pid)?;
     let brk = caller.call(libc::SYS_brk, [0; 6])? as u64;
