@@ -59,6 +59,15 @@ pub fn lock_of(host: i32, at: u64) -> Result<u32, DumpError> {
     Ok(0)
 }
 
+/// Whether an address lies in the region that a process was brought up from.
+pub fn in_restorer(host: i32, address: u64) -> Result<bool, DumpError> {
+    let text = proc_text(&format!("/proc/{host}/maps"))?;
+    let mut regions = text.lines().filter(|line| line.contains(RESTORER));
+    Ok(regions.any(|line| {
+        Line::parse(line).is_some_and(|region| (region.start..region.end).contains(&address))
+    }))
+}
+
 /// Device numbers of the tmpfs mounts that a process sees, as maps has them.
 fn tmpfs_devices(host: i32) -> Result<Vec<String>, DumpError> {
     let mounts = proc_text(&format!("/proc/{host}/mountinfo"))?;

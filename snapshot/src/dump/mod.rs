@@ -341,6 +341,16 @@ impl StoppedTree {
             }
         }
         result.and(thawed)?;
+        for (pid, threads) in &tree.threads {
+            for thread in threads {
+                // It was restored a moment ago, and has not run since.
+                if mappings::in_restorer(*pid, thread.registers().rip)? {
+                    return Err(DumpError::Stuck {
+                        stuck: format!("thread {}, which is still being restored,", thread.tid()),
+                    });
+                }
+            }
+        }
         for pid in tree.threads.keys() {
             let pidfd = rustix::process::pidfd_open(
                 rustix::process::Pid::from_raw(*pid)
