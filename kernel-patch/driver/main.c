@@ -581,6 +581,7 @@ static int pmm_release(struct inode *inode, struct file *file)
 {
 	struct pmm_session *session = file->private_data;
 
+	pmm_published_leave_remote(session->remote);
 	pmm_device_put(session->device);
 	pmm_remote_put(session->remote);
 	kfree(session);

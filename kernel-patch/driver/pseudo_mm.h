@@ -245,6 +245,7 @@ long pmm_template_ioctl(struct file *file, unsigned int cmd, unsigned long arg);
 /* published.c */
 long pmm_published_ioctl(struct file *file, unsigned int cmd, void __user *arg);
 void pmm_published_use_remote(struct pmm_remote *remote);
+void pmm_published_leave_remote(const struct pmm_remote *remote);
 void pmm_published_exit(void);
 
 #endif

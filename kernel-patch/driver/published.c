@@ -381,6 +381,18 @@ void pmm_published_use_remote(struct pmm_remote *remote)
 	pmm_remote_put(old);
 }
 
+/* No longer, if it is that pool. Templates that have pages of it keep it. */
+void pmm_published_leave_remote(const struct pmm_remote *remote)
+{
+	struct pmm_remote *old = NULL;
+
+	mutex_lock(&pmm_published_lock);
+	if (remote && pmm_published_remote == remote)
+		swap(old, pmm_published_remote);
+	mutex_unlock(&pmm_published_lock);
+	pmm_remote_put(old);
+}
+
 long pmm_published_ioctl(struct file *file, unsigned int cmd, void __user *arg)
 {
 	if (!file_ns_capable(file, &init_user_ns, CAP_SYS_ADMIN))
@@ -409,9 +421,8 @@ long pmm_published_ioctl(struct file *file, unsigned int cmd, void __user *arg)
 	}
 }
 
-/* Templates hold the module: there is none left here. */
+/* Templates and descriptors hold the module: there is none left here. */
 void pmm_published_exit(void)
 {
 	pmm_device_put(pmm_published_device);
-	pmm_remote_put(pmm_published_remote);
 }

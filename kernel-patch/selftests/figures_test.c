@@ -190,7 +190,7 @@ static int counts_its_own(void *argument)
 		return 1;
 	memset(self->at + 30 * PAGE, 'c', 3 * PAGE);
 	/* It was fetched by the parent. */
-	if (!page_is(self->at + 70 * PAGE, self->pool.seed, REMOTE(10)))
+	if (!page_is(self->at + 72 * PAGE, self->pool.seed, REMOTE(12)))
 		return 2;
 	stat = faults(&self->pool, getpid());
 	return stat.cow_nr == 3 && !stat.rdma_read_nr ? 0 : 3;

@@ -420,8 +420,13 @@ TEST_F(published, a_remote_pool_is_that_of_rdma)
 	EXPECT_TRUE(pages_are(&self->pool, (char *)BASE, 20, 2));
 	EXPECT_TRUE(pages_are(&self->pool, (char *)BASE + 2 * PAGE, REMOTE(4), 4));
 	EXPECT_TRUE(page_is_zero((char *)BASE + 6 * PAGE));
-	close(session);
+	/* It was this descriptor's; what has pages of it keeps them. */
+	ASSERT_EQ(0, close(session));
 	close(reg.fd);
+	EXPECT_ERROR(ENOENT, v0_setup(dev, id, BASE + 6 * PAGE, 1, 0, PSEUDO_MM_MEMORY_RDMA));
+	ASSERT_EQ(0, munmap((void *)BASE, 8 * PAGE));
+	ASSERT_EQ(0, v0_attach(dev, getpid(), id));
+	EXPECT_TRUE(pages_are(&self->pool, (char *)BASE + 2 * PAGE, REMOTE(4), 4));
 }
 
 TEST_F(published, registering_anything_else_leaves_no_device)

@@ -106,7 +106,10 @@ struct pseudo_mm_register {
 };
 
 /* Bits of pseudo_mm_register_remote.flags. */
-/* Also the pool of PSEUDO_MM_MEMORY_RDMA in the published set, in place of the last. */
+/*
+ * Also the pool of PSEUDO_MM_MEMORY_RDMA in the published set, in place of the
+ * last, for new extents as long as this descriptor is open.
+ */
 #define PSEUDO_MM_REMOTE_PUBLISHED	(1U << 0)
 
 /**
