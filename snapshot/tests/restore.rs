@@ -149,6 +149,17 @@ fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult 
         ("inotify", "is an inotify that watches inode"),
         ("executable", "refused (deleted), which has no path"),
         ("namespace", "made a uts namespace of its own"),
+        ("root", "has changed its root directory"),
+        ("policy", "has a NUMA memory policy"),
+        ("terminal", "is a terminal (/dev/ptmx)"),
+        ("missing", "cannot be captured (anon_inode:[userfaultfd])"),
+        ("ring", "cannot be captured (anon_inode:[io_uring])"),
+        ("pidfd", "is a pidfd of a process outside"),
+        ("epoll", "an epoll watches descriptor 4, which is closed there"),
+        ("map", "cannot be captured (anon_inode:bpf-map)"),
+        ("deadline", "has the scheduling policy SCHED_DEADLINE"),
+        ("large-page", "uses huge TLB pages"),
+        ("ended", "the main thread of process"),
     ] {
         let program = bed.compile("refused")?;
         let mut instance = bed.run(&[&program, state])?;

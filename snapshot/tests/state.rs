@@ -41,14 +41,14 @@ fn comes_back(bed: &Bed, command: &[&str], methods: &[Method]) -> TestResult {
 fn all_registers_are_kept() -> TestResult {
     let bed = Bed::new()?;
     let program = bed.compile("registers")?;
-    comes_back(&bed, &[&program], &Method::ALL)
+    comes_back(&bed, &[&program], &harness::methods())
 }
 
 #[test]
 fn robust_mutexes_restartable_sequences_and_joins_go_on() -> TestResult {
     let bed = Bed::new()?;
     let program = bed.compile("threads")?;
-    comes_back(&bed, &[&program], &Method::ALL)
+    comes_back(&bed, &[&program], &harness::methods())
 }
 
 #[test]
@@ -59,7 +59,7 @@ fn a_restartable_sequence_begins_anew() -> TestResult {
     is_right(&mut first, "before");
     bed.dump_and_go_on(&first)?;
     is_right(&mut first, "after a dump");
-    comes_back(&bed, &[&program], &Method::ALL)
+    comes_back(&bed, &[&program], &harness::methods())
 }
 
 #[test]

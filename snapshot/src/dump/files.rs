@@ -328,10 +328,13 @@ impl<'a> Files<'a> {
                 position: 0,
             });
         }
-        if meta.file_type().is_char_device() && link.starts_with("/dev/pts/")
-            || link.starts_with("/dev/tty")
-        {
-            return refuse("a terminal");
+        if meta.file_type().is_char_device() {
+            // devices.txt of the kernel: memory, of which null, zero and random are; terminals.
+            match nix::sys::stat::major(meta.rdev()) {
+                1 => {}
+                4 | 5 | 136..=143 => return refuse("a terminal"),
+                _ => return refuse("a device with a state of its own"),
+            }
         }
         if meta.file_type().is_fifo() {
             let path = sandbox_path(link, &what, pid)?;

@@ -126,6 +126,12 @@ pub fn capture(
     memory: &mut MemoryObjects,
 ) -> Result<Process, DumpError> {
     let (host, pid) = (entry.host_pid, entry.pid);
+    // /proc tells nothing of its memory then.
+    if threads.first().is_none_or(|leader| leader.tid() != host) {
+        return Err(DumpError::Refused(format!(
+            "the main thread of process {pid} has ended"
+        )));
+    }
     let status = Status::read(host, host)?;
     let stat = Stat::read(host)?;
     let vmas = mappings::read(host, pid, memory)?;
@@ -136,11 +142,6 @@ pub fn capture(
     let Some((leader, _)) = threads.split_first_mut() else {
         return Err(DumpError::Refused(format!("process {pid} has no thread")));
     };
-    if leader.tid() != host {
-        return Err(DumpError::Refused(format!(
-            "the main thread of process {pid} has ended"
-        )));
-    }
     check_roots(host, init, pid)?;
 
     let mut caller = Caller::new(leader, gate, host)?;
@@ -547,6 +548,11 @@ fn scheduling(tid: i32) -> Result<(i32, i32), DumpError> {
     nix::errno::Errno::result(policy.min(got)).map_err(DumpError::errno(format!(
         "reading the scheduling of thread {tid}"
     )))?;
+    if policy as i32 & !libc::SCHED_RESET_ON_FORK == libc::SCHED_DEADLINE {
+        return Err(DumpError::Refused(format!(
+            "thread {tid} has the scheduling policy SCHED_DEADLINE"
+        )));
+    }
     Ok((policy as i32, parameter.sched_priority))
 }
 

@@ -1,16 +1,27 @@
 // Brings itself into the state that its argument names, then answers each line with that name.
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/inotify.h>
+#include <sys/mman.h>
 #include <sys/shm.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+static void *answers(void *state) {
+    char line[64];
+    while (read(0, line, sizeof line) > 0) dprintf(1, "%s\n", (char *)state);
+    return 0;
+}
 
 int main(int count, char **arguments) {
     const char *state = count > 1 ? arguments[1] : "";
@@ -43,6 +54,39 @@ int main(int count, char **arguments) {
     if (!strcmp(state, "inotify")) failed = inotify_add_watch(inotify_init(), "/proc/sys", IN_CREATE) < 0;
     if (!strcmp(state, "executable")) failed = unlink(arguments[0]);
     if (!strcmp(state, "namespace")) failed = unshare(CLONE_NEWUTS);
+    if (!strcmp(state, "root")) failed = chroot("/usr");
+    if (!strcmp(state, "policy")) failed = syscall(SYS_set_mempolicy, 3, &(unsigned long){1}, 8);
+    if (!strcmp(state, "terminal")) failed = open("/dev/ptmx", O_RDWR | O_NOCTTY) < 0;
+    if (!strcmp(state, "missing")) failed = syscall(SYS_userfaultfd, O_CLOEXEC) < 0;
+    if (!strcmp(state, "ring")) failed = syscall(SYS_io_uring_setup, 4, (char[120]){0}) < 0;
+    if (!strcmp(state, "pidfd")) failed = syscall(SYS_pidfd_open, 1, 0) < 0;
+    if (!strcmp(state, "epoll")) {
+        // What it watches is open in a child alone.
+        int epoll = epoll_create1(0), fd = eventfd(0, 0);
+        failed = epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &(struct epoll_event){.events = EPOLLIN});
+        if (!fork()) return pause();
+        close(fd);
+    }
+    if (!strcmp(state, "map")) {
+        // An array of one word.
+        unsigned attributes[32] = {2, 4, 4, 1};
+        failed = syscall(SYS_bpf, 0, attributes, sizeof attributes) < 0;
+    }
+    if (!strcmp(state, "deadline")) {
+        // Size, policy, flags, nice value, priority; runtime, deadline and period.
+        struct { unsigned size, policy; unsigned long flags; int nice; unsigned priority; unsigned long times[3]; }
+            attributes = {48, 6, 0, 0, 0, {1000000, 100000000, 100000000}};
+        failed = syscall(SYS_sched_setattr, 0, &attributes, 0);
+    }
+    if (!strcmp(state, "large-page")) {
+        int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_NORESERVE;
+        failed = mmap(0, 2 << 20, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED;
+    }
+    if (!strcmp(state, "ended")) {
+        pthread_t other;
+        pthread_create(&other, 0, answers, (void *)state);
+        pthread_exit(0);
+    }
     char line[64];
     while (read(0, line, sizeof line) > 0) dprintf(1, "%s\n", failed ? "failed" : state);
     return 0;
