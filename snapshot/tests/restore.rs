@@ -155,7 +155,11 @@ fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult 
         ("missing", "cannot be captured (anon_inode:[userfaultfd])"),
         ("ring", "cannot be captured (anon_inode:[io_uring])"),
         ("pidfd", "is a pidfd of a process outside"),
-        ("epoll", "an epoll watches descriptor 4, which is closed there"),
+        (
+            "epoll",
+            "an epoll watches descriptor 4, which is closed there",
+        ),
+        ("packets", "a pipe with packets (O_DIRECT)"),
         ("map", "cannot be captured (anon_inode:bpf-map)"),
         ("deadline", "has the scheduling policy SCHED_DEADLINE"),
         ("large-page", "uses huge TLB pages"),

@@ -396,7 +396,12 @@ fn pipe(copy: &OwnedFd, inode: u64, info: &Info, pid: i32) -> Result<ObjectKind,
             unsafe { nix::libc::ioctl(copy.as_raw_fd(), nix::libc::FIONREAD, &raw mut queued) };
         nix::errno::Errno::result(result).map_err(DumpError::errno(doing()))?;
         if queued > 0 {
-            data = peek(copy, queued as usize, size).map_err(DumpError::errno(doing()))?;
+            data = peek(copy, queued as usize, size).map_err(|errno| match errno {
+                nix::errno::Errno::EBADMSG => DumpError::Refused(format!(
+                    "process {pid} has a pipe with packets (O_DIRECT) that were not read yet"
+                )),
+                errno => DumpError::errno(doing())(errno),
+            })?;
         }
     }
     Ok(ObjectKind::Pipe {
@@ -407,7 +412,7 @@ fn pipe(copy: &OwnedFd, inode: u64, info: &Info, pid: i32) -> Result<ObjectKind,
     })
 }
 
-/// Copies what a pipe holds without taking it.
+/// Copies what a pipe holds without taking it; EBADMSG where it holds several packets.
 pub fn peek(pipe: &OwnedFd, queued: usize, size: u64) -> nix::Result<Vec<u8>> {
     let (reader, writer) = nix::unistd::pipe()?;
     let room = i32::try_from(size).unwrap_or(i32::MAX);
@@ -415,11 +420,11 @@ pub fn peek(pipe: &OwnedFd, queued: usize, size: u64) -> nix::Result<Vec<u8>> {
     let copied = rustix::pipe::tee(pipe, &writer, queued, rustix::pipe::SpliceFlags::NONBLOCK)
         .map_err(|errno| nix::errno::Errno::from_raw(errno.raw_os_error()))?;
     let mut data = vec![0; copied];
-    let mut at = 0;
-    while at < copied {
-        at += nix::unistd::read(&reader, &mut data[at..])?;
+    // A read takes all that there is, or one packet.
+    match nix::unistd::read(&reader, &mut data)? {
+        all if all == copied => Ok(data),
+        _ => Err(nix::errno::Errno::EBADMSG),
     }
-    Ok(data)
 }
 
 /// /proc/PID/fdinfo/N.

@@ -67,6 +67,10 @@ int main(int count, char **arguments) {
         if (!fork()) return pause();
         close(fd);
     }
+    if (!strcmp(state, "packets")) {
+        int ends[2];
+        failed = pipe2(ends, O_DIRECT) || write(ends[1], "one", 3) != 3 || write(ends[1], "two", 3) != 3;
+    }
     if (!strcmp(state, "map")) {
         // An array of one word.
         unsigned attributes[32] = {2, 4, 4, 1};
