@@ -33,6 +33,13 @@ fn count(instance: &mut Instance, line: &str) -> (String, String) {
     )
 }
 
+/// Before Linux 6.17 mremap(2) moves no range that has become several mappings, as `faasnap` makes them.
+fn can_move(method: Method) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let numbers: Vec<u32> = release.split(['.', '-']).flat_map(str::parse).collect();
+    method != Method::FaaSnap || numbers[..2] >= [6, 17][..]
+}
+
 /// Starts an instance, asks it, and lets the method learn from it.
 fn tenancy(bed: &Bed, method: &dyn StartMethod, questions: &[&str]) -> TestResult {
     let mut instance = bed.start_with(method)?;
@@ -84,6 +91,8 @@ fn memory_that_is_first_touched_late_is_right() -> TestResult {
     ];
     for method in harness::methods() {
         let prepared = bed.prepare(method, &template)?;
+        let mut questions = questions.to_vec();
+        questions.retain(|question| *question != "move" || can_move(method));
         for _ in 0..4 {
             tenancy(&bed, prepared.as_ref(), &questions)?;
         }
@@ -301,6 +310,9 @@ fn many_instances_are_started_and_served_at_once() -> TestResult {
             for _ in 0..3 {
                 let mut instance = bed.start_with(prepared.as_ref()).unwrap();
                 for question in ["fork", "some", "move", "fork", "read", "whole"] {
+                    if question == "move" && !can_move(method) {
+                        continue;
+                    }
                     assert_eq!(instance.ask(question), "ok", "{method} {index} {question}");
                 }
                 prepared.learn(&instance.pids, "").unwrap();

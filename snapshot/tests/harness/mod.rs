@@ -53,7 +53,7 @@ pub struct Instance {
 pub fn methods() -> Vec<Method> {
     let device = std::env::var_os(DEVICE).is_some() && Path::new("/dev/pseudo_mm").exists();
     let attach = device.then_some(Method::Attach);
-    Method::ALL.into_iter().chain(attach).collect()
+    attach.into_iter().chain(Method::ALL).collect()
 }
 
 impl Bed {
