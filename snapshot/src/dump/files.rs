@@ -289,12 +289,13 @@ impl<'a> Files<'a> {
         }
         match link {
             "anon_inode:[eventfd]" => {
-                return Ok(ObjectKind::EventFd {
-                    count: info.hex("eventfd-count")?,
-                    semaphore: info
-                        .field("eventfd-semaphore")
-                        .is_some_and(|value| value == "1"),
-                });
+                let count = info.hex("eventfd-count")?;
+                let semaphore = match info.field("eventfd-semaphore") {
+                    Some(value) => value == "1",
+                    None => is_semaphore(copy, count)
+                        .map_err(DumpError::errno("trying whether an eventfd is a semaphore"))?,
+                };
+                return Ok(ObjectKind::EventFd { count, semaphore });
             }
             "anon_inode:[eventpoll]" => {
                 return Ok(ObjectKind::Epoll {
@@ -381,6 +382,29 @@ fn nameless(link: &str, copy: &OwnedFd) -> Result<Option<std::fs::File>, DumpErr
         .metadata()
         .map_err(DumpError::io("reading a descriptor"))?;
     Ok(meta.is_file().then_some(file))
+}
+
+/// Whether reading takes one from an eventfd, and not all; kernels before 6.5 do not tell. Its count is
+/// the same again afterwards.
+fn is_semaphore(copy: &OwnedFd, count: u64) -> nix::Result<bool> {
+    let read = || {
+        let mut word = [0; 8];
+        nix::unistd::read(copy, &mut word)?;
+        Ok(u64::from_ne_bytes(word))
+    };
+    let add = |number: u64| nix::unistd::write(copy, &number.to_ne_bytes()).map(drop);
+    // Of one, both would take one.
+    if count < 2 {
+        add(2)?;
+    }
+    let semaphore = read()? == 1;
+    match (semaphore, count) {
+        (true, 0 | 1) => drop(read()?),
+        (true, _) => add(1)?,
+        (false, 0) => {}
+        (false, _) => add(count)?,
+    }
+    Ok(semaphore)
 }
 
 fn pipe(copy: &OwnedFd, inode: u64, info: &Info, pid: i32) -> Result<ObjectKind, DumpError> {
@@ -529,5 +553,35 @@ impl Info {
             interval,
             ticks,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_eventfd_is_tried_and_keeps_its_count() {
+        for count in [0, 1, 2, 7, u64::MAX - 1] {
+            for semaphore in [false, true] {
+                let flags = if semaphore {
+                    nix::libc::EFD_SEMAPHORE
+                } else {
+                    0
+                };
+                // SAFETY: makes a descriptor, which is owned from here on.
+                let fd = unsafe {
+                    let fd = nix::libc::eventfd(0, flags);
+                    <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd)
+                };
+                if count > 0 {
+                    nix::unistd::write(&fd, &count.to_ne_bytes()).unwrap();
+                }
+                assert_eq!(is_semaphore(&fd, count), Ok(semaphore), "{count}");
+                let own = std::process::id() as i32;
+                let info = Info::read(own, fd.as_raw_fd()).unwrap();
+                assert_eq!(info.hex("eventfd-count").unwrap(), count, "{semaphore}");
+            }
+        }
     }
 }

@@ -21,6 +21,15 @@ pub fn read(host: i32, pid: i32, memory: &mut MemoryObjects) -> Result<Vec<Mappi
     for line in proc_text(&path)?.lines() {
         if let Some(kilobytes) = line.strip_prefix("Rss:") {
             resident = kilobytes.trim_end_matches("kB").trim().parse().unwrap_or(0);
+        } else if let Some(key) = line.strip_prefix("ProtectionKey:") {
+            // What can only be executed has one of the kernel's own.
+            let head = current.as_ref().filter(|head| head.access != "--xp");
+            if let Some(head) = head.filter(|_| key.trim() != "0") {
+                return Err(DumpError::Refused(format!(
+                    "mapping {:#x}-{:#x} of process {pid} has a protection key (pkey_mprotect)",
+                    head.start, head.end
+                )));
+            }
         } else if let Some(flags) = line.strip_prefix("VmFlags:") {
             if let Some(head) = current.take()
                 && let Some(mut mapping) = head.mapping(flags, pid)?

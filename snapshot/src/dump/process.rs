@@ -10,6 +10,12 @@ use super::tracee::Tracee;
 use super::{DumpError, mappings, proc_link, proc_text, timers};
 use crate::manifest::{Credentials, Habits, Layout, Manifest, MappingKind, Process, Thread};
 
+/// Which of the processor's states that are not everyone's a process may use (arch_prctl(2)).
+const ARCH_GET_XCOMP_PERM: u64 = 0x1022;
+const AMX_TILES: u64 = 1 << 18;
+/// Known from kernel 6.3 on.
+const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
+
 /// Place of a process in the tree.
 #[derive(Debug)]
 pub struct Entry {
@@ -473,6 +479,23 @@ fn habits(caller: &mut Caller<'_>, pid: i32) -> Result<Habits, DumpError> {
         if mode & 0xffff_ffff != 0 {
             return Err(DumpError::Refused(format!(
                 "process {pid} has a NUMA memory policy (set_mempolicy)"
+            )));
+        }
+    }
+    let registered = [MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, 0, 0, 0];
+    let registered = if_known(caller.call(libc::SYS_membarrier, registered))?;
+    if registered.unwrap_or(0) != 0 {
+        return Err(DumpError::Refused(format!(
+            "process {pid} has registered for memory barriers (membarrier)"
+        )));
+    }
+    // Its tiles come back only where a thread has been given room for them.
+    let permitted = [ARCH_GET_XCOMP_PERM, caller.scratch, 0, 0, 0, 0];
+    if if_known(caller.call(libc::SYS_arch_prctl, permitted))?.is_some() {
+        let [permitted] = caller.read()?;
+        if permitted & AMX_TILES != 0 {
+            return Err(DumpError::Refused(format!(
+                "process {pid} has asked for AMX (ARCH_REQ_XCOMP_PERM)"
             )));
         }
     }
