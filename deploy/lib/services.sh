@@ -212,5 +212,13 @@ remove_everything() {
     for name in "${programs[@]}"; do
         rm -f "$bin/$name"
     done
-    rm -rf "$libexec" /etc/trenv "$state" "$run"
+    rm -rf "$libexec" /etc/trenv
+    for name in "$state" "$run"; do
+        if mountpoint -q "$name"; then
+            find "$name" -mindepth 1 -maxdepth 1 ! -name lost+found -exec rm -rf {} +
+            note "$name is empty and stays, since a file system is mounted there"
+        else
+            rm -rf "$name"
+        fi
+    done
 }
