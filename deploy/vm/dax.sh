@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# dax.sh PROGRAMS: in a virtual machine with a device-dax, prepares trenv with a pool on it, lets the demo
-# run, and looks where the memory of the functions is. PROGRAMS is the folder of the programs.
+# dax.sh PROGRAMS [COMMAND...]: in a virtual machine with a device-dax, prepares trenv with a pool on it, lets
+# the demo run, and looks where the memory of the functions is; then runs the command, if there is one, such as
+# a `trenv bench methods`. PROGRAMS is the folder of the programs.
 #
 #   make -C kernel-patch/driver KDIR="$(cargo xtask vm headers --kernel stock-6.12)"
 #   cargo build --workspace --bins
@@ -84,3 +85,5 @@ done
 echo "$zygotes zygotes and $instances processes have their memory from the device"
 
 trenv demo --file "$here/functions/stack.yml" --functions "$functions" --calls 2 --instances 0
+shift
+[ $# -eq 0 ] || "$@"
