@@ -6,7 +6,8 @@
  * process's; in a VM with --icount it counts instructions. One line for each
  * way and size: making the mappings, a first look at one page of each, at
  * every page, and a fork after that. Then the memory that INSTANCES processes
- * take which each have written every tenth page.
+ * take which each have written every tenth page. A remote pool is a file in
+ * tmpfs: what is measured is the driver's part of a fetch.
  */
 #define _GNU_SOURCE
 #include <signal.h>
@@ -52,7 +53,7 @@ static char *mapping(unsigned long number, unsigned long pages)
 	return (char *)BASE + number * step(pages);
 }
 
-static int template_of(const struct pool *pool, unsigned long pages)
+static int template_of(const struct pool *pool, unsigned long pages, unsigned int source)
 {
 	struct pseudo_mm_map maps[MAPPINGS];
 	struct pseudo_mm_extent extents[MAPPINGS];
@@ -63,10 +64,22 @@ static int template_of(const struct pool *pool, unsigned long pages)
 		unsigned long start = (unsigned long)mapping(i, pages);
 
 		maps[i] = map_anonymous(start, each);
-		extents[i] = (struct pseudo_mm_extent) { start, each, i * each };
+		extents[i] = (struct pseudo_mm_extent) { start, each, i * each, source };
 	}
 	if (fd < 0 || template_add(fd, maps, MAPPINGS, extents, MAPPINGS) || template_seal(fd))
 		return -1;
+	return fd;
+}
+
+/* One whose pages have all been promoted. */
+static int promoted(const struct pool *pool, unsigned long pages)
+{
+	int fd = template_of(pool, pages, PSEUDO_MM_SOURCE_DEVICE);
+
+	for (unsigned long i = 0; i < MAPPINGS && fd >= 0; i++) {
+		if (template_promote(fd, (unsigned long)mapping(i, pages), pages / MAPPINGS, 0) < 0)
+			return -1;
+	}
 	return fd;
 }
 
@@ -200,19 +213,27 @@ static int weigh(struct way *way, const struct pool *pool, unsigned long pages)
 static int in_turn(const struct pool *pool, unsigned long pages,
 		   int (*what)(struct way *way, const struct pool *pool, unsigned long pages))
 {
+	bool remote = pool->remote >= 0;
 	struct way ways[] = {
-		{ "attach", make_attach, template_of(pool, pages) },
+		{ "attach", make_attach, template_of(pool, pages, PSEUDO_MM_SOURCE_DEVICE) },
 		{ "MAP_PRIVATE of a file in tmpfs", make_file, memfd_create("pages", MFD_CLOEXEC) },
 		{ "copy", make_copy, -1 },
+		{ "attach, promoted", make_attach, promoted(pool, pages) },
+		/* The first fetches what is read, and the second finds it. */
+		{ "attach, remote", make_attach,
+		  remote ? template_of(pool, pages, PSEUDO_MM_SOURCE_REMOTE) : -1 },
+		{ "attach, fetched", make_attach, -1 },
 	};
+	unsigned int count = sizeof(ways) / sizeof(*ways) - (remote ? 0 : 2);
 
-	if (ways[0].fd < 0 || ways[1].fd < 0)
+	ways[5].fd = ways[4].fd;
+	if (ways[0].fd < 0 || ways[1].fd < 0 || ways[3].fd < 0 || (remote && ways[4].fd < 0))
 		return 1;
 	for (unsigned long done = 0; done < pages * PAGE; done += 64 * PAGE) {
 		if (write(ways[1].fd, pool->pages + done, 64 * PAGE) != (ssize_t)(64 * PAGE))
 			return 1;
 	}
-	for (unsigned int i = 0; i < sizeof(ways) / sizeof(*ways); i++) {
+	for (unsigned int i = 0; i < count; i++) {
 		int status;
 		pid_t child = fork();
 
@@ -226,6 +247,8 @@ static int in_turn(const struct pool *pool, unsigned long pages,
 	}
 	close(ways[0].fd);
 	close(ways[1].fd);
+	close(ways[3].fd);
+	close(ways[4].fd);
 	return 0;
 }
 
@@ -249,6 +272,10 @@ int main(int argc, char **argv)
 	}
 	if (pool_open(&pool, most * 256)) {
 		perror("bench: cannot fill the pool; is PSEUDO_MM_DAX large enough?");
+		return 1;
+	}
+	if (pool_can(&pool, PSEUDO_MM_FEATURE_REMOTE) && pool_add_remote(&pool, most * 256)) {
+		perror("bench: cannot make a remote pool of a file in /tmp");
 		return 1;
 	}
 	printf("attach fills %s\n", pool_can(&pool, PSEUDO_MM_FEATURE_LAZY) ?
