@@ -79,6 +79,6 @@ fn xstate_size(area: &[u8]) -> usize {
             size = size.max((place.eax + place.ebx) as usize);
         }
     }
+    // Not rounded up: more than a task may have is refused, and with it all but the legacy part.
     size.min(area.len().max(LEGACY_AND_HEADER))
-        .next_multiple_of(64)
 }
