@@ -4,6 +4,8 @@
 
 mod harness;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -22,6 +24,7 @@ struct Attached {
 
 impl Attached {
     fn of(pid: i32) -> Self {
+        Self::fill(pid);
         let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
         let mut found = Self::default();
         let mut attached = false;
@@ -39,6 +42,20 @@ impl Attached {
             }
         }
         found
+    }
+
+    /// Has page tables filled that are not yet, in a kernel that fills them at their first use: a look at
+    /// pagemap is one.
+    fn fill(pid: i32) {
+        let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        for line in maps.lines().filter(|line| line.contains("/pseudo_mm:")) {
+            let range = line.split(' ').next().unwrap().split_once('-').unwrap();
+            let [start, end] = [range.0, range.1].map(|at| u64::from_str_radix(at, 16).unwrap());
+            // 8 bytes for each page.
+            let mut entries = vec![0; ((end - start) / 512) as usize];
+            pagemap.read_exact_at(&mut entries, start / 512).unwrap();
+        }
     }
 }
 
