@@ -203,6 +203,8 @@ driver() {
 patched_kernels() {
     selftests "pseudo_mm in the patched kernel" --kernel patched --dax nvdimm --numa --timeout 1200 -- \
         kernel-patch/selftests/run.sh
+    device_tests trenv-snapshot device patched bash snapshot/tests/on-device.sh
+    device_tests trenv-snapshot families patched bash snapshot/tests/on-device.sh
     selftests "pseudo_mm in the debug kernel" --kernel debug --dax nvdimm --numa --memory 4096 \
         --timeout 3600 -- kernel-patch/selftests/run.sh
 }
