@@ -1,5 +1,6 @@
 //! `trenv bench restore` on a machine without any function.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -66,6 +67,11 @@ fn the_benchmark_measures_the_restore_and_leaves_nothing() -> anyhow::Result<()>
     assert_eq!(report["subject"]["threads"], 8, "{report:#}");
     let stored = report["subject"]["stored_bytes"].as_u64();
     assert!(stored >= Some(8 << 20), "{report:#}");
+    if Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+        // The 8 MiB have three ranges of 2 MiB at least.
+        let huge = report["subject"]["zygote_huge_bytes"].as_u64();
+        assert!(huge >= Some(6 << 20), "{report:#}");
+    }
     let made = report["attach"]["n"].as_u64();
     assert!(made >= Some(5), "{report:#}");
     assert_eq!(report["single"]["repurpose"]["n"], 6, "{report:#}");

@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use trenv_tests::{Machine, Settings, until};
+use serde_json::Value;
+use trenv_tests::{Machine, Settings, until, until_some};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const SETTLED: Duration = Duration::from_millis(200);
@@ -74,5 +75,41 @@ fn the_next_call_of_a_function_goes_on_where_it_was_parked() -> anyhow::Result<(
     machine.kill_provider();
     machine.start_provider()?;
     assert_eq!(machine.call("hello-python")?.status, 200);
+    Ok(())
+}
+
+#[test]
+fn the_benchmark_tells_what_parked_instances_cost() -> anyhow::Result<()> {
+    let machine = Machine::start_with(&Settings {
+        parked_instances: 1,
+        ..Settings::default()
+    })?;
+    machine.deploy("hello-python")?;
+    let arguments = [
+        "bench",
+        "start",
+        "--json",
+        "--functions=hello-python",
+        "--repurposed=6",
+        "--warm=0",
+        "--evicted=0",
+        "--cold=0",
+        "--runc=0",
+        "--instances=0",
+        "--sandboxes=3",
+    ];
+    // On a busy machine none may be parked yet when the last call is over.
+    let weighed = || -> Option<(u64, u64)> {
+        let text = machine.tool("trenv", &arguments).ok()?;
+        let report: Value = serde_json::from_str(&text).ok()?;
+        let of_it = |what: &str| report[what]["hello-python"].as_u64();
+        Some((of_it("parked_kb_each")?, of_it("image_bytes")?))
+    };
+    let (parked, image) = until_some("a parked instance is weighed", 6 * PATIENCE, weighed)?;
+    // Its own memory: what is written, and no copy of the image.
+    assert!(
+        parked > 0 && parked << 10 < image,
+        "{parked} KiB of {image} bytes"
+    );
     Ok(())
 }
