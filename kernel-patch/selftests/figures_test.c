@@ -133,15 +133,6 @@ static long group_value(void)
 	return value;
 }
 
-static bool set(const char *path, const char *text)
-{
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	bool done = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
-
-	close(fd);
-	return done;
-}
-
 static int waits(void *argument)
 {
 	(void)*(volatile char *)((FIXTURE_DATA(figures) *)argument)->at;

@@ -106,7 +106,7 @@ int pool_register_remote(struct pool *pool, int file)
 	return 0;
 }
 
-int pool_add_remote(struct pool *pool, unsigned long count)
+int remote_file(const struct pool *pool, unsigned long count)
 {
 	char path[] = "/tmp/pseudo_mm.remote.XXXXXX", page[PAGE];
 	int writer = mkstemp(path), file = open(path, O_RDONLY | O_CLOEXEC);
@@ -120,6 +120,15 @@ int pool_add_remote(struct pool *pool, unsigned long count)
 			return failed("filling the remote pool");
 	}
 	close(writer);
+	return file;
+}
+
+int pool_add_remote(struct pool *pool, unsigned long count)
+{
+	int file = remote_file(pool, count);
+
+	if (file < 0)
+		return -1;
 	pool->remote_pages = mmap(NULL, count * PAGE, PROT_READ, MAP_SHARED, file, 0);
 	if (pool->remote_pages == MAP_FAILED)
 		return failed("mapping the remote pool");
@@ -269,6 +278,17 @@ long proc_value(const char *path, const char *name)
 	}
 	fclose(file);
 	return value;
+}
+
+bool set(const char *path, const char *value)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	bool written;
+
+	if (fd < 0)
+		return false;
+	written = write(fd, value, strlen(value)) == (ssize_t)strlen(value);
+	return !close(fd) && written;
 }
 
 uint64_t frame(const char *at)

@@ -39,7 +39,9 @@ struct pool {
 /* Opens the device named by PSEUDO_MM_DAX, or /dev/dax0.0, and fills @count pages. */
 int pool_open(struct pool *pool, unsigned long count);
 void pool_close(struct pool *pool);
-/* Gives it a remote pool of @count pages, in a file of /tmp. */
+/* A file in /tmp with @count pages of a remote pool, open for reading. */
+int remote_file(const struct pool *pool, unsigned long count);
+/* Gives it a remote pool in such a file. */
 int pool_add_remote(struct pool *pool, unsigned long count);
 /* The same with a file that is there. */
 int pool_register_remote(struct pool *pool, int file);
@@ -74,6 +76,9 @@ long smaps_value(unsigned long address, const char *name);
 
 /* A line of /proc/meminfo, /proc/self/status and the like, in kB, or -1. */
 long proc_value(const char *path, const char *name);
+
+/* Writes a file of the kernel's. */
+bool set(const char *path, const char *value);
 
 /* The frame that a page of this process lies in, or 0. */
 uint64_t frame(const char *at);

@@ -399,18 +399,11 @@ TEST_F(published, a_remote_pool_is_that_of_rdma)
 		.size = sizeof(reg), .flags = PSEUDO_MM_REMOTE_PUBLISHED,
 	};
 	int dev = self->pool.dev, id = self->id, session = open("/dev/pseudo_mm", O_RDWR | O_CLOEXEC);
-	char path[] = "/tmp/pseudo_mm.remote.XXXXXX", page[PAGE];
-	int writer = mkstemp(path);
 
 	if (!pool_can(&self->pool, PSEUDO_MM_FEATURE_REMOTE))
 		SKIP(return, "a module has no remote pools");
-	for (unsigned long i = 0; i < 8; i++) {
-		page_fill(page, self->pool.seed, REMOTE(i));
-		ASSERT_EQ((ssize_t)PAGE, write(writer, page, PAGE));
-	}
-	close(writer);
-	reg.fd = open(path, O_RDONLY | O_CLOEXEC);
-	unlink(path);
+	reg.fd = remote_file(&self->pool, 8);
+	ASSERT_LE(0, reg.fd);
 	ASSERT_EQ(0, ioctl(session, PSEUDO_MM_REGISTER_REMOTE, &reg));
 	ASSERT_EQ(0, v0_add(dev, id, BASE, 8, ANONYMOUS, -1));
 	ASSERT_EQ(0, v0_setup(dev, id, BASE, 2, 20, PSEUDO_MM_MEMORY_DAX));

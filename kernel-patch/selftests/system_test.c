@@ -85,17 +85,6 @@ static bool filled(const char *at, unsigned long first, unsigned long count, uin
 	return true;
 }
 
-static bool set(const char *path, const char *value)
-{
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	bool written;
-
-	if (fd < 0)
-		return false;
-	written = write(fd, value, strlen(value)) == (ssize_t)strlen(value);
-	return !close(fd) && written;
-}
-
 static long get(const char *path)
 {
 	FILE *file = fopen(path, "re");

@@ -88,10 +88,7 @@ pub fn build(
         }
         let anonymous = mapping.kind == MappingKind::Anonymous;
         let all = &pieces.processes[place.process];
-        let stored: &[Piece] = match fill.has_pages() {
-            true => all,
-            false => &[],
-        };
+        let stored: &[Piece] = if fill.has_pages() { all } else { &[] };
         if let Some(base) = base
             && base.bring_up(
                 place,

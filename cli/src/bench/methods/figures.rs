@@ -27,6 +27,9 @@ pub const ROWS: [&str; 13] = [
     "runc",
 ];
 
+/// Those of the rows that are no methods.
+pub const BESIDE: [&str; 3] = ["parked", "cold", "runc"];
+
 /// One start with all that followed.
 #[derive(Debug, Default)]
 pub struct Start {

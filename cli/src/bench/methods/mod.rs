@@ -17,7 +17,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use trenv_config::Config;
 
 use self::deployed::Deployed;
-use self::figures::{FunctionFigures, Memory, Report, Start};
+use self::figures::{BESIDE, FunctionFigures, Memory, ROWS, Report, Start};
 use super::order::Order;
 use super::restore::interrupted;
 use super::runc::Runc;
@@ -144,26 +144,16 @@ pub async fn measure(
 
 /// The rows of the methods that are asked for.
 fn methods(names: &[String]) -> anyhow::Result<Vec<&'static str>> {
-    const KNOWN: [&str; 10] = [
-        TEMPLATE,
-        "attach",
-        "copy",
-        "copy-base",
-        "lazy",
-        "reap",
-        "faasnap",
-        "spice",
-        "criu",
-        "criu-lazy",
-    ];
+    let rows = ROWS.into_iter();
+    let known: Vec<&str> = rows.filter(|row| !BESIDE.contains(row)).collect();
     names
         .iter()
         .map(|name| {
-            let known = KNOWN.into_iter().find(|known| known == name);
-            known.with_context(|| {
+            let found = known.iter().find(|known| *known == name);
+            found.copied().with_context(|| {
                 format!(
                     "{name:?} is no start method; name some of {}",
-                    KNOWN.join(", ")
+                    known.join(", ")
                 )
             })
         })
