@@ -57,18 +57,54 @@ pub struct Starts {
     second_call: Series,
     steps: BTreeMap<String, Series>,
     memory: Vec<Memory>,
+    /// Of each start, so that a slow one can be told from the others.
+    profiles: Vec<Profile>,
+}
+
+/// What one start consisted of.
+#[derive(Debug, Clone)]
+struct Profile {
+    first_byte: Duration,
+    steps: Vec<(String, Duration)>,
+    /// What is not a step of the start.
+    call: Option<Duration>,
+}
+
+impl Profile {
+    fn of(start: &Start) -> Self {
+        // A name with a dot is a part of another step.
+        let whole = start.steps.iter().filter(|(name, _)| !name.contains('.'));
+        let starting: Duration = whole.map(|(_, time)| *time).sum();
+        Self {
+            first_byte: start.first_byte,
+            steps: start.steps.clone(),
+            call: (!starting.is_zero()).then(|| start.first_byte.saturating_sub(starting)),
+        }
+    }
+}
+
+/// Whole steps and what comes after them, in one line.
+fn line<'a>(steps: impl Iterator<Item = (&'a str, u64)>, call: Option<u64>) -> String {
+    let whole = steps.filter(|(name, _)| !name.contains('.'));
+    let mut parts: Vec<String> = whole
+        .map(|(name, time)| format!("{name} {}", micros(time)))
+        .collect();
+    parts.extend(call.map(|call| format!("then the call {}", micros(call))));
+    parts.join(", ")
+}
+
+fn in_micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Starts {
     pub fn record(&mut self, start: &Start) {
         self.start.record(start.first_byte);
-        // A name with a dot is a part of another step.
-        let whole = start.steps.iter().filter(|(name, _)| !name.contains('.'));
-        let starting: Duration = whole.map(|(_, time)| *time).sum();
-        if !starting.is_zero() {
-            self.first_call
-                .record(start.first_byte.saturating_sub(starting));
+        let profile = Profile::of(start);
+        if let Some(call) = profile.call {
+            self.first_call.record(call);
         }
+        self.profiles.push(profile);
         for (name, time) in &start.steps {
             self.steps.entry(name.clone()).or_default().record(*time);
         }
@@ -86,6 +122,7 @@ impl Starts {
             self.steps.entry(name.clone()).or_default().add(series);
         }
         self.memory.extend(&other.memory);
+        self.profiles.extend_from_slice(&other.profiles);
     }
 
     fn median(&self, of: impl Fn(&Memory) -> u64) -> Option<u64> {
@@ -94,16 +131,31 @@ impl Starts {
         all.get(all.len().saturating_sub(1) / 2).copied()
     }
 
-    /// The whole steps of a start and their medians, in one line.
-    fn profile(&self) -> String {
-        let whole = self.steps.iter().filter(|(name, _)| !name.contains('.'));
-        let mut parts: Vec<String> = whole
-            .filter_map(|(name, series)| Some(format!("{name} {}", micros(series.quantile(0.5)?))))
-            .collect();
-        if let Some(call) = self.first_call.quantile(0.5) {
-            parts.push(format!("then the call {}", micros(call)));
-        }
-        parts.join(", ")
+    /// The whole steps of a start and their medians.
+    fn usual(&self) -> String {
+        let steps = self.steps.iter();
+        let medians =
+            steps.filter_map(|(name, series)| Some((name.as_str(), series.quantile(0.5)?)));
+        line(medians, self.first_call.quantile(0.5))
+    }
+
+    /// The steps of the start that took as long as P99 says.
+    fn at_p99(&self) -> Option<&Profile> {
+        let limit = self.start.quantile(0.99)?;
+        let all = self.profiles.iter();
+        all.filter(|one| in_micros(one.first_byte) <= limit)
+            .max_by_key(|one| one.first_byte)
+    }
+
+    fn slow(&self) -> String {
+        let Some(profile) = self.at_p99() else {
+            return String::new();
+        };
+        let steps = profile.steps.iter();
+        line(
+            steps.map(|(name, time)| (name.as_str(), in_micros(*time))),
+            profile.call.map(in_micros),
+        )
     }
 }
 
@@ -125,6 +177,15 @@ impl Serialize for Starts {
             .map(|(name, series)| (name.as_str(), series.quantile(0.5)))
             .collect();
         map.serialize_entry("steps_p50_us", &steps)?;
+        let slow: Option<BTreeMap<&str, u64>> = self.at_p99().map(|profile| {
+            let steps = profile.steps.iter();
+            let mut slow: BTreeMap<&str, u64> = steps
+                .map(|(name, time)| (name.as_str(), in_micros(*time)))
+                .collect();
+            slow.extend(profile.call.map(|call| ("call", in_micros(call))));
+            slow
+        });
+        map.serialize_entry("steps_of_p99_us", &slow)?;
         map.end()
     }
 }
@@ -208,23 +269,29 @@ impl Report {
                     continue;
                 }
                 let mut ahead = Vec::new();
+                let mut profiles = String::new();
                 for (word, quantile) in [("P50", 0.5), ("P99", 0.99)] {
                     let their = theirs.start.quantile(quantile);
                     let our = ours.start.quantile(quantile);
-                    if let (Some(their), Some(our)) = (their, our)
-                        && their < our
-                    {
-                        let (their, our) = (micros(their), micros(our));
-                        ahead.push(format!("{word}, {their} against {our}"));
+                    let (Some(their), Some(our)) = (their, our) else {
+                        continue;
+                    };
+                    if their >= our {
+                        continue;
                     }
+                    ahead.push(format!("{word}, {} against {}", micros(their), micros(our)));
+                    let (ours, theirs) = match word {
+                        "P50" => (ours.usual(), theirs.usual()),
+                        _ => (ours.slow(), theirs.slow()),
+                    };
+                    profiles +=
+                        &format!("\n  {word} of template: {ours}\n  {word} of {row}: {theirs}");
                 }
                 if !ahead.is_empty() {
+                    let ahead = ahead.join(", and at ");
+                    let name = &function.name;
                     lines.push(format!(
-                        "{}: {row} is ahead of template at {}\n  template: {}\n  {row}: {}",
-                        function.name,
-                        ahead.join(", and at "),
-                        ours.profile(),
-                        theirs.profile(),
+                        "{name}: {row} is ahead of template at {ahead}{profiles}"
                     ));
                 }
             }
@@ -382,6 +449,25 @@ mod tests {
     }
 
     #[test]
+    fn a_slow_start_is_told_from_the_usual_one() {
+        let mut report = report();
+        let mut slow = start(9900, 500, 7);
+        slow.steps[0].1 = Duration::from_micros(8000);
+        report.record(0, "template", Ok(slow));
+        let text = report.to_string();
+        assert!(
+            text.contains("P99 of template: restore 8.00 ms, then the call 1.90 ms"),
+            "{text}"
+        );
+        assert!(text.contains("P50 of template: restore 1.00 ms"), "{text}");
+        let json = serde_json::to_value(&report).unwrap();
+        let slow = &json["functions"][0]["methods"]["template"]["steps_of_p99_us"];
+        assert_eq!(slow["restore"], 8000);
+        assert_eq!(slow["restore.clone"], 400);
+        assert_eq!(slow["call"], 1900);
+    }
+
+    #[test]
     fn a_faster_method_is_named_with_the_profile() {
         let text = report().to_string();
         assert!(
@@ -390,7 +476,7 @@ mod tests {
             ),
             "{text}"
         );
-        assert!(text.contains("template: restore 1.00 ms, then the call 900 us"));
+        assert!(text.contains("P50 of template: restore 1.00 ms, then the call 900 us"));
         assert!(text.contains("failed: f copy: no reply"));
     }
 }
