@@ -182,7 +182,7 @@ impl Serialize for Starts {
             let mut slow: BTreeMap<&str, u64> = steps
                 .map(|(name, time)| (name.as_str(), in_micros(*time)))
                 .collect();
-            slow.extend(profile.call.map(|call| ("call", in_micros(call))));
+            slow.extend(profile.call.map(|call| ("first_call", in_micros(call))));
             slow
         });
         map.serialize_entry("steps_of_p99_us", &slow)?;
@@ -464,7 +464,7 @@ mod tests {
         let slow = &json["functions"][0]["methods"]["template"]["steps_of_p99_us"];
         assert_eq!(slow["restore"], 8000);
         assert_eq!(slow["restore.clone"], 400);
-        assert_eq!(slow["call"], 1900);
+        assert_eq!(slow["first_call"], 1900);
     }
 
     #[test]
