@@ -52,6 +52,7 @@ mod tests {
             protection,
             kind: MappingKind::Generation,
             flags: crate::manifest::MappingFlags::default(),
+            guards: Vec::new(),
         };
         assert!(check(&page(PAGE, 1), 7).is_ok());
         assert!(check(&page(PAGE, 0), 7).is_ok());

@@ -19,7 +19,7 @@ pub use queued::Queued;
 pub use socket_file::SocketFile;
 
 /// Layout version of the encoded form.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// A page of memory.
 pub const PAGE: u64 = 4096;
@@ -164,6 +164,8 @@ pub struct Mapping {
     pub protection: u32,
     pub kind: MappingKind,
     pub flags: MappingFlags,
+    /// Its guard pages, by address: who touches one gets SIGSEGV (madvise(2), MADV_GUARD_INSTALL).
+    pub guards: Vec<PageRun>,
 }
 
 /// What a VMA maps.
@@ -222,11 +224,20 @@ pub struct MappingFlags {
     pub lock_on_fault: bool,
 }
 
-/// Consecutive stored pages.
+/// Consecutive pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageRun {
     pub start: u64,
     pub pages: u64,
+}
+
+impl PageRun {
+    /// The address behind it, if there is one.
+    #[must_use]
+    pub fn end(&self) -> Option<u64> {
+        let bytes = self.pages.checked_mul(PAGE)?;
+        self.start.checked_add(bytes)
+    }
 }
 
 /// One descriptor of a process.

@@ -217,3 +217,21 @@ fn a_function_of_another_runtime_is_refused() -> TestResult {
     );
     Ok(())
 }
+
+#[test]
+fn a_function_guards_other_pages_than_its_base() -> TestResult {
+    let bed = Bed::new()?;
+    let mut first = bed.run(&[&bed.compile("guards")?])?;
+    assert_eq!(first.ask("check"), "ok");
+    let base = bed.zygote(&bed.dump(first)?)?;
+    let mut function = bed.start(&mut base.agent()?)?;
+    assert_eq!(function.ask("change"), "ok");
+    let zygote = bed.derive(&base, &bed.dump(function)?)?;
+    let mut agent = zygote.agent()?;
+    for _ in 0..2 {
+        assert_eq!(bed.start(&mut agent)?.ask("check"), "ok");
+    }
+    // The base has its own still.
+    assert_eq!(bed.start(&mut base.agent()?)?.ask("check"), "ok");
+    Ok(())
+}

@@ -139,6 +139,20 @@ fn allocators_and_stacks_find_what_they_rely_on() -> TestResult {
     Ok(())
 }
 
+/// What is recorded around guard pages is brought in without them.
+#[test]
+fn guard_pages_stay_where_pages_are_brought_in() -> TestResult {
+    let bed = Bed::new()?;
+    let template = template_of(&bed, "guards")?;
+    for method in harness::methods() {
+        let prepared = bed.prepare(method, &template)?;
+        for _ in 0..4 {
+            tenancy(&bed, prepared.as_ref(), &["check", "change", "check"])?;
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn what_was_recorded_is_not_waited_for_again() -> TestResult {
     let bed = Bed::new()?;

@@ -84,3 +84,10 @@ fn descriptors_of_every_kind_are_made_anew() -> TestResult {
     let place = place.path().display().to_string();
     comes_back(&bed, &[&program, &place], &[Method::Copy])
 }
+
+#[test]
+fn guard_pages_are_guarded_again() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("guards")?;
+    comes_back(&bed, &[&program], &harness::methods())
+}

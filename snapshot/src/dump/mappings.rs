@@ -230,6 +230,8 @@ impl Line {
             protection,
             kind,
             flags: properties,
+            // Told by the page map.
+            guards: Vec::new(),
         }))
     }
 

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use nix::libc;
 
 use super::{
-    ADDRESS_END, MCL_FUTURE, MCL_ONFAULT, Manifest, ManifestError, ObjectKind, PAGE, Process,
-    file_lock, memory_object, message_queue, queued, socket_file,
+    ADDRESS_END, MCL_FUTURE, MCL_ONFAULT, Manifest, ManifestError, Mapping, MappingKind,
+    ObjectKind, PAGE, Process, file_lock, memory_object, message_queue, queued, socket_file,
 };
 use crate::lineage::Lineage;
 
@@ -182,16 +182,14 @@ fn check_memory(process: &Process) -> Result<(), ManifestError> {
             });
         }
         crate::generation::check(mapping, pid)?;
+        check_guards(mapping, pid)?;
         end = mapping.end;
     }
     let mut mappings = process.mappings.iter().peekable();
     let mut from = 0;
     for run in &process.pages {
-        let bytes = run
-            .pages
-            .checked_mul(PAGE)
-            .and_then(|bytes| run.start.checked_add(bytes));
-        let Some(run_end) = bytes.filter(|_| run.start % PAGE == 0 && run.start >= from) else {
+        let aligned = run.start % PAGE == 0 && run.start >= from;
+        let Some(run_end) = run.end().filter(|_| aligned) else {
             return Err(ManifestError::Invalid {
                 what: format!("the pages at {:#x} of process {pid}", run.start),
             });
@@ -200,18 +198,43 @@ fn check_memory(process: &Process) -> Result<(), ManifestError> {
             .next_if(|mapping| mapping.end <= run.start)
             .is_some()
         {}
-        if !mappings
-            .peek()
-            .is_some_and(|m| m.start <= run.start && run_end <= m.end)
-        {
+        let around = mappings.peek();
+        let Some(mapping) = around.filter(|m| m.start <= run.start && run_end <= m.end) else {
             return Err(ManifestError::Invalid {
                 what: format!(
                     "the pages at {:#x} of process {pid} lie in no mapping",
                     run.start
                 ),
             });
+        };
+        let guards = &mapping.guards;
+        let next = guards.partition_point(|guard| guard.end().is_none_or(|end| end <= run.start));
+        if guards.get(next).is_some_and(|guard| guard.start < run_end) {
+            return Err(ManifestError::Invalid {
+                what: format!("the pages at {:#x} of process {pid} are guards", run.start),
+            });
         }
         from = run_end;
+    }
+    Ok(())
+}
+
+fn check_guards(mapping: &Mapping, pid: i32) -> Result<(), ManifestError> {
+    let kind = &mapping.kind;
+    let can_have = !matches!(
+        kind,
+        MappingKind::Vdso | MappingKind::Vvar | MappingKind::Generation
+    );
+    let mut from = mapping.start;
+    for guard in &mapping.guards {
+        let end = guard.end().filter(|end| *end <= mapping.end);
+        let aligned = guard.start % PAGE == 0 && guard.start >= from && guard.pages > 0;
+        let Some(end) = end.filter(|_| aligned && can_have) else {
+            return Err(ManifestError::Invalid {
+                what: format!("the guard pages at {:#x} of process {pid}", guard.start),
+            });
+        };
+        from = end;
     }
     Ok(())
 }

@@ -168,7 +168,8 @@ impl FaaSnap {
             let first = regions.len();
             for (&at, &group) in groups.range(area.at..area.at + area.length) {
                 match regions[first..].last_mut() {
-                    Some(last) if last.end + GAP * PAGE >= at => {
+                    // A file that is mapped over a guard page would take its place.
+                    Some(last) if last.end + GAP * PAGE >= at && !area.has_guard(last.end, at) => {
                         last.end = at + PAGE;
                         last.group = last.group.min(group);
                     }

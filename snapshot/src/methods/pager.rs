@@ -104,6 +104,10 @@ pub fn serve(
     let mut spans = Spans::default();
     for area in supply.image.areas.iter().filter(|area| area.anonymous) {
         spans.insert(area.at, area.length);
+        // Where a program takes a guard away, zeroes are.
+        for (start, end) in &area.guards {
+            spans.forget(*start, *end);
+        }
     }
     let number = supply.keeper.number();
     supply.keeper.hold(number, &[watch.as_fd(), init])?;

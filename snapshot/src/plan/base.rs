@@ -17,7 +17,7 @@ use super::memory::{self, Piece, Sourced};
 use super::region::{Program, Region};
 use super::shared::When;
 use super::{Plan, PlanError, build_fd};
-use crate::manifest::{Manifest, Mapping, MappingKind, Process};
+use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
 
 /// Bytes in a region for the program by which a copy of its zygote goes on in another region.
 pub const ARRIVAL: u64 = 4096;
@@ -79,6 +79,17 @@ pub struct Differences {
     pub fresh: Vec<(u64, u64)>,
 }
 
+impl Held {
+    /// Start and end of its guard pages in a range.
+    fn guards(&self, from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
+        let moved = |run: &PageRun| self.at + (run.start - self.mapping.start);
+        let guards = self.mapping.guards.iter();
+        let guards = guards.map(move |run| (moved(run), moved(run) + run.pages * PAGE));
+        let clipped = guards.map(move |(start, end)| (start.max(from), end.min(to)));
+        clipped.filter(|(start, end)| start < end)
+    }
+}
+
 impl Ground {
     pub fn of(
         manifest: &Manifest,
@@ -118,7 +129,7 @@ impl Ground {
     }
 
     /// The base's mapping of which a mapping of the function is the same, or a part.
-    fn under(&self, place: &Placed, mapping: &Mapping, exe: &str) -> Option<&Mapping> {
+    fn under(&self, place: &Placed, mapping: &Mapping, exe: &str) -> Option<&Held> {
         let after = self.held.partition_point(|held| held.at <= place.at);
         let held = self.held.get(after.checked_sub(1)?)?;
         let inside = place.at + place.length <= held.end;
@@ -144,7 +155,7 @@ impl Ground {
             }
             (theirs, its) => theirs == its,
         };
-        (inside && same && held.mapping.flags == mapping.flags).then_some(&held.mapping)
+        (inside && same && held.mapping.flags == mapping.flags).then_some(held)
     }
 }
 
@@ -239,6 +250,10 @@ impl Base<'_> {
             "bringing up {:#x}-{:#x} of process {} from its base",
             mapping.start, mapping.end, process.pid
         )));
+        for (start, end) in theirs.guards(place.at, place.at + place.length) {
+            let remove = memory::MADV_GUARD_REMOVE;
+            program.call(libc::SYS_madvise, [start, end - start, remove]);
+        }
         for (start, length) in differences.fresh {
             let anew = libc::MADV_DONTNEED as u64;
             program.call(libc::SYS_madvise, [start, length, anew]);
@@ -246,7 +261,8 @@ impl Base<'_> {
         let protect = |protection: u64, program: &mut Program| {
             program.call(libc::SYS_mprotect, [place.at, place.length, protection]);
         };
-        let (mut has, shall) = (u64::from(theirs.protection), u64::from(mapping.protection));
+        let mut has = u64::from(theirs.mapping.protection);
+        let shall = u64::from(mapping.protection);
         if !differences.written.is_empty() && has & READ_WRITE != READ_WRITE {
             protect(READ_WRITE, program);
             has = READ_WRITE;
@@ -269,6 +285,7 @@ impl Base<'_> {
         if has != shall {
             protect(shall, program);
         }
+        memory::guard(place, mapping, process.pid, region, program);
         Ok(true)
     }
 

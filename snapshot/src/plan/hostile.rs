@@ -9,8 +9,8 @@ use super::skeleton::Fill;
 use super::tests::sample;
 use crate::manifest::{
     EpollTarget, FileLock, LockHolder, Manifest, MemoryKind, MemoryObject, MessageQueue, Object,
-    ObjectKind, PosixTimer, QueueMessage, Queued, SemaphoreSet, SignalAction, Socket, SocketFile,
-    TmpfsEntry, TmpfsKind, Watch, Zombie,
+    ObjectKind, PAGE, PageRun, PosixTimer, QueueMessage, Queued, SemaphoreSet, SignalAction,
+    Socket, SocketFile, TmpfsEntry, TmpfsKind, Watch, Zombie,
 };
 
 const INPUTS: u64 = 200_000;
@@ -18,6 +18,11 @@ const INPUTS: u64 = 200_000;
 /// A tree that holds one of everything.
 fn rich() -> Manifest {
     let (mut manifest, _) = sample();
+    let area = &mut manifest.processes[1].mappings[0];
+    area.guards = vec![PageRun {
+        start: area.start + 2 * PAGE,
+        pages: 1,
+    }];
     let socket = Socket {
         domain: 2,
         kind: 1,
@@ -224,6 +229,16 @@ fn rich() -> Manifest {
     manifest
 }
 
+/// Guards in the first mapping of the root, by their place in it and their pages.
+fn guard(manifest: &mut Manifest, guards: &[(u64, u64)]) {
+    let area = &mut manifest.processes[0].mappings[0];
+    let guards = guards.iter().map(|(place, pages)| PageRun {
+        start: area.start + place,
+        pages: *pages,
+    });
+    area.guards = guards.collect();
+}
+
 fn huge() -> Vec<Extent> {
     let zeros = Extent {
         first_page: 2,
@@ -281,7 +296,7 @@ fn a_huge_mapping_is_planned_at_once() {
 #[test]
 fn references_to_nothing_are_refused() {
     type Change = fn(&mut Manifest);
-    let changes: [(&str, Change); 8] = [
+    let changes: [(&str, Change); 14] = [
         ("standard stream 3", |m| {
             m.objects[0].kind = ObjectKind::Stdio(3);
         }),
@@ -311,6 +326,21 @@ fn references_to_nothing_are_refused() {
                 room: 0,
                 messages: Vec::new(),
             });
+        }),
+        ("guard pages at 0x400001", |m| guard(m, &[(1, 1)])),
+        ("guard pages at 0x404000", |m| guard(m, &[(0x4000, 1)])),
+        ("guard pages at 0x401000", |m| {
+            guard(m, &[(0x1000, u64::MAX / PAGE)]);
+        }),
+        ("guard pages at 0x402000", |m| {
+            guard(m, &[(0x1000, 2), (0x2000, 1)]);
+        }),
+        ("pages at 0x400000 of process 2 are guards", |m| {
+            guard(m, &[(0, 1)]);
+        }),
+        ("guard pages at 0x7ffd00000000", |m| {
+            let start = 0x7ffd_0000_0000;
+            m.processes[0].mappings[1].guards = vec![PageRun { start, pages: 1 }];
         }),
         ("main thread", |m| m.processes[0].threads[0].tid = 9),
         ("thread 2", |m| {

@@ -19,6 +19,9 @@ const HUGE: u64 = 2 << 20;
 const HUGE_WORTH: u64 = 448;
 const MADV_COLLAPSE: u64 = 25;
 const MAP_DROPPABLE: u64 = 8;
+/// From kernel 6.13 on, of anonymous memory; of any from 6.15 on.
+pub const MADV_GUARD_INSTALL: u64 = 102;
+pub const MADV_GUARD_REMOVE: u64 = 103;
 const PR_SET_MM_MAP: u64 = 14;
 const READ_WRITE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
 
@@ -143,6 +146,7 @@ pub fn build(
             }
         }
         protect(place, mapping, &sourced, &mut program);
+        guard(place, mapping, process.pid, region, &mut program);
     }
     if base.is_some_and(|base| base.has_exe(heir)) {
         describe_memory(heir, None, region, &mut program);
@@ -214,6 +218,7 @@ pub fn load(
             program,
         );
         protect(&place, mapping, &sourced, program);
+        guard(&place, mapping, process.pid, region, program);
     }
     describe(process, exe, region, program);
     program.call(libc::SYS_close, [0]);
@@ -477,6 +482,27 @@ pub fn protect(place: &Placed, mapping: &Mapping, pieces: &[Sourced], program: &
     let protection = u64::from(mapping.protection);
     if !pieces.is_empty() && protection != READ_WRITE {
         program.call(libc::SYS_mprotect, [place.at, place.length, protection]);
+    }
+}
+
+/// Guard pages, once everything is written. A copy of the memory and a move of it keep them.
+pub fn guard(
+    place: &Placed,
+    mapping: &Mapping,
+    pid: i32,
+    region: &mut Region,
+    program: &mut Program,
+) {
+    if mapping.guards.is_empty() {
+        return;
+    }
+    program.about(region.sentence(format!(
+        "making guard pages in {:#x}-{:#x} of process {pid} (MADV_GUARD_INSTALL, from kernel 6.13 on and for files from 6.15 on)",
+        mapping.start, mapping.end
+    )));
+    for run in &mapping.guards {
+        let (at, length) = (place.at + (run.start - mapping.start), run.pages * PAGE);
+        program.call(libc::SYS_madvise, [at, length, MADV_GUARD_INSTALL]);
     }
 }
 

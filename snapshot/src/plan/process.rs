@@ -6,7 +6,7 @@ use nix::libc;
 use pseudo_mm_uapi::abi;
 use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
-use super::layout::{Placement, Way, kernel_owned};
+use super::layout::{Placed, Placement, Way, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::{Shared, When};
 use super::skeleton::{self, Fill};
@@ -440,7 +440,18 @@ fn advise_heir(advice: i32, tree: Tree<'_>, program: &mut Program) {
 
 /// Advice that would have kept the memory from a clone.
 fn advise_about_forks(process: &Process, region: &mut Region, program: &mut Program) {
-    for mapping in &process.mappings {
+    for (index, mapping) in process.mappings.iter().enumerate() {
+        if mapping.flags.droppable {
+            // A fork has left its guard pages out.
+            let (at, length) = (mapping.start, mapping.end - mapping.start);
+            let place = Placed {
+                process: 0,
+                mapping: index,
+                at,
+                length,
+            };
+            memory::guard(&place, mapping, process.pid, region, program);
+        }
         for (wanted, advice) in [
             (mapping.flags.dont_fork, libc::MADV_DONTFORK),
             (mapping.flags.wipe_on_fork, libc::MADV_WIPEONFORK),

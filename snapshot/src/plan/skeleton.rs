@@ -8,7 +8,7 @@ use super::layout::{Placement, kernel_owned};
 use super::memory::{Piece, inside};
 use super::region::{Program, Region};
 use super::shared::When;
-use crate::manifest::{Manifest, Mapping, MappingKind};
+use crate::manifest::{Manifest, Mapping, MappingKind, PAGE};
 
 /// Bytes in the region for the program of a rework.
 pub const REWORK: u64 = 1 << 20;
@@ -55,11 +55,24 @@ pub struct Area {
     pub no_reserve: bool,
     /// By address.
     pub runs: Vec<Run>,
+    /// Start and end of what is guarded, by address.
+    pub guards: Vec<(u64, u64)>,
 }
 
-/// A template of a device makes no stack, and what it makes cannot be locked in memory.
+impl Area {
+    /// Whether a guard page lies in a range.
+    pub fn has_guard(&self, start: u64, end: u64) -> bool {
+        let next = self.guards.partition_point(|guard| guard.1 <= start);
+        self.guards.get(next).is_some_and(|guard| guard.0 < end)
+    }
+}
+
+/// A template of a device makes no stack, and what it makes can neither be locked in memory nor have
+/// guard pages.
 pub fn is_attachable(mapping: &Mapping) -> bool {
-    mapping.kind == MappingKind::Anonymous && !mapping.flags.grows_down && !mapping.flags.locked
+    let flags = &mapping.flags;
+    let plain = !flags.grows_down && !flags.locked && mapping.guards.is_empty();
+    mapping.kind == MappingKind::Anonymous && plain
 }
 
 /// Stored pages that are neighbours in the address space and in the pool.
@@ -116,6 +129,14 @@ pub fn areas(manifest: &Manifest, placement: &Placement, pieces: &[Vec<Piece>]) 
             // A mapping of a file cannot grow downwards, and one that is moved must stay in one piece.
             mappable: anonymous && !mapping.flags.grows_down && place.at == mapping.start,
             runs,
+            guards: mapping
+                .guards
+                .iter()
+                .map(|run| {
+                    let start = place.at + (run.start - mapping.start);
+                    (start, start + run.pages * PAGE)
+                })
+                .collect(),
         });
     }
     areas

@@ -16,6 +16,7 @@ fn mapping(start: u64, pages: u64, kind: MappingKind) -> Mapping {
         protection: 3,
         kind,
         flags,
+        guards: Vec::new(),
     }
 }
 
@@ -249,4 +250,20 @@ fn a_rework_has_its_room_in_the_region() {
         let region = plan.base..plan.base + plan.length;
         assert!(region.start < room.start && room.end <= region.end);
     }
+}
+
+#[test]
+fn memory_with_guard_pages_is_not_attached() {
+    let (mut manifest, extents) = sample();
+    let mapping = &mut manifest.processes[1].mappings[0];
+    mapping.guards = vec![PageRun {
+        start: mapping.start + 2 * PAGE,
+        pages: 1,
+    }];
+    let plan = Plan::of(&manifest, &extents, Fill::Attached).unwrap();
+    let area = plan.areas.iter().find(|area| area.process == 1).unwrap();
+    assert!(!area.attachable);
+    let guarded = |from: u64, to: u64| area.has_guard(area.at + from * PAGE, area.at + to * PAGE);
+    assert!(guarded(2, 3) && guarded(0, 4));
+    assert!(!guarded(0, 2) && !guarded(3, 4));
 }

@@ -44,7 +44,9 @@ fn lock(
                 "locking {start:#x} of process {} in memory",
                 process.pid
             )));
-            let how = u64::from(mapping.flags.lock_on_fault);
+            // Guard pages cannot be brought in.
+            let on_fault = mapping.flags.lock_on_fault || !mapping.guards.is_empty();
+            let how = u64::from(on_fault);
             program.call(libc::SYS_mlock2, [start, mapping.end - start, how]);
         }
     }
