@@ -5,6 +5,7 @@
 
 mod check;
 mod file_lock;
+mod file_owner;
 mod memory_object;
 mod message_queue;
 mod queued;
@@ -13,13 +14,14 @@ mod socket_file;
 use serde::{Deserialize, Serialize};
 
 pub use file_lock::{FileLock, LockHolder};
+pub use file_owner::{FileOwner, SignalTarget};
 pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject, SemaphoreSet};
 pub use message_queue::{MessageQueue, QueueMessage};
 pub use queued::Queued;
 pub use socket_file::SocketFile;
 
 /// Layout version of the encoded form.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// A page of memory.
 pub const PAGE: u64 = 4096;
@@ -253,6 +255,7 @@ pub struct Descriptor {
 pub struct Object {
     /// Status flags of F_GETFL, access mode included.
     pub flags: u32,
+    pub owner: Option<FileOwner>,
     pub kind: ObjectKind,
 }
 

@@ -91,3 +91,10 @@ fn guard_pages_are_guarded_again() -> TestResult {
     let program = bed.compile("guards")?;
     comes_back(&bed, &[&program], &harness::methods())
 }
+
+#[test]
+fn owners_of_open_files_are_told_by_signals() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("owners")?;
+    comes_back(&bed, &[&program], &harness::methods())
+}

@@ -9,8 +9,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use super::memory_objects::{MemoryObjects, other_name};
 use super::process::sandbox_path;
 use super::{
-    DumpError, DumpRequest, descriptor_of, fifo, file_locks, inotify, proc_link, proc_text,
-    same_file, socket_files, sockets,
+    DumpError, DumpRequest, descriptor_of, fifo, file_locks, file_owner, inotify, proc_link,
+    proc_text, same_file, socket_files, sockets,
 };
 use crate::manifest::{Descriptor, EpollTarget, FileLock, Object, ObjectKind, Process};
 
@@ -230,9 +230,15 @@ impl<'a> Files<'a> {
         if let ObjectKind::Socket(socket) = &mut kind {
             socket.file = socket_files::read(socket, host)?;
         }
+        // fcntl(2) has nothing else for one that is a path only.
+        let owner = match info.flags & nix::libc::O_PATH as u32 {
+            0 => file_owner::read(&copy, self.ids)?,
+            _ => None,
+        };
         let index = self.objects.len();
         self.objects.push(Object {
             flags: info.flags & !O_CLOEXEC,
+            owner,
             kind,
         });
         self.places.push(place);

@@ -12,6 +12,7 @@ mod caller;
 mod connections;
 mod fifo;
 mod file_locks;
+mod file_owner;
 mod files;
 mod inotify;
 mod mappings;

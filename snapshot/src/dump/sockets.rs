@@ -360,6 +360,7 @@ mod tests {
         let read = peers.read(&stream.into(), 1, 0, "descriptor 3");
         let mut objects = [Object {
             flags: 2,
+            owner: None,
             kind: ObjectKind::Socket(read.unwrap().0),
         }];
         let err = peers.connections.finish(&mut objects).unwrap_err();
@@ -379,6 +380,7 @@ mod tests {
         let mut peers = Peers::default();
         let objects = [listener.into(), OwnedFd::from(accepted)].map(|fd| Object {
             flags: 2,
+            owner: None,
             kind: ObjectKind::Socket(peers.read(&fd, 1, 0, "descriptor 3").unwrap().0),
         });
         let err = check_ports(&objects).unwrap_err().to_string();

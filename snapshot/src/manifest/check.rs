@@ -6,7 +6,8 @@ use nix::libc;
 
 use super::{
     ADDRESS_END, MCL_FUTURE, MCL_ONFAULT, Manifest, ManifestError, Mapping, MappingKind,
-    ObjectKind, PAGE, Process, file_lock, memory_object, message_queue, queued, socket_file,
+    ObjectKind, PAGE, Process, file_lock, file_owner, memory_object, message_queue, queued,
+    socket_file,
 };
 use crate::lineage::Lineage;
 
@@ -95,6 +96,7 @@ impl Manifest {
         }
         memory_object::check(self)?;
         file_lock::check(self)?;
+        file_owner::check(self)?;
         socket_file::check(self)?;
         queued::check(self)?;
         message_queue::check(self)?;

@@ -3,6 +3,7 @@
 mod connections;
 mod fifo;
 mod file_locks;
+pub mod owners;
 
 use std::collections::BTreeMap;
 
@@ -13,9 +14,8 @@ use super::region::{Program, Region};
 use super::{PlanError, shared, sockets};
 use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
 
-/// Status flags that F_SETFL can set.
-const SETTABLE: u32 =
-    (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME) as u32;
+/// Status flags that F_SETFL can set, but O_ASYNC, which is set with the owner.
+const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME) as u32;
 /// The number of the watch that is made next, by value.
 const INOTIFY_IOC_SETNEXTWD: u64 = 0x4004_4900;
 const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
@@ -47,7 +47,7 @@ pub fn make(
     connections::make(manifest, control, region, program);
     for (index, object) in manifest.objects.iter().enumerate() {
         let at = place(control, index);
-        let flags = u64::from(object.flags);
+        let flags = u64::from(object.flags) & !(libc::O_ASYNC as u64);
         let nonblocking = flags & libc::O_NONBLOCK as u64;
         match &object.kind {
             ObjectKind::Stdio(stream) => {
@@ -73,7 +73,7 @@ pub fn make(
                 }
             }
             ObjectKind::Nameless { memory, position } => {
-                shared::open(*memory, object.flags, control, region, program);
+                shared::open(*memory, flags as u32, control, region, program);
                 move_to(at, program);
                 if object.flags & libc::O_PATH as u32 == 0 {
                     program.call(libc::SYS_lseek, [at, *position, libc::SEEK_SET as u64]);

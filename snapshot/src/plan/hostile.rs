@@ -8,9 +8,9 @@ use super::Plan;
 use super::skeleton::Fill;
 use super::tests::sample;
 use crate::manifest::{
-    EpollTarget, FileLock, LockHolder, Manifest, MemoryKind, MemoryObject, MessageQueue, Object,
-    ObjectKind, PAGE, PageRun, PosixTimer, QueueMessage, Queued, SemaphoreSet, SignalAction,
-    Socket, SocketFile, TmpfsEntry, TmpfsKind, Watch, Zombie,
+    EpollTarget, FileLock, FileOwner, LockHolder, Manifest, MemoryKind, MemoryObject, MessageQueue,
+    Object, ObjectKind, PAGE, PageRun, PosixTimer, QueueMessage, Queued, SemaphoreSet,
+    SignalAction, SignalTarget, Socket, SocketFile, TmpfsEntry, TmpfsKind, Watch, Zombie,
 };
 
 const INPUTS: u64 = 200_000;
@@ -181,7 +181,16 @@ fn rich() -> Manifest {
     });
     for kind in kinds {
         let number = manifest.objects.len() as i32;
-        manifest.objects.push(Object { flags: 2, kind });
+        let owner = FileOwner {
+            target: Some(SignalTarget::Process(root)),
+            signal: 40,
+            users: [1000, 1001],
+        };
+        manifest.objects.push(Object {
+            flags: 0x2002,
+            owner: Some(owner),
+            kind,
+        });
         let process = &mut manifest.processes[0];
         let mut descriptor = process.descriptors[0].clone();
         descriptor.object = number as usize;
@@ -227,6 +236,14 @@ fn rich() -> Manifest {
         });
     }
     manifest
+}
+
+fn own(manifest: &mut Manifest, target: SignalTarget, signal: i32) {
+    manifest.objects[0].owner = Some(FileOwner {
+        target: Some(target),
+        signal,
+        users: [0; 2],
+    });
 }
 
 /// Guards in the first mapping of the root, by their place in it and their pages.
@@ -296,7 +313,7 @@ fn a_huge_mapping_is_planned_at_once() {
 #[test]
 fn references_to_nothing_are_refused() {
     type Change = fn(&mut Manifest);
-    let changes: [(&str, Change); 14] = [
+    let changes: [(&str, Change); 17] = [
         ("standard stream 3", |m| {
             m.objects[0].kind = ObjectKind::Stdio(3);
         }),
@@ -326,6 +343,15 @@ fn references_to_nothing_are_refused() {
                 room: 0,
                 messages: Vec::new(),
             });
+        }),
+        ("owner of open file 0", |m| {
+            own(m, SignalTarget::Process(9), 0);
+        }),
+        ("owner of open file 0", |m| {
+            own(m, SignalTarget::Group(-2), 0);
+        }),
+        ("owner of open file 0", |m| {
+            own(m, SignalTarget::Thread(2), 65);
         }),
         ("guard pages at 0x400001", |m| guard(m, &[(1, 1)])),
         ("guard pages at 0x404000", |m| guard(m, &[(0x4000, 1)])),

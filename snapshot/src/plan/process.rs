@@ -341,6 +341,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     }
     // A timer may be a thread's.
     timers::make(process, tree.own.chosen_timers, region, program);
+    files::owners::set(manifest, process, region, program);
     let main = &process.threads[0];
     program.about(region.sentence(format!("setting up the main thread of process {pid}")));
     program.call(libc::SYS_arch_prctl, [ARCH_SET_FS, main.registers.fs_base]);

@@ -106,6 +106,7 @@ pub fn sample() -> (Manifest, Vec<Extent>) {
         zombies: Vec::new(),
         objects: vec![Object {
             flags: 0,
+            owner: None,
             kind: ObjectKind::Path {
                 path: "/dev/null".into(),
                 position: 0,
