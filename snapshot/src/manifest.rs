@@ -21,7 +21,7 @@ pub use queued::Queued;
 pub use socket_file::SocketFile;
 
 /// Layout version of the encoded form.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// A page of memory.
 pub const PAGE: u64 = 4096;
@@ -108,7 +108,12 @@ pub struct Habits {
     pub no_huge_pages: u64,
     /// PR_MCE_KILL.
     pub memory_failure: u64,
+    /// The commands by which it has registered for membarrier(2), [`REGISTRATIONS`] at most.
+    pub barriers: u64,
 }
+
+/// MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, PRIVATE_EXPEDITED, its SYNC_CORE and its RSEQ.
+pub const REGISTRATIONS: u64 = 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8;
 
 /// A process that has ended, while its parent has not waited for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -159,7 +159,6 @@ fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult 
             "epoll",
             "an epoll watches descriptor 4, which is closed there",
         ),
-        ("barriers", "has registered for memory barriers"),
         ("packets", "a pipe with packets (O_DIRECT)"),
         ("map", "cannot be captured (anon_inode:bpf-map)"),
         ("deadline", "has the scheduling policy SCHED_DEADLINE"),

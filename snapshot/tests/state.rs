@@ -98,3 +98,10 @@ fn owners_of_open_files_are_told_by_signals() -> TestResult {
     let program = bed.compile("owners")?;
     comes_back(&bed, &[&program], &harness::methods())
 }
+
+#[test]
+fn registrations_for_memory_barriers_are_made_again() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("barriers")?;
+    comes_back(&bed, &[&program], &harness::methods())
+}

@@ -8,7 +8,9 @@ use super::caller::Caller;
 use super::memory_objects::MemoryObjects;
 use super::tracee::Tracee;
 use super::{DumpError, mappings, proc_link, proc_text, timers};
-use crate::manifest::{Credentials, Habits, Layout, Manifest, MappingKind, Process, Thread};
+use crate::manifest::{
+    Credentials, Habits, Layout, Manifest, MappingKind, Process, REGISTRATIONS, Thread,
+};
 
 /// Which of the processor's states that are not everyone's a process may use (arch_prctl(2)).
 const ARCH_GET_XCOMP_PERM: u64 = 0x1022;
@@ -484,9 +486,10 @@ fn habits(caller: &mut Caller<'_>, pid: i32) -> Result<Habits, DumpError> {
     }
     let registered = [MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, 0, 0, 0];
     let registered = if_known(caller.call(libc::SYS_membarrier, registered))?;
-    if registered.unwrap_or(0) != 0 {
+    let barriers = registered.unwrap_or(0).cast_unsigned();
+    if barriers & !REGISTRATIONS != 0 {
         return Err(DumpError::Refused(format!(
-            "process {pid} has registered for memory barriers (membarrier)"
+            "process {pid} has registered for memory barriers of an unknown kind ({barriers:#x})"
         )));
     }
     // Its tiles come back only where a thread has been given room for them.
@@ -506,6 +509,7 @@ fn habits(caller: &mut Caller<'_>, pid: i32) -> Result<Habits, DumpError> {
         no_write_execute: ask(libc::PR_GET_MDWE, 0)?,
         no_huge_pages: ask(libc::PR_GET_THP_DISABLE, 0)?,
         memory_failure: ask(libc::PR_MCE_KILL_GET, libc::PR_MCE_KILL_DEFAULT as u64)?,
+        barriers,
     })
 }
 

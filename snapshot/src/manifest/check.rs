@@ -6,8 +6,8 @@ use nix::libc;
 
 use super::{
     ADDRESS_END, MCL_FUTURE, MCL_ONFAULT, Manifest, ManifestError, Mapping, MappingKind,
-    ObjectKind, PAGE, Process, file_lock, file_owner, memory_object, message_queue, queued,
-    socket_file,
+    ObjectKind, PAGE, Process, REGISTRATIONS, file_lock, file_owner, memory_object, message_queue,
+    queued, socket_file,
 };
 use crate::lineage::Lineage;
 
@@ -59,6 +59,9 @@ impl Manifest {
                 }
             }
             check_memory(process)?;
+            if process.habits.barriers & !REGISTRATIONS != 0 {
+                return wrong(format!("the memory barriers of process {pid}"));
+            }
             if ![0, MCL_FUTURE, MCL_FUTURE | MCL_ONFAULT].contains(&process.lock_future) {
                 return wrong(format!("the memory locks of process {pid}"));
             }

@@ -162,6 +162,7 @@ fn rich() -> Manifest {
         }],
     });
     let root = manifest.processes[0].pid;
+    manifest.processes[0].habits.barriers = crate::manifest::REGISTRATIONS;
     manifest.zombies.push(Zombie {
         pid: 77,
         parent: 0,
@@ -313,7 +314,7 @@ fn a_huge_mapping_is_planned_at_once() {
 #[test]
 fn references_to_nothing_are_refused() {
     type Change = fn(&mut Manifest);
-    let changes: [(&str, Change); 17] = [
+    let changes: [(&str, Change); 18] = [
         ("standard stream 3", |m| {
             m.objects[0].kind = ObjectKind::Stdio(3);
         }),
@@ -352,6 +353,9 @@ fn references_to_nothing_are_refused() {
         }),
         ("owner of open file 0", |m| {
             own(m, SignalTarget::Thread(2), 65);
+        }),
+        ("memory barriers of process 2", |m| {
+            m.processes[0].habits.barriers = 1 << 5;
         }),
         ("guard pages at 0x400001", |m| guard(m, &[(1, 1)])),
         ("guard pages at 0x404000", |m| guard(m, &[(0x4000, 1)])),

@@ -1,5 +1,6 @@
 //! The programs of the tree's processes and threads.
 
+mod barriers;
 mod lock;
 
 use nix::libc;
@@ -146,6 +147,7 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
         region,
         &mut prepare,
     );
+    barriers::ahead(tree, region, &mut prepare);
     tree.shared.make_ahead(tree, region, &mut prepare);
     if tree.fill.has_pages() {
         lock::ahead(tree, region, &mut prepare);
@@ -314,6 +316,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     let pid = process.pid;
     lineage::settle(&tree.placement.lineage.kin[index], region, program);
     advise_about_forks(process, region, program);
+    barriers::at_start(index, tree, region, program);
     lock::at_start(index, tree, region, program);
     generation::map(process, region, program);
     program.verb(verb::MARK, [mark::MEMORY]);

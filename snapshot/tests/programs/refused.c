@@ -67,8 +67,6 @@ int main(int count, char **arguments) {
         if (!fork()) return pause();
         close(fd);
     }
-    // To be told of barriers of its own threads.
-    if (!strcmp(state, "barriers")) failed = syscall(SYS_membarrier, 1 << 4, 0, 0);
     if (!strcmp(state, "packets")) {
         int ends[2];
         failed = pipe2(ends, O_DIRECT) || write(ends[1], "one", 3) != 3 || write(ends[1], "two", 3) != 3;
