@@ -105,3 +105,13 @@ fn registrations_for_memory_barriers_are_made_again() -> TestResult {
     let program = bed.compile("barriers")?;
     comes_back(&bed, &[&program], &harness::methods())
 }
+
+#[test]
+fn children_keep_what_their_parents_dropped_later() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("bounds")?;
+    for size in ["small", "large"] {
+        comes_back(&bed, &[&program, size], &[Method::Copy])?;
+    }
+    Ok(())
+}

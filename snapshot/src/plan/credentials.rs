@@ -12,11 +12,12 @@ const FILTER_FLAG_TSYNC: u64 = 1;
 /// Version word of capset(2) for 64 capabilities.
 const CAPABILITY_VERSION: u64 = 0x2008_0522;
 
-/// Drops bounding capabilities that the parent had: inherited by threads made later.
-pub fn bound(credentials: &Credentials, parent: u64, region: &mut Region, program: &mut Program) {
+/// Drops the bounding capabilities that a process has and is not to keep: inherited by what it makes
+/// later.
+pub fn bound(keep: u64, has: u64, region: &mut Region, program: &mut Program) {
     program.about(region.sentence("dropping bounding capabilities".into()));
     for capability in 0..CAPABILITIES {
-        if parent & !credentials.bounding & 1 << capability != 0 {
+        if has & !keep & 1 << capability != 0 {
             // One that this kernel does not know cannot be held either.
             program
                 .call(libc::SYS_prctl, [libc::PR_CAPBSET_DROP as u64, capability])
@@ -39,7 +40,7 @@ pub fn bound_ahead(common: u64, own: u64, region: &mut Region, program: &mut Pro
         ..Credentials::default()
     };
     set_capabilities(&all, region, program);
-    bound(&all, u64::MAX, region, program);
+    bound(common, u64::MAX, region, program);
 }
 
 /// Whether one thread can give all of them their filters (seccomp(2), SECCOMP_FILTER_FLAG_TSYNC),

@@ -168,7 +168,9 @@ impl Plan {
         let control = files::control_descriptor(manifest);
         let own = process::Own::read()?;
         let shared = Shared::of(manifest, &placement, &pieces, control);
+        let needed = process::needed_bounding(manifest, &placement.lineage);
         let tree = Tree {
+            needed: &needed,
             manifest,
             placement: &placement,
             shared: &shared,

@@ -12,7 +12,7 @@ use super::region::{Program, Region};
 use super::shared::{Shared, When};
 use super::skeleton::{self, Fill};
 use super::{PlanError, credentials, files, generation, lineage, memory, thread, timers};
-use crate::lineage::{Role, dies_alone};
+use crate::lineage::{Lineage, Role, dies_alone};
 use crate::manifest::{Manifest, PAGE, Process};
 
 /// Marks in a report, after the agent's two: root runs, children forked, memory in place, files open.
@@ -53,6 +53,25 @@ pub struct Tree<'a> {
     pub own: &'a Own,
     /// What a clone has when it is made.
     pub fill: Fill,
+    /// For each process, the bounding capabilities that it or one that comes of it has.
+    pub needed: &'a [u64],
+}
+
+/// [`Tree::needed`].
+pub fn needed_bounding(manifest: &Manifest, lineage: &Lineage) -> Vec<u64> {
+    let processes = manifest.processes.iter();
+    let own: Vec<u64> = processes
+        .map(|process| process.threads[0].credentials.bounding)
+        .collect();
+    let mut needed = own.clone();
+    for (index, own) in own.into_iter().enumerate() {
+        let mut at = lineage.maker_process(index);
+        while let Some(maker) = at {
+            needed[maker] |= own;
+            at = lineage.maker_process(maker);
+        }
+    }
+    needed
 }
 
 /// What a zygote inherits from this process.
@@ -108,7 +127,7 @@ impl Tree<'_> {
         let mut at = lineage.maker_process(index);
         while let Some(parent) = at {
             if self.way(parent) != Way::Loaded {
-                return self.process(parent).threads[0].credentials.bounding;
+                return self.needed[parent];
             }
             // Its bounding set is cut after its exec, which would cut its capabilities too.
             at = lineage.maker_process(parent);
@@ -118,10 +137,7 @@ impl Tree<'_> {
 
     /// The bounding capabilities that some process of the tree has.
     fn common_bounding(&self) -> u64 {
-        let processes = self.manifest.processes.iter();
-        processes.fold(0, |all, process| {
-            all | process.threads[0].credentials.bounding
-        })
+        self.needed.iter().fold(0, |all, needed| all | needed)
     }
 }
 
@@ -240,10 +256,17 @@ pub fn program_of(
         files::make(tree.manifest, tree.control, region, &mut program)?;
         files::watch_files(tree.manifest, tree.control, region, &mut program);
     }
-    if tree.way(index) != Way::Loaded {
-        bound(index, tree, region, &mut program);
+    let loaded = tree.way(index) == Way::Loaded;
+    if !loaded {
+        // First what no child needs, so that they need not drop it.
+        let inherited = tree.inherited_bounding(index);
+        credentials::bound(tree.needed[index], inherited, region, &mut program);
     }
     lineage::take_place(index, tree, words, region, &mut program)?;
+    if !loaded {
+        let own = process.threads[0].credentials.bounding;
+        credentials::bound(own, tree.needed[index], region, &mut program);
+    }
     match tree.way(index) {
         Way::Loaded => {
             program.about(region.sentence(format!("loading process {}", process.pid)));
@@ -293,7 +316,9 @@ pub fn capsule_program(
 ) -> (Program, Vec<memory::Copy>, u64) {
     let process = tree.process(index);
     let mut program = Program::default();
-    bound(index, tree, region, &mut program);
+    let own = process.threads[0].credentials.bounding;
+    let inherited = tree.inherited_bounding(index);
+    credentials::bound(own, inherited, region, &mut program);
     // Above everything that `files::make` has made.
     let exe = tree.control + fd::OBJECTS + tree.manifest.objects.len() as u64;
     let numbers = (tree.control, exe);
@@ -373,11 +398,6 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
         .or_not();
     program.verb(verb::RELEASE, [gate]);
     program.verb(verb::SIGRETURN, [thread::put_frame(main, region)]);
-}
-
-fn bound(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
-    let credentials = &tree.process(index).threads[0].credentials;
-    credentials::bound(credentials, tree.inherited_bounding(index), region, program);
 }
 
 /// Unmaps what belongs to others and moves what was staged.

@@ -110,8 +110,7 @@ def child():
     os.chdir("/")
     resource.setrlimit(resource.RLIMIT_NOFILE, (50, 60))
     resource.setrlimit(resource.RLIMIT_SIGPENDING, (77, 99))
-    # A restored child has nothing that its parent had dropped by then.
-    prctl(DROP, NET_RAW)
+    # What its parent drops after this it keeps.
     prctl(DROP, CHOWN)
     os.setgroups([7, 65533])
     os.setresgid(1001, 1002, 1003)
