@@ -163,11 +163,20 @@ fn a_refused_dump_names_the_reason_and_leaves_the_program_alone() -> TestResult 
         ("map", "cannot be captured (anon_inode:bpf-map)"),
         ("deadline", "has the scheduling policy SCHED_DEADLINE"),
         ("large-page", "uses huge TLB pages"),
+        ("disk", "is a block device (/dev/"),
+        ("sealed", "is sealed (mseal)"),
+        ("key", "has a protection key (pkey_mprotect)"),
+        ("tiles", "has asked for AMX"),
         ("ended", "the main thread of process"),
     ] {
         let program = bed.compile("refused")?;
         let mut instance = bed.run(&[&program, state])?;
-        assert_eq!(instance.ask("state"), state);
+        let answer = instance.ask("state");
+        if ["disk", "sealed", "key", "tiles"].contains(&state) && answer == "unknown" {
+            eprintln!("This machine cannot have the state {state:?}: it is not tested.");
+            continue;
+        }
+        assert_eq!(answer, state);
         let err = bed
             .try_dump(&instance)
             .err()

@@ -22,13 +22,8 @@ pub fn read(host: i32, pid: i32, memory: &mut MemoryObjects) -> Result<Vec<Mappi
         if let Some(kilobytes) = line.strip_prefix("Rss:") {
             resident = kilobytes.trim_end_matches("kB").trim().parse().unwrap_or(0);
         } else if let Some(key) = line.strip_prefix("ProtectionKey:") {
-            // What can only be executed has one of the kernel's own.
-            let head = current.as_ref().filter(|head| head.access != "--xp");
-            if let Some(head) = head.filter(|_| key.trim() != "0") {
-                return Err(DumpError::Refused(format!(
-                    "mapping {:#x}-{:#x} of process {pid} has a protection key (pkey_mprotect)",
-                    head.start, head.end
-                )));
+            if let Some(head) = &current {
+                head.check_key(key, pid)?;
             }
         } else if let Some(flags) = line.strip_prefix("VmFlags:") {
             if let Some(head) = current.take()
@@ -139,6 +134,17 @@ impl Line {
             inode: inode.parse().ok()?,
             name: name.trim().into(),
         })
+    }
+
+    fn check_key(&self, key: &str, pid: i32) -> Result<(), DumpError> {
+        // What can only be executed has one of the kernel's own.
+        if key.trim() == "0" || self.access == "--xp" {
+            return Ok(());
+        }
+        Err(DumpError::Refused(format!(
+            "mapping {:#x}-{:#x} of process {pid} has a protection key (pkey_mprotect)",
+            self.start, self.end
+        )))
     }
 
     fn mapping(&self, flags: &str, pid: i32) -> Result<Option<Mapping>, DumpError> {
@@ -361,10 +367,35 @@ mod tests {
                 "part of SysV shared memory",
             ),
             ("1000-2000 rw-p 00000000 00:00 0 ", "rd wr ht", "huge TLB"),
+            (
+                "1000-2000 rw-p 00000000 00:00 0 ",
+                "rd wr ss",
+                "shadow stack",
+            ),
+            (
+                "1000-2000 r--p 00000000 00:00 0 ",
+                "rd mr sl",
+                "sealed (mseal)",
+            ),
         ] {
             let err = mapping(line, flags).unwrap_err().to_string();
             assert!(err.contains(why), "{err}");
         }
+    }
+
+    #[test]
+    fn a_protection_key_of_the_program_s_own_is_refused() {
+        let check = |access: &str, key: &str| {
+            let line = format!("1000-2000 {access} 00000000 00:00 0 ");
+            Line::parse(&line).unwrap().check_key(key, 7)
+        };
+        assert!(check("rw-p", "         0").is_ok());
+        assert!(check("--xp", "         1").is_ok());
+        let err = check("rw-p", "         1").unwrap_err().to_string();
+        assert!(
+            err.contains("0x1000-0x2000 of process 7 has a protection key"),
+            "{err}"
+        );
     }
 
     #[test]

@@ -496,11 +496,7 @@ fn habits(caller: &mut Caller<'_>, pid: i32) -> Result<Habits, DumpError> {
     let permitted = [ARCH_GET_XCOMP_PERM, caller.scratch, 0, 0, 0, 0];
     if if_known(caller.call(libc::SYS_arch_prctl, permitted))?.is_some() {
         let [permitted] = caller.read()?;
-        if permitted & AMX_TILES != 0 {
-            return Err(DumpError::Refused(format!(
-                "process {pid} has asked for AMX (ARCH_REQ_XCOMP_PERM)"
-            )));
-        }
+        check_states(permitted, pid)?;
     }
     let mut ask = |option: i32, default: u64| {
         if_known(caller.prctl(option)).map(|asked| asked.unwrap_or(default))
@@ -511,6 +507,15 @@ fn habits(caller: &mut Caller<'_>, pid: i32) -> Result<Habits, DumpError> {
         memory_failure: ask(libc::PR_MCE_KILL_GET, libc::PR_MCE_KILL_DEFAULT as u64)?,
         barriers,
     })
+}
+
+fn check_states(permitted: u64, pid: i32) -> Result<(), DumpError> {
+    if permitted & AMX_TILES == 0 {
+        return Ok(());
+    }
+    Err(DumpError::Refused(format!(
+        "process {pid} has asked for AMX (ARCH_REQ_XCOMP_PERM)"
+    )))
 }
 
 fn core_filter(host: i32) -> Result<u32, DumpError> {
@@ -603,4 +608,17 @@ fn affinity(tid: i32, init: i32) -> Result<Option<Vec<u8>>, DumpError> {
     };
     let own = read(tid)?;
     Ok((own != read(init)?).then_some(own))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn permission_for_amx_is_refused() {
+        // What everyone may use where there are tiles, and the same with these.
+        assert!(check_states(0x2e7, 7).is_ok());
+        let err = check_states(0x602e7, 7).unwrap_err().to_string();
+        assert!(err.contains("process 7 has asked for AMX"), "{err}");
+    }
 }

@@ -25,7 +25,7 @@ static void *answers(void *state) {
 
 int main(int count, char **arguments) {
     const char *state = count > 1 ? arguments[1] : "";
-    int failed = 0;
+    int failed = 0, missing = 0;
     char here[300];
     snprintf(here, sizeof here, "%.250s-%d", arguments[0], getpid());
     if (!strcmp(state, "hard-link")) {
@@ -86,12 +86,28 @@ int main(int count, char **arguments) {
         int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_NORESERVE;
         failed = mmap(0, 2 << 20, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED;
     }
+    if (!strcmp(state, "disk"))
+        missing = open("/dev/vda", O_RDONLY) < 0 && open("/dev/loop0", O_RDONLY) < 0 && open("/dev/ram0", O_RDONLY) < 0;
+    if (!strcmp(state, "sealed")) {
+        // Known from kernel 6.10 on.
+        void *memory = mmap(0, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        missing = syscall(462, memory, 4096, 0);
+    }
+    if (!strcmp(state, "key")) {
+        // Not every processor has protection keys.
+        void *memory = mmap(0, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        int key = syscall(SYS_pkey_alloc, 0, 0);
+        missing = key < 0;
+        failed = !missing && syscall(SYS_pkey_mprotect, memory, 4096, PROT_READ, key);
+    }
+    // Nor tiles.
+    if (!strcmp(state, "tiles")) missing = syscall(SYS_arch_prctl, 0x1023, 18);
     if (!strcmp(state, "ended")) {
         pthread_t other;
         pthread_create(&other, 0, answers, (void *)state);
         pthread_exit(0);
     }
     char line[64];
-    while (read(0, line, sizeof line) > 0) dprintf(1, "%s\n", failed ? "failed" : state);
+    while (read(0, line, sizeof line) > 0) dprintf(1, "%s\n", missing ? "unknown" : failed ? "failed" : state);
     return 0;
 }
