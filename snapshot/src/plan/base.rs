@@ -16,6 +16,7 @@ use super::layout::{Placed, Placement, kernel_owned};
 use super::memory::{self, Piece, Sourced};
 use super::region::{Program, Region};
 use super::shared::When;
+use super::skeleton::is_attachable;
 use super::{Plan, PlanError, build_fd};
 use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
 
@@ -35,6 +36,8 @@ pub struct Ground {
     region: (u64, u64),
     /// The kernel's own mappings.
     kernel: Option<(u64, u64)>,
+    /// Whether what it may map from the pool's device, it has mapped from there.
+    attached: bool,
     exe: String,
     control: u64,
     rework: u64,
@@ -96,6 +99,7 @@ impl Ground {
         placement: &Placement,
         region: (u64, u64),
         (control, rework): (u64, u64),
+        attached: bool,
     ) -> Self {
         let heir = &manifest.processes[placement.heir];
         let held = placement.placed.iter().filter_map(|place| {
@@ -111,6 +115,7 @@ impl Ground {
             held: held.collect(),
             region,
             kernel: kernel_range(heir),
+            attached,
             exe: heir.exe.clone(),
             control,
             rework,
@@ -121,6 +126,11 @@ impl Ground {
     pub fn taken(&self) -> Vec<(u64, u64)> {
         let held = self.held.iter().map(|held| (held.at, held.end));
         held.chain([self.region]).collect()
+    }
+
+    /// Whether it lies on the pool's device.
+    pub fn attached(&self) -> bool {
+        self.attached
     }
 
     /// Where the owner of the zygote's copy writes the program that [`arrive`] makes.
@@ -155,7 +165,11 @@ impl Ground {
             }
             (theirs, its) => theirs == its,
         };
-        (inside && same && held.mapping.flags == mapping.flags).then_some(held)
+        // The device's pages cannot be guarded.
+        let guarded = !mapping.guards.is_empty();
+        let can_be_guarded = !self.attached || !is_attachable(&held.mapping);
+        let stays = same && held.mapping.flags == mapping.flags && (!guarded || can_be_guarded);
+        (inside && stays).then_some(held)
     }
 }
 

@@ -260,6 +260,7 @@ impl Plan {
                 &placement,
                 (placement.region, placement.region + length),
                 (control, rework),
+                fill == Fill::Attached || base.is_some_and(|base| base.ground.attached()),
             ),
             kept_files: base
                 .map(|base| base::kept_files(manifest, &placement, base.ground))

@@ -268,3 +268,46 @@ fn memory_with_guard_pages_is_not_attached() {
     assert!(guarded(2, 3) && guarded(0, 4));
     assert!(!guarded(0, 2) && !guarded(3, 4));
 }
+
+/// A base's zygote that holds nothing, and notes what is compared with it.
+#[derive(Default)]
+struct Compared(std::cell::RefCell<Vec<u64>>);
+
+impl base::BaseMemory for Compared {
+    fn differences(
+        &self,
+        part: &Mapping,
+        _: &[memory::Piece],
+    ) -> std::io::Result<base::Differences> {
+        self.0.borrow_mut().push(part.start);
+        Ok(base::Differences::default())
+    }
+}
+
+#[test]
+fn guard_pages_are_not_made_in_what_a_base_has_attached() {
+    let (manifest, extents) = sample();
+    let mut function = manifest.clone();
+    // The heir's, which is the root.
+    let start = function.processes[0].mappings[0].start;
+    function.processes[0].mappings[0].guards = vec![PageRun {
+        start: start + 2 * PAGE,
+        pages: 1,
+    }];
+    for (fill, guarded, stays) in [
+        (Fill::Pages, true, true),
+        (Fill::Attached, true, false),
+        (Fill::Attached, false, true),
+    ] {
+        let ground = Plan::of(&manifest, &extents, fill).unwrap().ground;
+        let compared = Compared::default();
+        let base = Base {
+            ground: &ground,
+            memory: &compared,
+        };
+        let function = if guarded { &function } else { &manifest };
+        let plan = Plan::over(Some(base), function, &extents, Fill::Pages).unwrap();
+        assert_eq!(compared.0.borrow().contains(&start), stays, "{fill:?}");
+        assert_eq!(plan.ground.attached(), fill == Fill::Attached);
+    }
+}
