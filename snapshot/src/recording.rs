@@ -58,7 +58,7 @@ pub struct Range {
 pub enum Touch {
     /// It is written, and copied ahead.
     Written,
-    /// It is a file's and is read, and clones have it mapped.
+    /// It is read, and clones have it mapped: a file's, or an attached one.
     Read,
     /// Read or written: the method cannot tell.
     Used,

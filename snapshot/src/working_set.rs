@@ -34,7 +34,7 @@ const FAULT_AROUND: usize = 16;
 const PRESENT: u64 = 1 << 63;
 
 /// A page of a process: its number in the manifest, and the address.
-type Page = (usize, u64);
+pub type Page = (usize, u64);
 
 /// What is known so far.
 #[derive(Debug)]
@@ -333,7 +333,7 @@ pub fn page_map(pid: i32) -> io::Result<File> {
 }
 
 /// Page frames of present pages that are not of a file.
-fn frames(map: &File, start: u64, pages: u64) -> io::Result<Vec<Option<u64>>> {
+pub fn frames(map: &File, start: u64, pages: u64) -> io::Result<Vec<Option<u64>>> {
     const FILE: u64 = 1 << 61;
     const FRAME: u64 = (1 << 55) - 1;
     let own = |entry: u64| (entry & PRESENT != 0 && entry & FILE == 0).then_some(entry & FRAME);
@@ -351,7 +351,7 @@ fn entries(map: &File, start: u64, pages: u64) -> io::Result<Vec<u64>> {
 }
 
 /// Start and length of runs of pages, by address; the longest are kept where there are too many.
-fn ranges(pages: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
+pub fn ranges(pages: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for page in pages {
         match ranges.last_mut() {

@@ -40,6 +40,7 @@ use channel::{nonsense, receive, receive_from, send, socket_pair};
 use loader::Loader;
 pub use loader::fd as loader_fd;
 pub(crate) use loader::hand_over;
+pub(crate) use skeleton::Ahead;
 
 pub use crate::plan::build_fd;
 
@@ -149,6 +150,8 @@ struct Tree {
     watched: bool,
     /// What a clone attaches when it starts.
     attach: Option<Arc<Template>>,
+    /// For each process, where the table of what it copies ahead lies; none if it loads its pages.
+    tables: Vec<Option<u64>>,
 }
 
 /// Which agents' stacks are in use.
@@ -238,6 +241,7 @@ impl Zygote {
                 rework: plan.rework,
                 watched: matches!(fill, Fill::Skeleton { watched: true }),
                 attach,
+                tables: plan.tables.clone(),
             }),
             working_set: Mutex::new(WorkingSet::new(plan.stored, plan.file_pages, plan.tables)),
             stacks: Arc::new(Mutex::new(Stacks {

@@ -7,11 +7,12 @@ mod harness;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use harness::{Bed, TestResult};
 use trenv_pool::PoolError;
-use trenv_snapshot::methods::Method;
+use trenv_snapshot::methods::{Method, StartMethod};
 use trenv_snapshot::zygote::Zygote;
 
 /// What of a process's memory is mapped from templates of the device.
@@ -155,6 +156,131 @@ fn a_clone_attaches_when_it_starts() -> TestResult {
     );
     drop((instance, other));
     assert!(bed.pool.delete_within(&template, Duration::from_secs(60))?);
+    Ok(())
+}
+
+fn spread(bed: &Bed) -> Result<Arc<dyn StartMethod>, Box<dyn std::error::Error>> {
+    let program = bed.compile("spread")?;
+    let mut first = bed.run(&[&program])?;
+    // Its 32 MiB are filled when it answers.
+    first.ask("ready");
+    let template = bed.dump(first)?;
+    bed.prepare(Method::Spice, &template)
+}
+
+#[test]
+fn spice_copies_what_was_written_before_its_tree_runs() -> TestResult {
+    let bed = Bed::new()?;
+    let prepared = spread(&bed)?;
+    assert!(prepared.helper().is_none(), "nobody serves pages");
+    assert_eq!(Attached::of(prepared.zygote().pid()).present, 0);
+    let (mut faults, mut copied, mut ahead) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..3 {
+        let mut instance = bed.start_for(prepared.as_ref(), "writes")?;
+        let before = instance.faults()?;
+        // It writes 200 pages, each of them alone.
+        assert_eq!(instance.ask("some"), "ok");
+        faults.push(instance.faults()? - before);
+        assert_eq!(instance.ask("whole"), "ok");
+        prepared.learn(&instance.pids, "writes")?;
+        ahead.push(instance.work.figures().pages_prefetched);
+        let waiting = bed.start_for(prepared.as_ref(), "writes")?;
+        let its = Attached::of(waiting.root);
+        assert!(its.present > 32 << 20, "{its:?}");
+        copied.push(its.copied >> 12);
+    }
+    eprintln!("faults {faults:?}, given {ahead:?}, private when the tree begins {copied:?}");
+    assert!(faults[0] >= 200, "{faults:?}");
+    assert!(faults[1] < 50 && faults[2] < 50, "{faults:?}");
+    assert_eq!(ahead[0], 0);
+    assert!((200..300).contains(&ahead[1]), "{ahead:?}");
+    assert!(
+        copied.iter().all(|pages| (200..300).contains(pages)),
+        "{copied:?}"
+    );
+
+    // What one input writes is not copied for another, nor learnt of one that was given it.
+    let other = bed.start_for(prepared.as_ref(), "reads")?;
+    assert!(Attached::of(other.root).copied >> 12 < 50);
+    prepared.learn(&other.pids, "reads")?;
+    let given = bed.start_for(prepared.as_ref(), "writes")?;
+    prepared.learn(&given.pids, "reads")?;
+    let recorded = prepared.recorded();
+    let reads = recorded.iter().find(|one| one.input == "reads");
+    assert!(reads.is_none_or(|one| one.count() < 50), "{recorded:?}");
+    let writes = recorded.iter().find(|one| one.input == "writes");
+    assert!(writes.is_some_and(|one| one.stable && one.count() >= 200));
+    Ok(())
+}
+
+#[test]
+fn what_spice_copies_ahead_is_zero_when_it_is_given_back() -> TestResult {
+    let bed = Bed::new()?;
+    let prepared = spread(&bed)?;
+    // Pages 1000 and 1001 are written by the kernel, and then known.
+    let mut instance = bed.start_with(prepared.as_ref())?;
+    assert_eq!(instance.ask("read"), "ok");
+    prepared.learn(&instance.pids, "")?;
+    let mut instance = bed.start_with(prepared.as_ref())?;
+    assert!(instance.work.figures().pages_prefetched >= 2);
+    assert_eq!(instance.ask("touched"), "zero");
+    let mut instance = bed.start_with(prepared.as_ref())?;
+    assert_eq!(instance.ask("discard"), "zero");
+    for question in ["fork", "move", "unmap", "read", "whole", "some"] {
+        assert_eq!(instance.ask(question), "ok", "{question}");
+    }
+    Ok(())
+}
+
+#[test]
+fn spice_starts_and_learns_side_by_side() -> TestResult {
+    let bed = Bed::new()?;
+    let prepared = spread(&bed)?;
+    let one_after_another = |input: &str| {
+        for _ in 0..3 {
+            let mut instance = bed.start_for(prepared.as_ref(), input).unwrap();
+            for question in ["fork", "some", "read", "all", "move", "whole"] {
+                assert_eq!(instance.ask(question), "ok", "{input} {question}");
+            }
+            prepared.learn(&instance.pids, input).unwrap();
+        }
+    };
+    std::thread::scope(|scope| {
+        for input in ["", "", "one", "one", "two", "two"] {
+            scope.spawn(move || one_after_another(input));
+        }
+    });
+    assert_eq!(prepared.recorded().len(), 3);
+    Ok(())
+}
+
+#[test]
+fn an_attach_that_fails_says_so() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    first.ask("count");
+    let template = bed.dump(first)?;
+    for method in [Method::Attach, Method::Spice] {
+        let prepared = bed.prepare(method, &template)?;
+        let started = bed.start_changed(prepared.as_ref(), "", |clone| {
+            let pid = rustix::process::Pid::from_raw(clone.pid()).ok_or("no pid")?;
+            let little = rustix::process::Rlimit {
+                current: Some(1 << 20),
+                maximum: Some(1 << 20),
+            };
+            rustix::process::prlimit(Some(pid), rustix::process::Resource::As, little)?;
+            Ok(())
+        });
+        let refused = started.map_err(|err| err.to_string()).err();
+        let refused = refused.ok_or("it is started")?;
+        assert!(
+            refused.contains("attaching memory from the pool's device"),
+            "{method}: {refused}"
+        );
+        let mut next = bed.start_with(prepared.as_ref())?;
+        assert!(next.ask("count").starts_with("1 "), "{method}");
+    }
     Ok(())
 }
 

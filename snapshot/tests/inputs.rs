@@ -69,6 +69,7 @@ fn what_one_input_touches_is_not_recorded_for_another() -> TestResult {
         let few = of_input(prepared.as_ref(), "few")?;
         let touch = match method {
             Method::Template => Touch::Written,
+            Method::Spice if harness::attaches() => Touch::Written,
             _ => Touch::Used,
         };
         let of = |set: &Recorded| {
@@ -77,7 +78,7 @@ fn what_one_input_touches_is_not_recorded_for_another() -> TestResult {
         };
         assert!(of(&writes) >= 200, "{method}: {writes:?}");
         assert!((1..100).contains(&of(&few)), "{method}: {few:?}");
-        assert_eq!(writes.first_use, method != Method::Template);
+        assert_eq!(writes.first_use, touch == Touch::Used, "{method}");
     }
     Ok(())
 }
@@ -86,6 +87,10 @@ fn what_one_input_touches_is_not_recorded_for_another() -> TestResult {
 fn an_input_that_changed_is_drift_and_recorded_again() -> TestResult {
     let bed = Bed::new()?;
     for method in [Method::Reap, Method::Spice] {
+        if method == Method::Spice && harness::attaches() {
+            // What a call only reads is not seen then, and this one writes nothing else.
+            continue;
+        }
         let (_, prepared) = prepare(&bed, method)?;
         for _ in 0..3 {
             tenancy(&bed, prepared.as_ref(), "", "some")?;

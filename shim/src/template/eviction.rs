@@ -173,7 +173,7 @@ impl Standing {
 
 /// Memory that a template's pages take in a zygote; none if it, or its clones, map the pool's device.
 pub fn bytes_of(template: &TemplateReader, method: Method) -> u64 {
-    let maps = matches!(method, Method::Template | Method::Attach);
+    let maps = matches!(method, Method::Template | Method::Attach | Method::Spice);
     if maps && template.templates().is_some() {
         return 0;
     }

@@ -5,7 +5,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::sys::{self, CLONE_VM, CloneArgs, SIGCHLD, nr, syscall};
 use crate::wire::{
-    Header, IMMEDIATE, MOST_RANGES, Op, Report, Request, SLOTS, check, fd, report, verb,
+    Header, IMMEDIATE, MOST_RANGES, Op, READ_AHEAD, Report, Request, SLOTS, check, fd, report, verb,
 };
 
 const CLONE_FS: u64 = 0x200;
@@ -15,6 +15,7 @@ const CLONE_THREAD: u64 = 0x1_0000;
 const CLONE_SYSVSEM: u64 = 0x4_0000;
 const CLONE_SETTLS: u64 = 0x8_0000;
 const CLONE_NEWTIME: u64 = 0x80;
+const MADV_POPULATE_READ: u64 = 22;
 const MADV_POPULATE_WRITE: u64 = 23;
 const FUTEX_WAIT: u64 = 0;
 const FUTEX_WAKE: u64 = 1;
@@ -214,10 +215,15 @@ pub unsafe fn run(header: *mut Header, ops: *const Op) {
                             core::ptr::read_volatile(table.add(2 + 2 * range)),
                         )
                     };
+                    let advice = match length & READ_AHEAD {
+                        0 => MADV_POPULATE_WRITE,
+                        _ => MADV_POPULATE_READ,
+                    };
+                    let length = length & !READ_AHEAD;
                     // SAFETY: fills pages of this process's own memory; what is not mapped or not
-                    // writable makes the call fail and changes nothing.
+                    // accessible makes the call fail and changes nothing.
                     unsafe {
-                        syscall(nr::MADVISE, &[start, length, MADV_POPULATE_WRITE, 0, 0, 0]);
+                        syscall(nr::MADVISE, &[start, length, advice, 0, 0, 0]);
                     }
                 }
             }

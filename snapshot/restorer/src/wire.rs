@@ -16,6 +16,9 @@ pub const THREAD_STACK: u64 = 8 << 10;
 /// Ranges in a table of [`verb::COPY_AHEAD`].
 pub const MOST_RANGES: usize = 1024;
 
+/// Bit of a range's length there: its pages are brought in to be read, and not copied.
+pub const READ_AHEAD: u64 = 1;
+
 /// Values that one program may keep.
 pub const SLOTS: usize = 16;
 
@@ -162,7 +165,8 @@ pub mod verb {
     /// Load the 32-bit word at `args[0]` into slot `dst`.
     pub const LOAD: u16 = 9;
     /// Copy, ahead of its writes, what the table of ranges at `args[0]` names: a count, then pairs of
-    /// address and length. The table may be changed in a standing zygote.
+    /// address and length. The table may be changed in a standing zygote, and in a clone that waits to
+    /// attach memory. With [`super::READ_AHEAD`] a range is brought in only.
     pub const COPY_AHEAD: u16 = 10;
     /// Make a time namespace in which CLOCK_MONOTONIC stands at `args[0]` nanoseconds now, for the
     /// children of this process. Without time namespaces (kernels before 5.6) the clock stays as

@@ -5,11 +5,7 @@
 //! (PSEUDO_MM_ATTACH) before it makes the tree's processes, as the published system does. What the device
 //! cannot give (stacks, locked memory, pages of file mappings) is copied.
 
-use std::sync::Arc;
-use std::time::Instant;
-
 use super::skeleton::Skeleton;
-use super::work::Work;
 use super::{Base, Method, StartMethod};
 use crate::zygote::{PreparedClone, StartRequest, Started, ZygoteError, ZygoteRequest};
 
@@ -20,8 +16,7 @@ pub struct Attach {
 
 impl Attach {
     pub fn prepare(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
-        let skeleton = Skeleton::blank(request)?;
-        skeleton.image.mapped().read_all();
+        let (skeleton, _) = Skeleton::blank(request)?;
         Ok(Self { skeleton })
     }
 }
@@ -40,16 +35,7 @@ impl StartMethod for Attach {
         clone: PreparedClone,
         request: &StartRequest<'_>,
     ) -> Result<Started, ZygoteError> {
-        let begun = Instant::now();
-        let work = Arc::new(Work::default());
-        let image = &self.skeleton.image;
-        self.skeleton.copy_own_pages(&clone, &work)?;
-        self.skeleton.copy_parts(&clone, &image.parts, &work)?;
-        let brought = begun.elapsed();
-        let mut started = clone.start(request)?;
-        started.steps.insert(0, ("pages", brought));
-        started.work = work;
-        Ok(started)
+        self.skeleton.start_blank(clone, request, &[])
     }
 
     fn held_bytes(&self) -> u64 {

@@ -152,7 +152,7 @@ impl Method {
             Self::Lazy => Arc::new(lazy::Lazy::prepare(request)?),
             Self::Reap => Arc::new(reap::Reap::prepare(request, directory)?),
             Self::FaaSnap => Arc::new(faasnap::FaaSnap::prepare(request, directory)?),
-            Self::Spice => Arc::new(spice::Spice::prepare(request)?),
+            Self::Spice => spice::prepare(request)?,
             Self::Criu => return Ok(Prepared::Criu(Arc::new(by_criu(criu::Mode::Read)?))),
             Self::CriuLazy => return Ok(Prepared::Criu(Arc::new(by_criu(criu::Mode::Lazy)?))),
         };

@@ -13,8 +13,10 @@ use super::pager::{self, Supply, Trace};
 use super::uffd::{self, Filled};
 use super::work::Work;
 use crate::manifest::PAGE;
-use crate::plan::skeleton::Fill;
-use crate::zygote::{PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest};
+use crate::plan::skeleton::{Area, Fill};
+use crate::zygote::{
+    Ahead, PreparedClone, StartRequest, Started, Zygote, ZygoteError, ZygoteRequest,
+};
 
 /// A skeleton and its image.
 #[derive(Debug)]
@@ -36,14 +38,37 @@ impl Skeleton {
         Ok(Self { zygote, image })
     }
 
-    /// One whose clones attach what the pool's device has for them when they start. The image has the
-    /// other pages.
-    pub fn blank(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
+    /// One whose clones attach what the pool's device has for them when they start; these areas are
+    /// told. The image has the other pages.
+    pub fn blank(request: ZygoteRequest<'_>) -> Result<(Self, Vec<Area>), ZygoteError> {
         let template = request.template;
-        let (zygote, mut areas) = Zygote::fill(request, Fill::Blank)?;
-        areas.retain(|area| !area.attachable);
+        let (zygote, areas) = Zygote::fill(request, Fill::Blank)?;
+        let (attached, areas) = areas.into_iter().partition(|area| area.attachable);
         let image = Arc::new(Image::of(template, areas, Store::Memory)?);
-        Ok(Self { zygote, image })
+        image.mapped().read_all();
+        Ok((Self { zygote, image }, attached))
+    }
+
+    /// Starts a clone of a blank one: it attaches what the device has, and brings in of that what
+    /// `ahead` says for each process; the other pages are copied from here.
+    pub(crate) fn start_blank(
+        &self,
+        clone: PreparedClone,
+        request: &StartRequest<'_>,
+        ahead: &[Ahead],
+    ) -> Result<Started, ZygoteError> {
+        let begun = Instant::now();
+        let work = Arc::new(Work::default());
+        self.copy_own_pages(&clone, &work)?;
+        self.copy_parts(&clone, &self.image.parts, &work)?;
+        clone.bring_ahead(ahead)?;
+        let copied = ahead.iter().flat_map(|ahead| &ahead.copied);
+        work.prefetched(copied.map(|(_, length)| length / PAGE).sum());
+        let brought = begun.elapsed();
+        let mut started = clone.start(request)?;
+        started.steps.insert(0, ("pages", brought));
+        started.work = work;
+        Ok(started)
     }
 
     /// Watches the clone's anonymous areas that have stored pages. What other mappings miss is zero

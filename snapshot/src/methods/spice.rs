@@ -1,8 +1,12 @@
 //! `spice`: pages lie in a file in the order of their first use, which is traced until it is stable.
 //! The first batch is in place before the tree runs, the others follow in that order while it runs,
 //! and what was never traced is served by the base image or is zero (Spice).
+//!
+//! That is by userfaultfd, for pools of every kind but those on a device: see [`attached`].
 
-use std::sync::Mutex;
+mod attached;
+
+use std::sync::{Arc, Mutex};
 
 use super::image::{Part, Store};
 use super::recorded_pages::RecordedPages;
@@ -20,14 +24,22 @@ const GROUP: usize = 256;
 /// The order is stable once a tenancy adds at most this part of the pages.
 const STABLE: usize = 64;
 
+/// By the driver where the pool is on a device, by userfaultfd elsewhere.
+pub fn prepare(request: ZygoteRequest<'_>) -> Result<Arc<dyn StartMethod>, ZygoteError> {
+    match request.template.templates() {
+        Some(_) => Ok(Arc::new(attached::Attached::prepare(request)?)),
+        None => Ok(Arc::new(Spice::prepare(request)?)),
+    }
+}
+
 #[derive(Debug)]
-pub struct Spice {
+struct Spice {
     watched: Watched,
     layouts: Mutex<Inputs<RecordedPages>>,
 }
 
 impl Spice {
-    pub fn prepare(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
+    fn prepare(request: ZygoteRequest<'_>) -> Result<Self, ZygoteError> {
         let watched = Watched::build(request)?;
         watched.skeleton.image.mapped().read_all();
         Ok(Self {
@@ -122,7 +134,8 @@ impl StartMethod for Spice {
     }
 
     fn recall(&self, recorded: &[Recorded]) -> Result<(), ZygoteError> {
-        for one in recorded {
+        // What page maps told, when the pool was on a device, is another thing.
+        for one in recorded.iter().filter(|one| one.first_use) {
             let mut layout = RecordedPages::of(one, &self.watched.skeleton.image);
             self.write(&mut layout)?;
             *lock(&self.layouts).entry(&one.input) = layout;

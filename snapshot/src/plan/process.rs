@@ -176,7 +176,7 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
     }
     let attach = match tree.fill {
         Fill::Blank => {
-            let attach = attach(tree, region);
+            let attach = attach(tree, tables[tree.placement.heir], region);
             region.put_program(&attach)
         }
         _ => 0,
@@ -201,8 +201,9 @@ pub fn programs(tree: Tree<'_>, region: &mut Region) -> Result<Programs, PlanErr
     })
 }
 
-/// Attaches the template of the pool's device in a clone, all of it by one call.
-fn attach(tree: Tree<'_>, region: &mut Region) -> Program {
+/// Attaches the template of the pool's device in a clone, all of it by one call, and brings in what the
+/// heir's table says by then.
+fn attach(tree: Tree<'_>, table: Option<u64>, region: &mut Region) -> Program {
     let mut program = Program::default();
     let template = tree.control + fd::TEMPLATE;
     program.about(region.sentence("attaching memory from the pool's device".into()));
@@ -221,6 +222,9 @@ fn attach(tree: Tree<'_>, region: &mut Region) -> Program {
     if tree.way_exists(Way::Forked) {
         // That which was given ahead met nothing there.
         advise_heir(libc::MADV_DONTFORK, tree, &mut program);
+    }
+    if let Some(table) = table {
+        program.verb(verb::COPY_AHEAD, [table]);
     }
     program
 }

@@ -25,6 +25,7 @@ fn tree() -> Tree {
         control: 100,
         watched: false,
         attach: None,
+        tables: Vec::new(),
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use trenv_restorer::wire::{self, fd};
+use trenv_restorer::wire::{self, MOST_RANGES, READ_AHEAD, fd};
 
 use super::channel::send;
 use super::{PreparedClone, Zygote, ZygoteError, io_error, lock, receive_soon, zygote_error};
@@ -26,7 +26,53 @@ impl Zygote {
     }
 }
 
+/// What a process brings in of the memory that its clone attaches, before the tree runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Ahead {
+    /// Start and length of what is copied, as it will be written.
+    pub copied: Vec<(u64, u64)>,
+    /// The same of what will be read.
+    pub read: Vec<(u64, u64)>,
+}
+
+impl Ahead {
+    /// The table of [`wire::verb::COPY_AHEAD`].
+    fn table(&self) -> Vec<u8> {
+        let read = self
+            .read
+            .iter()
+            .map(|(at, length)| (at, length | READ_AHEAD));
+        let copied = self.copied.iter().map(|(at, length)| (at, *length));
+        let ranges: Vec<_> = copied.chain(read).take(MOST_RANGES).collect();
+        let words = ranges.iter().flat_map(|(at, length)| [**at, *length]);
+        let words = std::iter::once(ranges.len() as u64).chain(words);
+        words.flat_map(u64::to_ne_bytes).collect()
+    }
+}
+
 impl PreparedClone {
+    /// Tells the clone what to bring in, by process, once it has attached its memory.
+    pub(crate) fn bring_ahead(&self, ahead: &[Ahead]) -> Result<(), ZygoteError> {
+        let doing = "telling a clone what is written";
+        let none = Ahead::default();
+        let mut told = self.tree.tables.iter().zip(ahead);
+        if told.all(|(_, ahead)| *ahead == none) {
+            return Ok(());
+        }
+        let memory = File::options()
+            .write(true)
+            .open(format!("/proc/{}/mem", self.pid))
+            .map_err(io_error(doing))?;
+        for (table, ahead) in self.tree.tables.iter().zip(ahead) {
+            if let Some(table) = table {
+                memory
+                    .write_all_at(&ahead.table(), *table)
+                    .map_err(io_error(doing))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the clone's userfaultfd, if it has one; the clone loses its own when it starts.
     pub(super) fn find_watch(&mut self) -> Result<(), ZygoteError> {
         use rustix::process::{PidfdGetfdFlags, pidfd_getfd};

@@ -15,7 +15,9 @@ use trenv_pool::{Backend, Pool, TemplateId};
 use trenv_snapshot::TaskGroup;
 use trenv_snapshot::dump::{DumpRequest, Dumped, dump, dump_and_go_on};
 use trenv_snapshot::methods::{Method, Prepared, StartMethod, Work};
-use trenv_snapshot::zygote::{Agent, Parked, StartRequest, Started, Zygote, ZygoteRequest};
+use trenv_snapshot::zygote::{
+    Agent, Parked, PreparedClone, StartRequest, Started, Zygote, ZygoteRequest,
+};
 
 pub type TestResult = Result<(), Box<dyn std::error::Error>>;
 type Made<T> = Result<T, Box<dyn std::error::Error>>;
@@ -51,9 +53,13 @@ pub struct Instance {
 
 /// The start methods that this machine has for pools of a [`Bed`].
 pub fn methods() -> Vec<Method> {
-    let device = std::env::var_os(DEVICE).is_some() && Path::new("/dev/pseudo_mm").exists();
-    let attach = device.then_some(Method::Attach);
+    let attach = attaches().then_some(Method::Attach);
     attach.into_iter().chain(Method::ALL).collect()
+}
+
+/// Whether pools of a [`Bed`] are on a device that the driver attaches.
+pub fn attaches() -> bool {
+    std::env::var_os(DEVICE).is_some() && Path::new("/dev/pseudo_mm").exists()
 }
 
 impl Bed {
@@ -317,12 +323,23 @@ impl Bed {
 
     /// Starts an instance for a call of an input.
     pub fn start_for(&self, method: &dyn StartMethod, input: &str) -> Made<Instance> {
+        self.start_changed(method, input, |_| Ok(()))
+    }
+
+    /// The same, with something done to the clone before.
+    pub fn start_changed(
+        &self,
+        method: &dyn StartMethod,
+        input: &str,
+        change: impl FnOnce(&PreparedClone) -> TestResult,
+    ) -> Made<Instance> {
         let (sandbox, init) = sandbox()?;
         self.start_by(sandbox, init, |group, request| {
             let mut agent = method.zygote().agent()?;
             group.add(agent.pid())?;
             let clone = agent.make_clone(None)?;
             method.ready(&clone)?;
+            change(&clone)?;
             let request = StartRequest { input, ..*request };
             Ok(method.start(clone, &request)?)
         })
