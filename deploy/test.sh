@@ -201,11 +201,11 @@ driver() {
 # The driver built into a kernel, which is built first and kept: a quarter of an hour, and more for the
 # one that looks for faults.
 patched_kernels() {
-    selftests "pseudo_mm in the patched kernel" --kernel patched --dax nvdimm --numa --timeout 1200 -- \
+    selftests "pseudo_mm in the patched kernel" --kernel patched --dax nvdimm --numa --rdma --timeout 1200 -- \
         kernel-patch/selftests/run.sh
     device_tests trenv-snapshot device patched bash snapshot/tests/on-device.sh
     device_tests trenv-snapshot families patched bash snapshot/tests/on-device.sh
-    selftests "pseudo_mm in the debug kernel" --kernel debug --dax nvdimm --numa --memory 4096 \
+    selftests "pseudo_mm in the debug kernel" --kernel debug --dax nvdimm --numa --rdma --memory 4096 \
         --timeout 3600 -- kernel-patch/selftests/run.sh
 }
 

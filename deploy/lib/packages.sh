@@ -13,7 +13,7 @@ test_packages=(shellcheck procps golang-go python3 python3-numpy nodejs libjemal
     nginx redis-server openjdk-17-jdk-headless)
 # What `cargo xtask vm` needs: the emulator, and what its VMs run of the machine's own root.
 vm_packages=(qemu-system-x86 kmod xz-utils zstd ndctl daxctl iproute2
-    ibverbs-providers ibverbs-utils criu)
+    ibverbs-providers ibverbs-utils librdmacm-dev libibverbs-dev criu)
 # What building a kernel or a module for them needs besides.
 kernel_packages=(make gcc flex bison bc libelf-dev libssl-dev patch dkms)
 

@@ -68,9 +68,6 @@ static int pmm_read_page(const struct pmm_template *template, const struct pmm_e
 			 unsigned long n, void *buffer)
 {
 	struct page *local = pmm_local_find(template, extent->page + n);
-	const struct pmm_device *device = template->device;
-	unsigned long run = 1;
-	int index, err = 0;
 
 	if (local) {
 		memcpy_from_page(buffer, local, 0, PAGE_SIZE);
@@ -79,15 +76,7 @@ static int pmm_read_page(const struct pmm_template *template, const struct pmm_e
 	/* pmm_attach_prepare() has them fetched. */
 	if (extent->remote)
 		return -EIO;
-	index = srcu_read_lock(&pmm_fill);
-	if (READ_ONCE(device->gone))
-		err = -ENODEV;
-	else
-		memcpy_from_page(buffer,
-				 pfn_to_page(pmm_device_run(device, extent->device_page + n, &run)),
-				 0, PAGE_SIZE);
-	srcu_read_unlock(&pmm_fill, index);
-	return err;
+	return pmm_device_read_page(template->device, extent->device_page + n, buffer);
 }
 
 /**

@@ -16,6 +16,7 @@
 #include <linux/delay.h>
 #include <linux/device.h>
 #include <linux/file.h>
+#include <linux/highmem.h>
 #include <linux/mman.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
@@ -222,6 +223,27 @@ unsigned long pmm_device_run(const struct pmm_device *device, unsigned long page
 	}
 	*pages = min(*pages, range->pages - page);
 	return range->pfn + page;
+}
+
+/**
+ * pmm_device_read_page - copy a page of a device
+ * @device: the device
+ * @page: the page; the caller has checked that it is one of the device
+ * @buffer: where to
+ */
+int pmm_device_read_page(const struct pmm_device *device, unsigned long page, void *buffer)
+{
+	unsigned long run = 1;
+	int index, err = 0;
+
+	index = srcu_read_lock(&pmm_fill);
+	if (READ_ONCE(device->gone))
+		err = -ENODEV;
+	else
+		memcpy_from_page(buffer, pfn_to_page(pmm_device_run(device, page, &run)), 0,
+				 PAGE_SIZE);
+	srcu_read_unlock(&pmm_fill, index);
+	return err;
 }
 
 /* The struct page of one page of a device-dax file. */

@@ -62,43 +62,83 @@ static bool pmm_table_is_filled(struct vm_area_struct *vma, pmd_t *pmd, enum pmm
 	return end == PMM_INSIDE || test_bit(end, pmm_filled_ends(vma));
 }
 
-/* Entries of one page table, for a run of frames. Its lock is held. */
-static void pmm_set_entries(struct vm_area_struct *vma, unsigned long address, pte_t *pte,
-			    unsigned long pfn, unsigned long count)
+/* One entry, unless there is one; the caller holds the page table's lock, and counts it. */
+static bool pmm_set_entry(struct vm_area_struct *vma, unsigned long address, pte_t *pte,
+			  struct page *page)
 {
-	unsigned long i, set = 0;
-
-	for (i = 0; i < count; i++, pte++, address += PAGE_SIZE) {
-		struct page *page = pfn_to_page(pfn + i);
-
-		if (!pte_none(*pte))
-			continue;
-		get_page(page);
-		page_add_file_rmap(page, vma, false);
-		set_pte_at(vma->vm_mm, address, pte, mk_pte(page, vma->vm_page_prot));
-		set++;
-	}
-	/* All of a run are of one kind. */
-	add_mm_counter(vma->vm_mm, mm_counter_file(pfn_to_page(pfn)), set);
+	if (!pte_none(*pte))
+		return false;
+	get_page(page);
+	page_add_file_rmap(page, vma, false);
+	set_pte_at(vma->vm_mm, address, pte, mk_pte(page, vma->vm_page_prot));
+	return true;
 }
 
-/* The entry of a page of which something is known that its extent does not tell. */
-static void pmm_set_entry(struct vm_area_struct *vma, const struct pmm_template *template,
-			  const struct pmm_extent *extent, unsigned long page,
-			  unsigned long address, pte_t *pte)
+/* Of @set new entries all are like @page. */
+static void pmm_count_entries(struct vm_area_struct *vma, struct page *page, unsigned long set)
 {
-	struct page *local = pmm_local_find(template, page);
-	unsigned long run = 1;
+	if (set)
+		add_mm_counter(vma->vm_mm, mm_counter_file(page), set);
+}
 
-	if (local)
-		pmm_set_entries(vma, address, pte, page_to_pfn(local), 1);
-	else if (!extent->remote)
-		pmm_set_entries(vma, address, pte,
-				pmm_device_run(template->device,
-					       extent->device_page + (page - extent->page), &run),
-				1);
-	else if (pte_none(*pte))
-		set_pte_at(vma->vm_mm, address, pte, make_pte_marker(PTE_MARKER_FILL));
+/* Entries of one page table for pages of an extent that are not in memory. */
+static void pmm_set_absent(struct vm_area_struct *vma, const struct pmm_template *template,
+			   const struct pmm_extent *extent, unsigned long page,
+			   unsigned long count, unsigned long address, pte_t *pte)
+{
+	unsigned long end = page + count;
+
+	while (page < end) {
+		unsigned long run = end - page, set = 0, pfn, i;
+
+		if (extent->remote) {
+			if (pte_none(*pte))
+				set_pte_at(vma->vm_mm, address, pte,
+					   make_pte_marker(PTE_MARKER_FILL));
+			page++;
+			address += PAGE_SIZE;
+			pte++;
+			continue;
+		}
+		pfn = pmm_device_run(template->device,
+				     extent->device_page + (page - extent->page), &run);
+		for (i = 0; i < run; i++, address += PAGE_SIZE, pte++)
+			set += pmm_set_entry(vma, address, pte, pfn_to_page(pfn + i));
+		pmm_count_entries(vma, pfn_to_page(pfn), set);
+		page += run;
+	}
+}
+
+/* Entries of one page table for pages [page, last) of an extent. */
+static void pmm_set_extent(struct vm_area_struct *vma, const struct pmm_template *template,
+			   const struct pmm_extent *extent, unsigned long page, unsigned long last,
+			   unsigned long address, pte_t *pte)
+{
+	PMM_LOCAL(local, template, page);
+	struct page *found, *any = NULL;
+	unsigned long set = 0;
+
+	rcu_read_lock();
+	do {
+		unsigned long next, absent;
+
+		found = pmm_local_next(&local, last);
+		next = found ? local.xa_index : last;
+		absent = next - page;
+		pmm_set_absent(vma, template, extent, page, absent, address, pte);
+		address += absent << PAGE_SHIFT;
+		pte += absent;
+		page = next;
+		if (found) {
+			any = found;
+			set += pmm_set_entry(vma, address, pte, found);
+			address += PAGE_SIZE;
+			pte++;
+			page++;
+		}
+	} while (page < last);
+	rcu_read_unlock();
+	pmm_count_entries(vma, any, set);
 }
 
 /* All entries of one page table in [start, end) that the template has pages for. */
@@ -108,32 +148,18 @@ static void pmm_set_table(struct vm_area_struct *vma, const struct pmm_template 
 	const struct pmm_layout *layout = &template->layout;
 	unsigned long first = linear_page_index(vma, start);
 	unsigned long last = first + ((end - start) >> PAGE_SHIFT);
-	bool single = !xa_empty(&template->local);
 	unsigned int i;
 
 	for (i = pmm_layout_extent(layout, first); i < layout->nr_extents; i++) {
 		const struct pmm_extent *extent = &layout->extents[i];
 		unsigned long page = max(first, extent->page);
+		unsigned long address = start + ((page - first) << PAGE_SHIFT);
 		unsigned long to = min(last, extent->page + extent->pages);
 
-		while (page < to) {
-			unsigned long device_page = extent->device_page + (page - extent->page);
-			unsigned long run = to - page;
-			unsigned long address = start + ((page - first) << PAGE_SHIFT);
-			pte_t *pte = pte_offset_map(pmd, address);
-
-			if (single || extent->remote) {
-				pmm_set_entry(vma, template, extent, page, address, pte);
-				run = 1;
-			} else {
-				pmm_set_entries(vma, address, pte,
-						pmm_device_run(template->device, device_page, &run),
-						run);
-			}
-			page += run;
-		}
-		if (to == last)
+		if (page >= last)
 			break;
+		pmm_set_extent(vma, template, extent, page, to, address,
+			       pte_offset_map(pmd, address));
 	}
 }
 
@@ -238,22 +264,28 @@ static void pmm_map_local(struct vm_area_struct *vma, const struct pmm_template 
 			  pmd_t *pmd, unsigned long start, unsigned long end)
 {
 	unsigned long index = linear_page_index(vma, start);
-	pte_t *first, *pte;
+	unsigned long last = index + ((end - start) >> PAGE_SHIFT);
+	PMM_LOCAL(local, template, index);
+	struct page *page, *any = NULL;
+	unsigned long set = 0;
 	spinlock_t *lock;
+	pte_t *table;
 
-	first = pte = pte_offset_map_lock(vma->vm_mm, pmd, start, &lock);
-	for (; start < end; start += PAGE_SIZE, pte++, index++) {
-		struct page *page;
+	table = pte_offset_map_lock(vma->vm_mm, pmd, start, &lock);
+	rcu_read_lock();
+	while ((page = pmm_local_next(&local, last))) {
+		unsigned long n = local.xa_index - index;
+		unsigned long address = start + (n << PAGE_SHIFT);
 
-		if (!is_pte_marker(*pte))
+		if (!is_pte_marker(table[n]))
 			continue;
-		page = pmm_local_find(template, index);
-		if (!page)
-			continue;
-		pte_clear(vma->vm_mm, start, pte);
-		pmm_set_entries(vma, start, pte, page_to_pfn(page), 1);
+		pte_clear(vma->vm_mm, address, table + n);
+		set += pmm_set_entry(vma, address, table + n, page);
+		any = page;
 	}
-	pte_unmap_unlock(first, lock);
+	rcu_read_unlock();
+	pmm_count_entries(vma, any, set);
+	pte_unmap_unlock(table, lock);
 }
 
 /* Leaves no marker in part of a page table. */

@@ -40,23 +40,33 @@ struct page *pmm_local_find(const struct pmm_template *template, unsigned long p
 	return xa_load((struct xarray *)&template->local, page);
 }
 
+/**
+ * pmm_local_next - the next page that is in memory
+ * @cursor: PMM_LOCAL(), under rcu_read_lock(); its xa_index is the page's number then
+ * @last: the page behind the last one
+ */
+struct page *pmm_local_next(struct xa_state *cursor, unsigned long last)
+{
+	struct page *page;
+
+	do {
+		page = xas_next_entry(cursor, last - 1);
+	} while (xas_retry(cursor, page));
+	return page;
+}
+
 static int pmm_device_copy(const struct pmm_device *device, unsigned long device_page,
 			   struct page **pages, unsigned int count)
 {
 	unsigned int i;
-	int index, err = 0;
+	int err = 0;
 
-	index = srcu_read_lock(&pmm_fill);
 	for (i = 0; i < count && !err; i++) {
-		unsigned long run = 1;
+		void *to = kmap_local_page(pages[i]);
 
-		if (READ_ONCE(device->gone))
-			err = -ENODEV;
-		else
-			copy_highpage(pages[i],
-				      pfn_to_page(pmm_device_run(device, device_page + i, &run)));
+		err = pmm_device_read_page(device, device_page + i, to);
+		kunmap_local(to);
 	}
-	srcu_read_unlock(&pmm_fill, index);
 	return err;
 }
 

@@ -6,8 +6,8 @@
  * layout.c: what a template holds. attach.c: how it comes into a process, with
  * module.c in a module and builtin.c, lazy.c in a kernel that has it built in.
  * local.c: pages of a template in this machine's memory, from a device or from
- * remote.c, with replace.c in processes that are running. main.c, published.c:
- * the two command sets.
+ * remote.c, with replace.c in processes that are running. main.c and commands.c,
+ * published.c: the two command sets. rdma.c is a driver of its own.
  *
  * Locks, outer first: pmm_lock; a process's mmap_lock; the i_mmap lock of a
  * template's inode. A template's own lock is a leaf, and is not needed once
@@ -43,6 +43,9 @@ static inline void pmm_vma_start_write(struct vm_area_struct *vma)
 #define pmm_vm_flags_set vm_flags_set
 #define pmm_vma_start_write vma_start_write
 #endif
+
+/* The size that struct pseudo_mm_stat had when it was published. */
+#define PMM_STAT_FIRST_VERSION 64
 
 struct device;
 struct pid;
@@ -174,11 +177,12 @@ struct pmm_device *pmm_device_get(struct pmm_device *device);
 void pmm_device_put(struct pmm_device *device);
 unsigned long pmm_device_run(const struct pmm_device *device, unsigned long page,
 			     unsigned long *pages);
+int pmm_device_read_page(const struct pmm_device *device, unsigned long page, void *buffer);
 
 /* template.c */
 struct file *pmm_template_create(struct pmm_device *device, struct pmm_remote *remote);
-int pmm_template_use_device(struct pmm_template *template, struct pmm_device *device);
-int pmm_template_use_remote(struct pmm_template *template, struct pmm_remote *remote);
+int pmm_template_use(struct pmm_template *template, struct pmm_device *device,
+		     struct pmm_remote *remote);
 struct pmm_sources pmm_template_sources(const struct pmm_template *template);
 struct pmm_template *pmm_template_of(struct file *file);
 int pmm_template_seal(struct pmm_template *template);
@@ -201,7 +205,11 @@ int pmm_map_check(const struct pmm_map *map);
 
 /* local.c */
 #define PMM_CLUSTER 16
+/* A cursor over the pages of a template that are in memory, from @first on. */
+#define PMM_LOCAL(name, template, first) \
+	XA_STATE(name, (struct xarray *)&(template)->local, first)
 void pmm_local_init(void);
+struct page *pmm_local_next(struct xa_state *cursor, unsigned long last);
 struct page *pmm_local_find(const struct pmm_template *template, unsigned long page);
 int pmm_local_bring(struct pmm_template *template, unsigned long first, unsigned long last,
 		    bool remote_only);
@@ -240,6 +248,10 @@ void pmm_area_enable(void);
 int pmm_faults(struct pid *process, struct pseudo_mm_v0_pf_stat *stat);
 
 /* main.c */
+int pmm_copy_in(void *to, size_t known, size_t first_version, const void __user *from);
+int pmm_copy_out(void __user *to, u32 room, void *from, size_t known);
+
+/* commands.c */
 long pmm_template_ioctl(struct file *file, unsigned int cmd, unsigned long arg);
 
 /* published.c */

@@ -155,9 +155,9 @@ static int pmm_v0_change(int id, struct pmm_map *maps, unsigned int nr_maps,
 	if (IS_ERR(template))
 		return PTR_ERR(template);
 	if (nr_extents && extents->remote)
-		err = pmm_template_use_remote(template, pmm_published_remote);
+		err = pmm_template_use(template, NULL, pmm_published_remote);
 	else if (nr_extents)
-		err = pmm_template_use_device(template, pmm_published_device);
+		err = pmm_template_use(template, pmm_published_device, NULL);
 	if (err)
 		return err;
 	sources = pmm_template_sources(template);
@@ -220,7 +220,8 @@ static long pmm_v0_add_map(const struct pseudo_mm_v0_add_map __user *arg)
  * The one mapping of a template that has the whole range. The caller holds
  * pmm_published_lock, under which alone a template with a number changes.
  */
-static const struct pmm_map *pmm_v0_map(int id, unsigned long start, unsigned long size)
+static const struct pmm_map *pmm_v0_map(int id, unsigned long start, unsigned long size,
+					struct pmm_template **template)
 {
 	struct file *file = id > 0 ? xa_load(&pmm_published, id) : NULL;
 	const struct pmm_map *map;
@@ -231,7 +232,8 @@ static const struct pmm_map *pmm_v0_map(int id, unsigned long start, unsigned lo
 		return ERR_PTR(-EINVAL);
 	if (start + size < start)
 		return ERR_PTR(-EFAULT);
-	map = pmm_layout_map(&pmm_template_of(file)->layout, start, start + size);
+	*template = pmm_template_of(file);
+	map = pmm_layout_map(&(*template)->layout, start, start + size);
 	return map ?: ERR_PTR(-EFAULT);
 }
 
@@ -243,9 +245,11 @@ static int pmm_v0_setup_range(const struct pseudo_mm_v0_setup_pt *given)
 		.device_page = given->pgoff,
 		.remote = given->type == PSEUDO_MM_MEMORY_RDMA,
 	};
-	const struct pmm_map *map = pmm_v0_map(given->id, given->start, given->size);
+	struct pmm_template *template;
+	const struct pmm_map *map;
 	int err;
 
+	map = pmm_v0_map(given->id, given->start, given->size, &template);
 	if (IS_ERR(map))
 		return PTR_ERR(map);
 	if (given->type != PSEUDO_MM_MEMORY_DAX && given->type != PSEUDO_MM_MEMORY_RDMA)
@@ -321,17 +325,17 @@ static int pmm_v0_check_back(const struct pmm_template *template, unsigned long 
 /* The caller holds pmm_published_lock, so the template does not change. */
 static int pmm_v0_bring_range(const struct pseudo_mm_v0_bring_back *given)
 {
-	const struct pmm_map *map = pmm_v0_map(given->id, given->start, given->size);
 	unsigned long first = given->start >> PAGE_SHIFT;
 	unsigned long last = first + (given->size >> PAGE_SHIFT);
 	struct pmm_template *template;
+	const struct pmm_map *map;
 	int err;
 
+	map = pmm_v0_map(given->id, given->start, given->size, &template);
 	if (IS_ERR(map))
 		return PTR_ERR(map);
 	if (!(map->flags & MAP_ANONYMOUS))
 		return -EINVAL;
-	template = pmm_template_of(xa_load(&pmm_published, given->id));
 	err = pmm_v0_check_back(template, first, last);
 	return err ?: pmm_local_bring(template, first, last, false);
 }

@@ -80,6 +80,18 @@ static struct file *pmm_template_file(struct pmm_template *template)
 	return file;
 }
 
+/* Sources that the template has none of yet. The caller holds pmm_lock. */
+static void pmm_template_take(struct pmm_template *template, struct pmm_device *device,
+			      struct pmm_remote *remote)
+{
+	if (device && !template->device) {
+		template->device = pmm_device_get(device);
+		list_add_tail(&template->node, &device->templates);
+	}
+	if (remote && !template->remote)
+		template->remote = pmm_remote_get(remote);
+}
+
 /**
  * pmm_template_create - make an empty template
  * @device: where its pages come from, or NULL if that is not known yet
@@ -118,12 +130,7 @@ struct file *pmm_template_create(struct pmm_device *device, struct pmm_remote *r
 	template->owner = get_pid(task_tgid(current));
 	pmm_nr_templates++;
 	list_add_tail(&template->all, &pmm_templates);
-	if (device) {
-		template->device = pmm_device_get(device);
-		list_add_tail(&template->node, &device->templates);
-	}
-	if (remote)
-		template->remote = pmm_remote_get(remote);
+	pmm_template_take(template, device, remote);
 	mutex_unlock(&pmm_lock);
 	return file;
 
@@ -137,39 +144,25 @@ free_template:
 }
 
 /**
- * pmm_template_use_device - say where a template's pages come from
+ * pmm_template_use - say where a template's pages come from
  * @template: a template that is not sealed
- * @device: the device
+ * @device: the device, or NULL
+ * @remote: the remote pool, or NULL
  *
- * Return: 0, or -EBUSY if it has pages of another device.
+ * Return: 0, or -EBUSY if it has pages of another one.
  */
-int pmm_template_use_device(struct pmm_template *template, struct pmm_device *device)
+int pmm_template_use(struct pmm_template *template, struct pmm_device *device,
+		     struct pmm_remote *remote)
 {
 	int err = mutex_lock_killable(&pmm_lock);
 
 	if (err)
 		return err;
-	if (!template->device) {
-		template->device = pmm_device_get(device);
-		list_add_tail(&template->node, &device->templates);
-	} else if (template->device != device) {
+	if ((device && template->device && template->device != device) ||
+	    (remote && template->remote && template->remote != remote))
 		err = -EBUSY;
-	}
-	mutex_unlock(&pmm_lock);
-	return err;
-}
-
-/* The same for a remote pool. */
-int pmm_template_use_remote(struct pmm_template *template, struct pmm_remote *remote)
-{
-	int err = mutex_lock_killable(&pmm_lock);
-
-	if (err)
-		return err;
-	if (!template->remote)
-		template->remote = pmm_remote_get(remote);
-	else if (template->remote != remote)
-		err = -EBUSY;
+	else
+		pmm_template_take(template, device, remote);
 	mutex_unlock(&pmm_lock);
 	return err;
 }

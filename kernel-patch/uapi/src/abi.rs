@@ -1,4 +1,4 @@
-//! The structures and numbers of the C header, named without its prefix.
+//! The structures and numbers of the C headers, named without their prefix.
 //!
 //! Sizes and command numbers are asserted below; `tests/header.rs` compares every field with the
 //! header itself.
@@ -46,12 +46,17 @@ pub const QUERY: u32 = io(0x34);
 pub const DELETE: u32 = io(0x35);
 pub const PROMOTE: u32 = io(0x36);
 
+pub const RDMA_CONNECT: u32 = io(0x40);
+pub const RDMA_MAGIC: u32 = 0x706d_6d72;
+pub const RDMA_VERSION: u32 = 1;
+pub const RDMA_MAX_HELLO: u32 = 56;
+
 const _: () = assert!(INFO == 0x1c20 && REGISTER_REMOTE == 0x1c24);
 const _: () = assert!(ADD == 0x1c30 && PROMOTE == 0x1c36);
 
 /// The size of a structure of the interface; all are far below 4 GiB.
 #[expect(clippy::cast_possible_truncation)]
-const fn size_of<T>() -> u32 {
+pub(crate) const fn size_of<T>() -> u32 {
     std::mem::size_of::<T>() as u32
 }
 
@@ -194,6 +199,29 @@ structures! {
         nr_extents: u32,
         extent_size: u32,
     }
+    /// Of `/dev/pseudo_mm_rdma`.
+    RdmaConnect: 64 {
+        size: u32,
+        timeout_ms: u32,
+        server: u64,
+        server_size: u32,
+        hello_size: u32,
+        hello: u64,
+        pages: u64,
+        generation: u64,
+        uuid: [u8; 16],
+    }
+    /// What a server says of its pool, all fields little-endian.
+    RdmaPool: 56 {
+        magic: u32,
+        version: u32,
+        address: u64,
+        pages: u64,
+        generation: u64,
+        uuid: [u8; 16],
+        rkey: u32,
+        page_size: u32,
+    }
 }
 
 macro_rules! sized {
@@ -222,6 +250,7 @@ sized! {
     Stat {}
     List { entry_size: size_of::<Stat>() }
     Query { map_size: size_of::<Map>(), extent_size: size_of::<Extent>() }
+    RdmaConnect {}
 }
 
 impl Map {

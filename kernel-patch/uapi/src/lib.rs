@@ -27,6 +27,7 @@
 //! A descriptor of a template is all that another process needs to attach it.
 
 pub mod abi;
+pub mod rdma;
 
 use std::fs::File;
 use std::io;

@@ -1,4 +1,4 @@
-//! The Rust structures against the C header: a C program that prints the header's sizes, offsets
+//! The Rust structures against the C headers: a C program that prints the headers' sizes, offsets
 //! and numbers is compiled and run.
 
 use std::fmt::Write as _;
@@ -44,6 +44,12 @@ fn expected() -> Vec<(String, u64)> {
         "pseudo_mm_query" = Query {
             size, flags, maps, nr_maps, map_size, extents, nr_extents, extent_size
         }
+        "pseudo_mm_rdma_connect" = RdmaConnect {
+            size, timeout_ms, server, server_size, hello_size, hello, pages, generation, uuid
+        }
+        "pseudo_mm_rdma_pool" = RdmaPool {
+            magic, version, address, pages, generation, uuid, rkey, page_size
+        }
     }
     let numbers = [
         ("PSEUDO_MM_VERSION", VERSION.into()),
@@ -74,6 +80,10 @@ fn expected() -> Vec<(String, u64)> {
         ("PSEUDO_MM_QUERY", QUERY.into()),
         ("PSEUDO_MM_DELETE", DELETE.into()),
         ("PSEUDO_MM_PROMOTE", PROMOTE.into()),
+        ("PSEUDO_MM_RDMA_CONNECT", RDMA_CONNECT.into()),
+        ("PSEUDO_MM_RDMA_MAGIC", RDMA_MAGIC.into()),
+        ("PSEUDO_MM_RDMA_VERSION", RDMA_VERSION.into()),
+        ("PSEUDO_MM_RDMA_MAX_HELLO", RDMA_MAX_HELLO.into()),
     ];
     values.extend(numbers.map(|(name, value): (_, u64)| (name.to_owned(), value)));
     // The published set has no Rust side; these are its numbers and layouts on x86-64.
@@ -105,7 +115,8 @@ fn expected() -> Vec<(String, u64)> {
 fn every_size_offset_and_number_is_the_headers() {
     let expected = expected();
     let mut source = String::from(
-        "#include <stddef.h>\n#include <stdio.h>\n#include \"pseudo_mm.h\"\nint main(void)\n{\n",
+        "#include <stddef.h>\n#include <stdio.h>\n#include \"pseudo_mm.h\"\n\
+         #include \"pseudo_mm_rdma.h\"\nint main(void)\n{\n",
     );
     for (expression, _) in &expected {
         writeln!(
