@@ -63,8 +63,8 @@ static bool pmm_table_is_filled(struct vm_area_struct *vma, pmd_t *pmd, enum pmm
 }
 
 /* One entry, unless there is one; the caller holds the page table's lock, and counts it. */
-static bool pmm_set_entry(struct vm_area_struct *vma, unsigned long address, pte_t *pte,
-			  struct page *page)
+static __always_inline bool pmm_set_entry(struct vm_area_struct *vma, unsigned long address,
+					  pte_t *pte, struct page *page)
 {
 	if (!pte_none(*pte))
 		return false;
