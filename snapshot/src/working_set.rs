@@ -243,7 +243,7 @@ impl WorkingSet {
         let mut changed = false;
         for ((table, pages), told) in self.tables.iter().zip(pages).zip(&mut self.told) {
             let Some(table) = table else { continue };
-            let ranges = ranges(pages.into_iter());
+            let ranges = ranges(pages.into_iter(), MOST_RANGES);
             if ranges == *told {
                 continue;
             }
@@ -351,7 +351,7 @@ fn entries(map: &File, start: u64, pages: u64) -> io::Result<Vec<u64>> {
 }
 
 /// Start and length of runs of pages, by address; the longest are kept where there are too many.
-pub fn ranges(pages: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
+pub fn ranges(pages: impl Iterator<Item = u64>, most: usize) -> Vec<(u64, u64)> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for page in pages {
         match ranges.last_mut() {
@@ -362,7 +362,7 @@ pub fn ranges(pages: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
         }
     }
     ranges.sort_unstable_by_key(|(start, length)| (u64::MAX - length, *start));
-    ranges.truncate(MOST_RANGES);
+    ranges.truncate(most);
     ranges.sort_unstable();
     ranges
 }
@@ -375,7 +375,7 @@ mod tests {
     fn neighbours_make_one_range() {
         let pages = [1, 2, 4, 9].map(|page| page * PAGE);
         assert_eq!(
-            ranges(pages.into_iter()),
+            ranges(pages.into_iter(), MOST_RANGES),
             vec![(PAGE, 4 * PAGE), (9 * PAGE, PAGE)]
         );
     }
@@ -383,7 +383,8 @@ mod tests {
     #[test]
     fn of_too_many_ranges_the_longest_stay() {
         let pages = (0..2000).map(|index| index * 10 * PAGE);
-        let ranges = ranges(std::iter::once(0).chain([PAGE]).chain(pages.skip(1)));
+        let pages = std::iter::once(0).chain([PAGE]).chain(pages.skip(1));
+        let ranges = ranges(pages, MOST_RANGES);
         assert_eq!((ranges.len(), ranges[0]), (MOST_RANGES, (0, 2 * PAGE)));
     }
 }

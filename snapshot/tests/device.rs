@@ -13,6 +13,7 @@ use std::time::Duration;
 use harness::{Bed, TestResult};
 use trenv_pool::PoolError;
 use trenv_snapshot::methods::{Method, StartMethod};
+use trenv_snapshot::recording::Touch;
 use trenv_snapshot::zygote::Zygote;
 
 /// What of a process's memory is mapped from templates of the device.
@@ -210,6 +211,49 @@ fn spice_copies_what_was_written_before_its_tree_runs() -> TestResult {
     assert!(reads.is_none_or(|one| one.count() < 50), "{recorded:?}");
     let writes = recorded.iter().find(|one| one.input == "writes");
     assert!(writes.is_some_and(|one| one.stable && one.count() >= 200));
+    Ok(())
+}
+
+/// Bytes of the pool that a process has in its page tables; none in a kernel that fills them when memory is
+/// attached.
+fn in_page_tables(pid: i32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssPool:"))?;
+    let kilobytes = line.trim().trim_end_matches(" kB");
+    Some(kilobytes.parse::<u64>().unwrap() << 10)
+}
+
+#[test]
+fn spice_fills_page_tables_that_were_only_read_if_the_kernel_tells() -> TestResult {
+    let bed = Bed::new()?;
+    let prepared = spread(&bed)?;
+    // It reads the second half of 32 MiB, or 8 page tables and part of another.
+    let mut faults = Vec::new();
+    let mut instance = bed.start_with(prepared.as_ref())?;
+    let told = in_page_tables(instance.root);
+    for _ in 0..2 {
+        let before = instance.faults()?;
+        assert_eq!(instance.ask("whole"), "ok");
+        faults.push(instance.faults()? - before);
+        prepared.learn(&instance.pids, "")?;
+        instance = bed.start_with(prepared.as_ref())?;
+    }
+    let recorded = prepared.recorded();
+    let ranges = recorded.iter().flat_map(|one| &one.ranges);
+    let read = ranges.filter(|range| range.touch == Touch::Read);
+    let read: u64 = read.map(|range| range.pages).sum();
+    let now = in_page_tables(instance.root);
+    eprintln!("faults {faults:?}, read {read}, in page tables {told:?} and {now:?}");
+    let (Some(told), Some(now)) = (told, now) else {
+        assert_eq!(read, 0);
+        return Ok(());
+    };
+    assert!((8..13).contains(&read), "{recorded:?}");
+    assert!(faults[0] >= 8 && faults[1] < 5, "{faults:?}");
+    assert!(told < 12 << 20, "{told}");
+    assert!((16 << 20..28 << 20).contains(&now), "{now}");
     Ok(())
 }
 

@@ -62,7 +62,7 @@ pub enum Method {
     Reap,
     /// Regions of the snapshot file mapped, and a loader that reads ahead (FaaSnap).
     FaaSnap,
-    /// Pages laid out and brought in by first use (Spice).
+    /// Pages laid out and brought in by first use; from a device, attached, and copied ahead (Spice).
     Spice,
     /// CRIU restores the tree.
     Criu,

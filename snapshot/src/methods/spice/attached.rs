@@ -104,28 +104,23 @@ impl Layout {
     /// By process, for a tree of so many.
     fn ahead(&self, processes: usize) -> Vec<Ahead> {
         let mut written: Vec<Vec<u64>> = vec![Vec::new(); processes];
+        let mut read: Vec<Vec<(u64, u64)>> = vec![Vec::new(); processes];
         for (process, at) in &self.written {
             if let Some(written) = written.get_mut(*process) {
                 written.push(*at);
             }
         }
-        let mut all: Vec<Ahead> = written
-            .into_iter()
-            .map(|written| {
-                let mut copied = ranges(written.into_iter());
-                copied.truncate(MOST_RANGES - FIRST_TABLES);
-                Ahead {
-                    copied,
-                    read: Vec::new(),
-                }
-            })
-            .collect();
         for (process, at) in self.used.iter().take(FIRST_TABLES) {
-            if let Some(ahead) = all.get_mut(*process) {
-                ahead.read.push((*at, PAGE));
+            if let Some(read) = read.get_mut(*process) {
+                read.push((*at, PAGE));
             }
         }
-        all
+        let all = written.into_iter().zip(read);
+        all.map(|(written, read)| Ahead {
+            copied: ranges(written.into_iter(), MOST_RANGES - read.len()),
+            read,
+        })
+        .collect()
     }
 
     /// Adds what an instance touched beyond what it was given and what is known; `false` when nothing
