@@ -23,6 +23,14 @@ static void *answers(void *state) {
     return 0;
 }
 
+// Answers once the main thread has ended, which takes a moment more than being joined.
+static pthread_t main_thread;
+static void *answers_alone(void *state) {
+    pthread_join(main_thread, 0);
+    usleep(50000);
+    return answers(state);
+}
+
 int main(int count, char **arguments) {
     const char *state = count > 1 ? arguments[1] : "";
     int failed = 0, missing = 0;
@@ -104,7 +112,8 @@ int main(int count, char **arguments) {
     if (!strcmp(state, "tiles")) missing = syscall(SYS_arch_prctl, 0x1023, 18);
     if (!strcmp(state, "ended")) {
         pthread_t other;
-        pthread_create(&other, 0, answers, (void *)state);
+        main_thread = pthread_self();
+        pthread_create(&other, 0, answers_alone, (void *)state);
         pthread_exit(0);
     }
     char line[64];
