@@ -24,11 +24,25 @@ const GROUP: usize = 256;
 /// The order is stable once a tenancy adds at most this part of the pages.
 const STABLE: usize = 64;
 
-/// By the driver where the pool is on a device, by userfaultfd elsewhere.
+/// By the driver where the pool is on a device, by userfaultfd elsewhere and where the driver cannot.
 pub fn prepare(request: ZygoteRequest<'_>) -> Result<Arc<dyn StartMethod>, ZygoteError> {
-    match request.template.templates() {
-        Some(_) => Ok(Arc::new(attached::Attached::prepare(request)?)),
-        None => Ok(Arc::new(Spice::prepare(request)?)),
+    if request.template.templates().is_none() {
+        return Ok(Arc::new(Spice::prepare(request)?));
+    }
+    let rootfs = request.rootfs.try_clone();
+    let otherwise = ZygoteRequest {
+        rootfs: rootfs.map_err(failed(
+            "duplicating the descriptor of the function's layers",
+        ))?,
+        cgroups: request.cgroups.clone(),
+        ..request
+    };
+    match attached::Attached::prepare(request) {
+        Ok(attached) => Ok(Arc::new(attached)),
+        Err(err) => {
+            tracing::warn!(%err, "Starts by spice get their pages by userfaultfd: the pool's device cannot be attached");
+            Ok(Arc::new(Spice::prepare(otherwise)?))
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use trenv_restorer::wire::MOST_RANGES;
 
@@ -31,6 +31,11 @@ use crate::zygote::{Ahead, PreparedClone, StartRequest, Started, ZygoteError, Zy
 const TABLE: u64 = 2 << 20;
 /// Page tables that are filled before the tree runs; the others are at their first use.
 const FIRST_TABLES: usize = 64;
+/// Pages of a process that are copied before the tree runs. What is known to be written only grows, and a
+/// function that writes other pages each time must not copy all it has at each start.
+const MOST_COPIED: u64 = 16 << 10;
+/// So many instances are remembered before it is asked which of them are still there.
+const MOST_GIVEN: usize = 256;
 
 #[derive(Debug)]
 pub struct Attached {
@@ -38,10 +43,15 @@ pub struct Attached {
     windows: Vec<Window>,
     /// The page that stands for memory that was read and never written.
     zero: Option<u64>,
+    /// The kernel fills page tables at their first use.
+    fills_late: bool,
     layouts: Mutex<Inputs<Layout>>,
     /// By the root's pid: the input whose pages an instance was given, and those.
-    given: Mutex<HashMap<i32, (String, Vec<Ahead>)>>,
+    given: Mutex<HashMap<i32, Given>>,
 }
+
+/// An input, and what an instance was given for it.
+type Given = (String, Arc<[Ahead]>);
 
 /// A part of an attached area that one page table serves and that has stored pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +101,8 @@ struct Layout {
     /// A page of each page table that was only read, those of the first tenancy first.
     used: Vec<Page>,
     rounds: Rounds,
+    /// What a start for it is given, by process.
+    ahead: Arc<[Ahead]>,
 }
 
 /// What an instance touched.
@@ -101,8 +113,8 @@ struct Seen {
 }
 
 impl Layout {
-    /// By process, for a tree of so many.
-    fn ahead(&self, processes: usize) -> Vec<Ahead> {
+    /// Makes what starts are given, for a tree of so many processes.
+    fn tell(&mut self, processes: usize) {
         let mut written: Vec<Vec<u64>> = vec![Vec::new(); processes];
         let mut read: Vec<Vec<(u64, u64)>> = vec![Vec::new(); processes];
         for (process, at) in &self.written {
@@ -116,11 +128,14 @@ impl Layout {
             }
         }
         let all = written.into_iter().zip(read);
-        all.map(|(written, read)| Ahead {
-            copied: ranges(written.into_iter(), MOST_RANGES - read.len()),
+        let ahead = all.map(|(written, read)| Ahead {
+            copied: at_most(
+                MOST_COPIED,
+                ranges(written.into_iter(), MOST_RANGES - read.len()),
+            ),
             read,
-        })
-        .collect()
+        });
+        self.ahead = ahead.collect();
     }
 
     /// Adds what an instance touched beyond what it was given and what is known; `false` when nothing
@@ -168,8 +183,19 @@ impl Layout {
             written: recorded.pages(Touch::Written).collect(),
             used: recorded.pages(Touch::Read).collect(),
             rounds: Rounds::of(recorded),
+            ahead: Arc::default(),
         }
     }
+}
+
+/// The first of these ranges, with so many pages at most.
+fn at_most(mut pages: u64, mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    for (_, length) in &mut ranges {
+        *length = (*length).min(pages * PAGE);
+        pages -= *length / PAGE;
+    }
+    ranges.retain(|(_, length)| *length > 0);
+    ranges
 }
 
 impl Attached {
@@ -179,24 +205,34 @@ impl Attached {
             skeleton,
             windows: areas.iter().flat_map(Window::of).collect(),
             zero: zero_frame().map_err(failed("looking at this process's page map"))?,
+            fills_late: fills_late().map_err(failed("reading this process's status"))?,
             layouts: Mutex::default(),
             given: Mutex::default(),
         })
     }
 
-    /// What an instance has written, and the page tables that it only read.
-    fn seen(&self, pids: &[i32]) -> io::Result<Seen> {
-        let maps = pids.iter().map(|pid| page_map(*pid));
-        let maps: Vec<File> = maps.collect::<io::Result<_>>()?;
+    /// How many processes of the tree, from its root on, have something to look at.
+    fn processes(&self) -> usize {
+        let processes = self.windows.iter().map(|window| window.process + 1);
+        processes.max().unwrap_or_default()
+    }
+
+    /// What an instance has written, and the page tables that it only read. Of a process that has ended
+    /// nothing is seen.
+    fn seen(&self, pids: &[i32]) -> Seen {
+        let maps = pids.iter().map(|pid| page_map(*pid).ok());
+        let maps: Vec<Option<File>> = maps.collect();
         let mut seen = Seen::default();
         for window in &self.windows {
-            let (Some(map), Some(pid)) = (maps.get(window.process), pids.get(window.process))
-            else {
+            let map = maps.get(window.process).and_then(Option::as_ref);
+            let (Some(map), Some(pid)) = (map, pids.get(window.process)) else {
                 continue;
             };
-            let before = pages_not_its_own(*pid)?;
-            let frames = frames(map, window.start, window.pages)?;
-            let was_filled = before.is_some() && before == pages_not_its_own(*pid)?;
+            let before = self.pages_not_its_own(*pid);
+            let Ok(frames) = frames(map, window.start, window.pages) else {
+                continue;
+            };
+            let was_filled = before.is_some() && before == self.pages_not_its_own(*pid);
             let known = seen.written.len();
             for (index, frame) in frames.into_iter().enumerate() {
                 if frame.is_some() && frame != self.zero {
@@ -209,15 +245,23 @@ impl Attached {
                 seen.used.push((window.process, window.stored));
             }
         }
-        Ok(seen)
+        seen
+    }
+
+    /// Kilobytes of files and of pools that a process has mapped, in a kernel that fills page tables at
+    /// their first use.
+    fn pages_not_its_own(&self, pid: i32) -> Option<u64> {
+        let status = || std::fs::read_to_string(format!("/proc/{pid}/status"));
+        self.fills_late
+            .then(status)?
+            .ok()
+            .as_deref()
+            .and_then(not_its_own)
     }
 }
 
-/// Kilobytes of files and of pools that a process has mapped; none in a kernel that fills page tables
-/// when memory is attached.
-fn pages_not_its_own(pid: i32) -> io::Result<Option<u64>> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    Ok(not_its_own(&status))
+fn fills_late() -> io::Result<bool> {
+    Ok(not_its_own(&std::fs::read_to_string("/proc/self/status")?).is_some())
 }
 
 fn not_its_own(status: &str) -> Option<u64> {
@@ -264,33 +308,34 @@ impl StartMethod for Attached {
         clone: PreparedClone,
         request: &StartRequest<'_>,
     ) -> Result<Started, ZygoteError> {
-        let processes = self.windows.iter().map(|window| window.process + 1);
-        let processes = processes.max().unwrap_or_default();
         let ahead = lock(&self.layouts)
             .get(request.input)
-            .map(|layout| layout.ahead(processes))
+            .map(|layout| layout.ahead.clone())
             .unwrap_or_default();
         let started = self.skeleton.start_blank(clone, request, &ahead)?;
         if let Some(root) = started.pids.first() {
-            lock(&self.given).insert(*root, (request.input.to_owned(), ahead));
+            let mut given = lock(&self.given);
+            // Of instances that ended by themselves nobody asks.
+            if given.len() >= MOST_GIVEN {
+                given.retain(|pid, _| Path::new(&format!("/proc/{pid}")).exists());
+            }
+            given.insert(*root, (request.input.to_owned(), ahead));
         }
         Ok(started)
     }
 
     fn learn(&self, pids: &[i32], input: &str) -> Result<bool, ZygoteError> {
-        let given = {
-            let mut given = lock(&self.given);
-            let its = pids.first().and_then(|root| given.remove(root));
-            // Of instances that ended by themselves nobody asks.
-            given.retain(|pid, _| Path::new(&format!("/proc/{pid}")).exists());
-            its
-        };
+        let given = pids.first().and_then(|root| lock(&self.given).remove(root));
         // What was copied for another input looks as if this one had written it.
         if let Some((_, ahead)) = given.filter(|(its, _)| its == input)
             && lock(&self.layouts).entry(input).rounds.look()
         {
-            let seen = self.seen(pids).map_err(failed("reading page maps"))?;
-            lock(&self.layouts).entry(input).add(seen, &ahead);
+            let seen = self.seen(pids);
+            let mut layouts = lock(&self.layouts);
+            let layout = layouts.entry(input);
+            if layout.add(seen, &ahead) {
+                layout.tell(self.processes());
+            }
         }
         self.base().learn(pids, input)
     }
@@ -304,7 +349,9 @@ impl StartMethod for Attached {
     fn recall(&self, recorded: &[Recorded]) -> Result<(), ZygoteError> {
         // What faults told, before the pool was on a device, is another thing.
         for one in recorded.iter().filter(|one| !one.first_use) {
-            *lock(&self.layouts).entry(&one.input) = Layout::of(one);
+            let mut layout = Layout::of(one);
+            layout.tell(self.processes());
+            *lock(&self.layouts).entry(&one.input) = layout;
         }
         Ok(())
     }
@@ -372,7 +419,8 @@ mod tests {
         };
         assert!(layout.add(first, &[]));
         assert!(!layout.rounds.stable);
-        let ahead = layout.ahead(2);
+        layout.tell(2);
+        let ahead = layout.ahead.clone();
         assert_eq!(ahead[0], Ahead::default());
         assert_eq!(ahead[1].copied, [(10 * PAGE, 4 * PAGE), (40 * PAGE, PAGE)]);
         assert_eq!(ahead[1].read, [(1024 * PAGE, PAGE)]);
@@ -385,6 +433,29 @@ mod tests {
         assert!(layout.rounds.stable);
         assert_eq!(Layout::of(&layout.recorded("")).written, layout.written);
         assert_eq!(layout.written.len(), 4);
+    }
+
+    #[test]
+    fn a_function_that_writes_everything_copies_a_part_of_it_ahead() {
+        let mut layout = Layout::default();
+        let written = (0..MOST_COPIED + 5).map(|number| (0, 2 * number * PAGE));
+        let seen = Seen {
+            written: written.chain([(1, PAGE)]).collect(),
+            used: Vec::new(),
+        };
+        assert!(layout.add(seen, &[]));
+        layout.tell(2);
+        let copied = &layout.ahead[0].copied;
+        let pages: u64 = copied.iter().map(|(_, length)| length / PAGE).sum();
+        assert_eq!(pages, MOST_COPIED);
+        assert_eq!(layout.ahead[1].copied, [(PAGE, PAGE)]);
+        assert_eq!(
+            at_most(
+                3,
+                vec![(PAGE, 2 * PAGE), (9 * PAGE, 2 * PAGE), (20 * PAGE, PAGE)]
+            ),
+            [(PAGE, 2 * PAGE), (9 * PAGE, PAGE)]
+        );
     }
 
     #[test]
