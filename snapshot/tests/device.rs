@@ -328,6 +328,39 @@ fn an_attach_that_fails_says_so() -> TestResult {
     Ok(())
 }
 
+/// Where no further template of the driver's can be made, pages come as on a machine without a device.
+#[test]
+fn spice_needs_no_template_of_the_driver() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let mut first = bed.run(&[&program])?;
+    first.ask("count");
+    let template = bed.dump(first)?;
+    let files = rustix::process::Rlimit {
+        current: Some(8192),
+        maximum: Some(8192),
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, files)?;
+    let driver = pseudo_mm_uapi::Device::open()?;
+    driver.register(&File::options().read(true).write(true).open("/dev/dax0.0")?)?;
+    let mut all = Vec::new();
+    let full = loop {
+        match driver.create() {
+            Ok(another) => all.push(another),
+            Err(full) => break full,
+        }
+    };
+    assert_eq!(
+        full.raw_os_error(),
+        Some(rustix::io::Errno::NOSPC.raw_os_error())
+    );
+    let prepared = bed.prepare(Method::Spice, &template)?;
+    let mut instance = bed.start_with(prepared.as_ref())?;
+    assert!(instance.ask("count").starts_with("1 "));
+    assert_eq!(Attached::of(instance.root).present, 0);
+    Ok(())
+}
+
 #[test]
 fn what_was_cloned_outlives_the_zygote_and_its_template() -> TestResult {
     let bed = Bed::new()?;
