@@ -3,16 +3,18 @@
 mod connections;
 mod fifo;
 mod file_locks;
+pub mod holders;
 pub mod owners;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use nix::libc;
 use trenv_restorer::wire::{fd, verb};
 
+use super::process::Tree;
 use super::region::{Program, Region};
 use super::{PlanError, shared, sockets};
-use crate::manifest::{Manifest, ObjectKind, Process, Socket, TmpfsKind};
+use crate::manifest::{Manifest, ObjectKind, Socket, TmpfsKind};
 
 /// Status flags that F_SETFL can set, but O_ASYNC, which is set with the owner.
 const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME) as u32;
@@ -36,12 +38,8 @@ pub fn place(control: u64, object: usize) -> u64 {
 }
 
 /// Steps that make every open file, at its number above the control descriptor.
-pub fn make(
-    manifest: &Manifest,
-    control: u64,
-    region: &mut Region,
-    program: &mut Program,
-) -> Result<(), PlanError> {
+pub fn make(tree: Tree<'_>, region: &mut Region, program: &mut Program) -> Result<(), PlanError> {
+    let (manifest, control) = (tree.manifest, tree.control);
     let mut pairs: BTreeMap<u64, [Option<usize>; 2]> = BTreeMap::new();
     // Before anybody listens at their addresses.
     connections::make(manifest, control, region, program);
@@ -143,7 +141,7 @@ pub fn make(
                     pairs.entry(pair).or_default()[side as usize & 1] = Some(index);
                 }
                 None => {
-                    sockets::enter_place(manifest, index, region, program);
+                    sockets::enter_place(tree, index, region, program);
                     make_socket(socket, nonblocking, at, region, program);
                 }
             },
@@ -154,7 +152,7 @@ pub fn make(
             && socket.domain == libc::AF_UNIX
         {
             // To another of the tree's, which has its address by now.
-            sockets::enter_place(manifest, index, region, program);
+            sockets::enter_place(tree, index, region, program);
             connect(socket, place(control, index), region, program);
         }
     }
@@ -349,19 +347,15 @@ fn make_pair(
 }
 
 /// Steps that put a process's descriptors in place and close everything else but the control socket.
-pub fn install(
-    manifest: &Manifest,
-    process: &Process,
-    control: u64,
-    region: &mut Region,
-    program: &mut Program,
-) {
-    let mut made_here: Vec<usize> = Vec::new();
+pub fn install(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
+    let (manifest, control) = (tree.manifest, tree.control);
+    let process = &manifest.processes[index];
+    let mut made_here = BTreeSet::new();
     for descriptor in &process.descriptors {
         let object = &manifest.objects[descriptor.object];
         let at = place(control, descriptor.object);
         if let ObjectKind::PidFd { pid } = object.kind
-            && !made_here.contains(&descriptor.object)
+            && made_here.insert(descriptor.object)
         {
             program.about(region.sentence(format!("opening process {pid}")));
             let nonblocking = u64::from(object.flags) & libc::O_NONBLOCK as u64;
@@ -369,7 +363,6 @@ pub fn install(
                 .call(libc::SYS_pidfd_open, [pid as u64, nonblocking])
                 .into(0);
             move_to(at, program);
-            made_here.push(descriptor.object);
         }
         program.about(region.sentence(format!("setting up descriptor {}", descriptor.number)));
         let how = if descriptor.close_on_exec {
@@ -383,23 +376,17 @@ pub fn install(
     let rest = u64::from(u32::MAX);
     program.call(libc::SYS_close_range, [control + fd::CONTROL + 1, rest, 0]);
     file_locks::of_process(manifest, process, region, program);
-    watch(manifest, process, region, program);
+    watch(index, tree, region, program);
 }
 
 /// An epoll knows a file by its descriptor's number too, so it is filled in by a holder.
-fn watch(manifest: &Manifest, process: &Process, region: &mut Region, program: &mut Program) {
-    for (index, object) in manifest.objects.iter().enumerate() {
+fn watch(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
+    for (epoll, object) in tree.manifest.objects.iter().enumerate() {
         let ObjectKind::Epoll { targets } = &object.kind else {
             continue;
         };
-        let holder = manifest
-            .processes
-            .iter()
-            .find(|process| process.descriptors.iter().any(|d| d.object == index));
-        if holder.is_none_or(|holder| holder.pid != process.pid) {
-            continue;
-        }
-        let Some(descriptor) = process.descriptors.iter().find(|d| d.object == index) else {
+        let held = tree.holders.first(epoll);
+        let Some(held) = held.filter(|held| held.process == index) else {
             continue;
         };
         for target in targets {
@@ -409,7 +396,7 @@ fn watch(manifest: &Manifest, process: &Process, region: &mut Region, program: &
             event.extend(target.data.to_ne_bytes());
             let event = region.put(&event, 8);
             let add = libc::EPOLL_CTL_ADD as u64;
-            let args = [descriptor.number as u64, add, target.number as u64, event];
+            let args = [held.number as u64, add, target.number as u64, event];
             program.call(libc::SYS_epoll_ctl, args);
         }
     }

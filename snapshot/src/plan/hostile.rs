@@ -8,9 +8,10 @@ use super::Plan;
 use super::skeleton::Fill;
 use super::tests::sample;
 use crate::manifest::{
-    EpollTarget, FileLock, FileOwner, LockHolder, Manifest, MemoryKind, MemoryObject, MessageQueue,
-    Object, ObjectKind, PAGE, PageRun, PosixTimer, QueueMessage, Queued, SemaphoreSet,
-    SignalAction, SignalTarget, Socket, SocketFile, TmpfsEntry, TmpfsKind, Watch, Zombie,
+    Descriptor, EpollTarget, FileLock, FileOwner, LockHolder, Manifest, MemoryKind, MemoryObject,
+    MessageQueue, Object, ObjectKind, PAGE, PageRun, PosixTimer, QueueMessage, Queued,
+    SemaphoreSet, SignalAction, SignalTarget, Socket, SocketFile, TmpfsEntry, TmpfsKind, Watch,
+    Zombie,
 };
 
 const INPUTS: u64 = 200_000;
@@ -309,6 +310,61 @@ fn a_huge_mapping_is_planned_at_once() {
     let begun = std::time::Instant::now();
     let _ = Plan::of(&manifest, &[data(manifest.pages())], Fill::Pages);
     assert!(begun.elapsed().as_millis() < 200, "{:?}", begun.elapsed());
+}
+
+/// Who of many holds each of many open files is found out once.
+#[test]
+fn many_open_files_of_many_processes_are_planned_soon() {
+    const FILES: usize = 8192;
+    let (mut manifest, _) = sample();
+    let socket = Socket {
+        domain: nix::libc::AF_UNIX,
+        kind: 1,
+        protocol: 0,
+        address: Vec::new(),
+        listen: None,
+        connected: b"\x01\0a".to_vec(),
+        options: Vec::new(),
+        pair: None,
+        queue: Vec::new(),
+        shutdown: 0,
+        file: None,
+    };
+    let mut last = manifest.processes[1].clone();
+    last.descriptors = (0..FILES)
+        .map(|index| Descriptor {
+            number: 3 + index as i32,
+            object: FILES - 1 - index,
+            close_on_exec: false,
+        })
+        .collect();
+    for pid in 4..20 {
+        last.pid = pid;
+        last.threads[0].tid = pid;
+        manifest.processes.push(last.clone());
+    }
+    let kinds = [
+        ObjectKind::Epoll {
+            targets: Vec::new(),
+        },
+        ObjectKind::PidFd { pid: 19 },
+        ObjectKind::Socket(socket),
+    ];
+    let owner = FileOwner {
+        target: Some(SignalTarget::Thread(19)),
+        signal: 0,
+        users: [0; 2],
+    };
+    let objects = kinds.iter().cycle().take(FILES).map(|kind| Object {
+        flags: 0,
+        owner: Some(owner),
+        kind: kind.clone(),
+    });
+    manifest.objects = objects.collect();
+    let begun = std::time::Instant::now();
+    let planned = Plan::of(&manifest, &[data(manifest.pages())], Fill::Pages);
+    assert!(begun.elapsed().as_millis() < 2000, "{:?}", begun.elapsed());
+    assert!(planned.is_ok(), "{:?}", planned.map(|plan| plan.length));
 }
 
 #[test]

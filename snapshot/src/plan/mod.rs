@@ -34,6 +34,7 @@ use base::{Base, Ground};
 
 use crate::lineage::Lineage;
 use crate::manifest::{Manifest, MappingKind, ObjectKind, PAGE};
+use files::holders::Holders;
 use layout::{Placement, Way, kernel_owned};
 pub use memory::Copy;
 use process::Tree;
@@ -169,8 +170,10 @@ impl Plan {
         let own = process::Own::read()?;
         let shared = Shared::of(manifest, &placement, &pieces, control);
         let needed = process::needed_bounding(manifest, &placement.lineage);
+        let holders = Holders::of(manifest);
         let tree = Tree {
             needed: &needed,
+            holders: &holders,
             manifest,
             placement: &placement,
             shared: &shared,

@@ -7,6 +7,7 @@ use nix::libc;
 use pseudo_mm_uapi::abi;
 use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
+use super::files::holders::Holders;
 use super::layout::{Placed, Placement, Way, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::{Shared, When};
@@ -55,6 +56,7 @@ pub struct Tree<'a> {
     pub fill: Fill,
     /// For each process, the bounding capabilities that it or one that comes of it has.
     pub needed: &'a [u64],
+    pub holders: &'a Holders,
 }
 
 /// [`Tree::needed`].
@@ -257,7 +259,7 @@ pub fn program_of(
         tree.shared.fill_tmpfs(tree, region, &mut program);
         tree.shared.make_unlinked(tree, region, &mut program);
         tree.shared.make_sysv(tree, region, &mut program);
-        files::make(tree.manifest, tree.control, region, &mut program)?;
+        files::make(tree, region, &mut program)?;
         files::watch_files(tree.manifest, tree.control, region, &mut program);
     }
     let loaded = tree.way(index) == Way::Loaded;
@@ -349,7 +351,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     lock::at_start(index, tree, region, program);
     generation::map(process, region, program);
     program.verb(verb::MARK, [mark::MEMORY]);
-    files::install(manifest, process, control, region, program);
+    files::install(index, tree, region, program);
     program.verb(verb::MARK, [mark::FILES]);
     adjust(index, tree, region, program);
     settle(process, &tree.own.limits, region, program);
@@ -373,7 +375,7 @@ fn become_process(index: usize, tree: Tree<'_>, region: &mut Region, program: &m
     }
     // A timer may be a thread's.
     timers::make(process, tree.own.chosen_timers, region, program);
-    files::owners::set(manifest, process, region, program);
+    files::owners::set(index, tree, region, program);
     let main = &process.threads[0];
     program.about(region.sentence(format!("setting up the main thread of process {pid}")));
     program.call(libc::SYS_arch_prctl, [ARCH_SET_FS, main.registers.fs_base]);

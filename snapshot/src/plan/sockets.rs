@@ -2,8 +2,9 @@
 
 use nix::libc;
 
+use super::process::Tree;
 use super::region::{Program, Region};
-use crate::manifest::{Manifest, ObjectKind, Socket};
+use crate::manifest::{ObjectKind, Socket};
 
 /// What a fresh socket surely has room for, with the kernel's own cost of it.
 const ROOM: usize = 64 << 10;
@@ -135,7 +136,8 @@ pub fn give_file(socket: &Socket, region: &mut Region, program: &mut Program) {
 
 /// Enters the directory that a relative name of a unix socket begins at: its holder's, as far as can
 /// be told.
-pub fn enter_place(manifest: &Manifest, object: usize, region: &mut Region, program: &mut Program) {
+pub fn enter_place(tree: Tree<'_>, object: usize, region: &mut Region, program: &mut Program) {
+    let manifest = tree.manifest;
     let Some(ObjectKind::Socket(socket)) = manifest.objects.get(object).map(|one| &one.kind) else {
         return;
     };
@@ -144,13 +146,10 @@ pub fn enter_place(manifest: &Manifest, object: usize, region: &mut Region, prog
     {
         return;
     }
-    let holds = |process: &&crate::manifest::Process| {
-        let mut descriptors = process.descriptors.iter();
-        descriptors.any(|descriptor| descriptor.object == object)
-    };
-    if let Some(holder) = manifest.processes.iter().find(holds) {
-        program.about(region.sentence(format!("entering {}", holder.cwd)));
-        let cwd = region.put_text(&holder.cwd);
+    if let Some(held) = tree.holders.first(object) {
+        let cwd = &manifest.processes[held.process].cwd;
+        program.about(region.sentence(format!("entering {cwd}")));
+        let cwd = region.put_text(cwd);
         program.call(libc::SYS_chdir, [cwd]);
     }
 }

@@ -7,7 +7,8 @@
 use nix::libc;
 
 use super::SETTABLE;
-use crate::manifest::{FileOwner, Manifest, Process, SignalTarget};
+use crate::manifest::{FileOwner, SignalTarget};
+use crate::plan::process::Tree;
 use crate::plan::region::{Program, Region};
 
 const F_SETSIG: u64 = 10;
@@ -16,47 +17,32 @@ const UNCHANGED: u64 = u32::MAX as u64;
 const O_ASYNC: u32 = libc::O_ASYNC as u32;
 
 /// Steps of a process that has its descriptors and its threads, and is root still.
-pub fn set(manifest: &Manifest, process: &Process, region: &mut Region, program: &mut Program) {
-    for (index, object) in manifest.objects.iter().enumerate() {
+pub fn set(index: usize, tree: Tree<'_>, region: &mut Region, program: &mut Program) {
+    let pid = tree.manifest.processes[index].pid;
+    for (number, object) in tree.manifest.objects.iter().enumerate() {
         let asynchronous = object.flags & O_ASYNC != 0;
         if object.owner.is_none() && !asynchronous {
             continue;
         }
-        let Some(own) = process.descriptors.iter().find(|one| one.object == index) else {
+        let held = tree.holders.owner_or_first(number);
+        let Some(held) = held.filter(|held| held.process == index) else {
             continue;
         };
-        if holder(index, object.owner, manifest).is_none_or(|holder| holder.pid != process.pid) {
-            continue;
-        }
-        let at = own.number as u64;
+        let at = held.number as u64;
         if let Some(owner) = object.owner {
             program.about(region.sentence(format!(
-                "giving descriptor {at} of process {} the owner that it had (F_SETOWN)",
-                process.pid
+                "giving descriptor {at} of process {pid} the owner that it had (F_SETOWN)"
             )));
             give(at, owner, region, program);
         }
         if asynchronous {
             program.about(region.sentence(format!(
-                "setting O_ASYNC of descriptor {at} of process {}",
-                process.pid
+                "setting O_ASYNC of descriptor {at} of process {pid}"
             )));
             let flags = u64::from(object.flags & (SETTABLE | O_ASYNC));
             program.call(libc::SYS_fcntl, [at, libc::F_SETFL as u64, flags]);
         }
     }
-}
-
-/// The process by whose descriptor it is set: the owner, if that has one.
-fn holder(object: usize, owner: Option<FileOwner>, manifest: &Manifest) -> Option<&Process> {
-    let holds = |process: &&Process| process.descriptors.iter().any(|one| one.object == object);
-    let is_owner = |process: &&Process| match owner.and_then(|owner| owner.target) {
-        Some(SignalTarget::Process(pid)) => process.pid == pid,
-        Some(SignalTarget::Thread(tid)) => process.threads.iter().any(|one| one.tid == tid),
-        _ => false,
-    };
-    let holders = || manifest.processes.iter().filter(holds);
-    holders().find(is_owner).or_else(|| holders().next())
 }
 
 fn give(at: u64, owner: FileOwner, region: &mut Region, program: &mut Program) {
