@@ -26,7 +26,8 @@ const FILE_ROUNDS: usize = 5;
 const AGREEING: usize = 64;
 /// Pages not written that may lie between two written ones of a range.
 const GAP: u64 = 1;
-/// Touched pages of a file mapping from which on a clone is given them.
+/// Touched pages of a file mapping, from one guard page to the next, from which on a clone is given
+/// them.
 const WORTH_KEEPING: usize = 16;
 /// Pages that one fault maps (kernel: fault_around_bytes).
 const FAULT_AROUND: usize = 16;
@@ -291,7 +292,8 @@ impl WorkingSet {
     }
 }
 
-/// The pages of a file mapping that the instance has and the zygote has not, if the instance has many.
+/// The pages of a file mapping, or of a part of it without guard pages, that the instance has and the
+/// zygote has not, if the instance has many.
 fn new_file_pages(original: &File, instance: &File, mapping: &Stored) -> io::Result<Vec<u64>> {
     let present = |map: &File, at: u64| -> io::Result<Vec<bool>> {
         Ok(entries(map, at, mapping.pages)?

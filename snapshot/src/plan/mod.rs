@@ -91,7 +91,7 @@ pub struct Plan {
     pub oom_score_adj: i32,
     /// Where the zygote holds the stored pages of each process.
     pub stored: Vec<Stored>,
-    /// The same for private file mappings, whole.
+    /// The same for private file mappings, all that lies around their guard pages.
     pub file_pages: Vec<Stored>,
     /// Per process, the table of ranges that a clone copies ahead of its writes.
     pub tables: Vec<Option<u64>>,
@@ -415,12 +415,21 @@ fn file_pages(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
     for place in &placement.placed {
         let mapping = &manifest.processes[place.process].mappings[place.mapping];
         if matches!(mapping.kind, MappingKind::File { .. }) && mapping.protection != 0 {
-            all.push(Stored {
-                process: place.process,
-                start: mapping.start,
-                at: place.at,
-                pages: place.length / PAGE,
-            });
+            let mut start = mapping.start;
+            let end = start + place.length;
+            let guards = mapping.guards.iter();
+            let guards = guards.map(|run| (run.start, run.end().unwrap_or(end)));
+            for (guard, behind) in guards.chain([(end, end)]) {
+                if start < guard {
+                    all.push(Stored {
+                        process: place.process,
+                        start,
+                        at: place.at + (start - mapping.start),
+                        pages: (guard - start) / PAGE,
+                    });
+                }
+                start = behind;
+            }
         }
     }
     all

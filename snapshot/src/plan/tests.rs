@@ -284,6 +284,35 @@ impl base::BaseMemory for Compared {
     }
 }
 
+/// Who brings pages of files into a zygote cannot read its guard pages.
+#[test]
+fn no_pages_of_files_are_guards() {
+    let (mut manifest, extents) = sample();
+    let start = manifest.processes[1].mappings[1].start;
+    let plan = Plan::of(&manifest, &extents, Fill::Pages).unwrap();
+    // The zygote has them elsewhere.
+    let at = plan.file_pages[0].at;
+    for (guards, expected) in [
+        (&[][..], &[(0, 4)][..]),
+        (&[(1, 1)], &[(0, 1), (2, 2)]),
+        (&[(0, 1), (1, 1)], &[(2, 2)]),
+        (&[(2, 2)], &[(0, 2)]),
+        (&[(0, 4)], &[]),
+    ] {
+        let guards = guards.iter().map(|(first, pages)| PageRun {
+            start: start + first * PAGE,
+            pages: *pages,
+        });
+        manifest.processes[1].mappings[1].guards = guards.collect();
+        let plan = Plan::of(&manifest, &extents, Fill::Pages).unwrap();
+        let pages = plan.file_pages.iter().map(|pages| {
+            assert_eq!(pages.at - at, pages.start - start);
+            ((pages.start - start) / PAGE, pages.pages)
+        });
+        assert_eq!(pages.collect::<Vec<_>>(), expected);
+    }
+}
+
 #[test]
 fn guard_pages_are_not_made_in_what_a_base_has_attached() {
     let (manifest, extents) = sample();

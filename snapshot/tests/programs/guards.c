@@ -14,8 +14,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, PAGES = 16, INSTALL = 102, REMOVE = 103, DROPPABLE = 8, HUGE = 2 << 20 };
+enum { PAGE = 4096, PAGES = 16, FILE_PAGES = 64, INSTALL = 102, REMOVE = 103, DROPPABLE = 8, HUGE = 2 << 20 };
 enum { FORKS = 1, FILLED = 2 };
+// What the parent asks of the child.
+enum { LOOK = '?', CHANGE = '!' };
 
 static struct area {
     const char *name;
@@ -24,6 +26,8 @@ static struct area {
     // Of each page: a guard, or not.
     char guarded[PAGES];
 } areas[16];
+// That of a private file; more of the file is mapped behind it.
+static struct area *of_file;
 static int count, ends[2], is_child;
 
 static void add(const char *name, void *at, int flags) {
@@ -103,7 +107,8 @@ static int make(void) {
     if (!madvise(probe, PAGE, INSTALL)) {
         char *name = "/usr/bin/python3";
         int large_file = open(name, O_RDONLY);
-        add("a private file", mmap(0, PAGES * PAGE, 3, MAP_PRIVATE, large_file, 0), FORKS | FILLED);
+        of_file = areas + count;
+        add("a private file", mmap(0, FILE_PAGES * PAGE, 3, MAP_PRIVATE, large_file, 0), FORKS | FILLED);
         add("a shared file", mmap(0, PAGES * PAGE, PROT_READ, MAP_SHARED, large_file, 0), FORKS);
         add("shared memory", anonymous(MAP_SHARED, PAGES * PAGE), FORKS | FILLED);
         int memory = memfd_create("guarded", 0);
@@ -145,13 +150,19 @@ static void differ(void) {
     }
 }
 
-// Guards another page instead of one.
+static void unguard(struct area *area, int page) {
+    madvise(area->at + page * PAGE, PAGE, REMOVE);
+    area->at[page * PAGE + 7] = byte(area - areas, page), area->guarded[page] = 0;
+}
+
+// Guards another page instead of one. Of the file one page less is guarded, and all that is mapped is read.
 static void change(void) {
-    struct area *area = areas;
-    madvise(area->at + 2 * PAGE, PAGE, REMOVE);
-    area->at[2 * PAGE + 7] = byte(0, 2), area->guarded[2] = 0;
-    madvise(area->at + 3 * PAGE, PAGE, INSTALL);
-    area->guarded[3] = 1;
+    unguard(areas, is_child ? 1 : 2);
+    madvise(areas->at + 3 * PAGE, PAGE, INSTALL);
+    areas->guarded[3] = 1;
+    if (!of_file) return;
+    unguard(of_file, 2);
+    for (int page = PAGES; page < FILE_PAGES; page++) *(volatile unsigned char *)(of_file->at + page * PAGE);
 }
 
 int main(void) {
@@ -162,17 +173,18 @@ int main(void) {
     if (!fork()) {
         if (there) differ();
         while (read(ask[0], line, 1) == 1) {
-            if (there && !strncmp(line, "change", 6)) change();
-        const char *answer = there ? look() : "ok";
+            if (there && *line == CHANGE) change();
+            const char *answer = there ? look() : "ok";
             if (write(tell[1], answer, strlen(answer)) < 0) return 2;
         }
         return 0;
     }
     while (read(0, line, sizeof line) > 0) {
-        if (there && !strncmp(line, "change", 6)) change();
+        char order = strncmp(line, "change", 6) ? LOOK : CHANGE;
+        if (there && order == CHANGE) change();
         const char *answer = there ? look() : "ok";
         memset(line, 0, sizeof line);
-        if (write(ask[1], "?", 1) != 1 || read(tell[0], line, sizeof line - 1) < 1) return 3;
+        if (write(ask[1], &order, 1) != 1 || read(tell[0], line, sizeof line - 1) < 1) return 3;
         dprintf(1, strcmp(line, "ok") ? "the child: %s\n" : "%s\n", strcmp(line, "ok") ? line : answer);
     }
 }
