@@ -4,9 +4,9 @@ use std::path::Path;
 
 use trenv_pool::{Extent, Source};
 
-use super::Plan;
 use super::skeleton::Fill;
 use super::tests::sample;
+use super::{Plan, PlanError};
 use crate::manifest::{
     Descriptor, EpollTarget, FileLock, FileOwner, LockHolder, Manifest, MemoryKind, MemoryObject,
     MessageQueue, Object, ObjectKind, PAGE, PageRun, PosixTimer, QueueMessage, Queued,
@@ -299,23 +299,22 @@ fn a_small_manifest_makes_no_large_plan() {
     );
 }
 
-/// A mapping of nearly the whole address space takes no longer than a small one.
+/// A mapping of nearly the whole address space takes no longer than a small one: page by page this would
+/// not end.
 #[test]
 fn a_huge_mapping_is_planned_at_once() {
     let (mut manifest, _) = sample();
     for process in &mut manifest.processes {
         process.mappings.truncate(1);
-        process.mappings[0].end = 0x0fff_0000_0000;
+        process.mappings[0].end = 0x7ffe_0000_0000;
     }
-    let begun = std::time::Instant::now();
     let _ = Plan::of(&manifest, &[data(manifest.pages())], Fill::Pages);
-    assert!(begun.elapsed().as_millis() < 200, "{:?}", begun.elapsed());
 }
 
-/// Who of many holds each of many open files is found out once.
+/// Who of many holds each of many open files is found out once: for each anew this would take hours.
 #[test]
-fn many_open_files_of_many_processes_are_planned_soon() {
-    const FILES: usize = 8192;
+fn many_open_files_of_many_processes_are_counted_once() {
+    const FILES: usize = 65536;
     let (mut manifest, _) = sample();
     let socket = Socket {
         domain: nix::libc::AF_UNIX,
@@ -361,10 +360,9 @@ fn many_open_files_of_many_processes_are_planned_soon() {
         kind: kind.clone(),
     });
     manifest.objects = objects.collect();
-    let begun = std::time::Instant::now();
     let planned = Plan::of(&manifest, &[data(manifest.pages())], Fill::Pages);
-    assert!(begun.elapsed().as_millis() < 2000, "{:?}", begun.elapsed());
-    assert!(planned.is_ok(), "{:?}", planned.map(|plan| plan.length));
+    // It is known at the end only.
+    assert!(matches!(planned, Err(PlanError::TooLarge { .. })));
 }
 
 #[test]
