@@ -97,8 +97,14 @@ impl SockAddr {
     /// Where it is, and its size.
     fn parts(&self) -> (u64, u32) {
         match self {
-            Self::V4(v4) => (std::ptr::from_ref(v4) as u64, abi::size_of::<libc::sockaddr_in>()),
-            Self::V6(v6) => (std::ptr::from_ref(v6) as u64, abi::size_of::<libc::sockaddr_in6>()),
+            Self::V4(v4) => (
+                std::ptr::from_ref(v4) as u64,
+                abi::size_of::<libc::sockaddr_in>(),
+            ),
+            Self::V6(v6) => (
+                std::ptr::from_ref(v6) as u64,
+                abi::size_of::<libc::sockaddr_in6>(),
+            ),
         }
     }
 }
@@ -115,7 +121,8 @@ mod tests {
         };
         assert_eq!(v4.sin_port.to_ne_bytes(), [0x44, 0x5d]);
         assert_eq!(v4.sin_addr.s_addr.to_ne_bytes(), [10, 99, 0, 1]);
-        let SockAddr::V6(v6) = SockAddr::from("[fe80::1%3]:2".parse::<SocketAddr>().unwrap()) else {
+        let SockAddr::V6(v6) = SockAddr::from("[fe80::1%3]:2".parse::<SocketAddr>().unwrap())
+        else {
             panic!("an address of another family");
         };
         assert_eq!(v6.sin6_scope_id, 3);
