@@ -111,8 +111,9 @@ TEST_F(unbind, readers_are_killed_and_see_nothing_wrong)
 	ASSERT_EQ(0, write_name(self->driver, "unbind", self->name));
 	for (int i = 0; i < 6; i++) {
 		ASSERT_EQ(children[i], waitpid(children[i], &status, 0));
+		/* A page table that is filled between the device's end and the kill is SIGBUS. */
 		EXPECT_TRUE(WIFSIGNALED(status));
-		EXPECT_EQ(SIGKILL, WTERMSIG(status));
+		EXPECT_TRUE(WTERMSIG(status) == SIGKILL || WTERMSIG(status) == SIGBUS);
 	}
 	/* The template is there, and of no use. */
 	ASSERT_EQ(0, template_stat(self->tmpl, &stat));
