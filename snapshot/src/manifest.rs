@@ -175,6 +175,16 @@ pub struct Mapping {
     pub guards: Vec<PageRun>,
 }
 
+impl Mapping {
+    /// Start and end of its guard pages where it lies at `at`.
+    pub(crate) fn guards_at(&self, at: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.guards.iter().map(move |run| {
+            let start = at + (run.start - self.start);
+            (start, start + run.pages * PAGE)
+        })
+    }
+}
+
 /// What a VMA maps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MappingKind {

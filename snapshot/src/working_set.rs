@@ -251,10 +251,10 @@ impl WorkingSet {
             changed = true;
             // A clone made in between copies nothing ahead.
             memory.write_all_at(&0u64.to_ne_bytes(), *table)?;
-            let words = ranges.iter().flat_map(|(start, length)| [*start, *length]);
-            let bytes: Vec<u8> = words.flat_map(u64::to_ne_bytes).collect();
-            memory.write_all_at(&bytes, *table + 8)?;
-            memory.write_all_at(&(ranges.len() as u64).to_ne_bytes(), *table)?;
+            let bytes = table_of(&ranges);
+            let (count, pairs) = bytes.split_at(8);
+            memory.write_all_at(pairs, *table + 8)?;
+            memory.write_all_at(count, *table)?;
             *told = ranges;
         }
         Ok(changed)
@@ -367,6 +367,13 @@ pub fn ranges(pages: impl Iterator<Item = u64>, most: usize) -> Vec<(u64, u64)> 
     ranges.truncate(most);
     ranges.sort_unstable();
     ranges
+}
+
+/// A table of COPY_AHEAD: how many ranges, then start and length of each.
+pub fn table_of(ranges: &[(u64, u64)]) -> Vec<u8> {
+    let words = ranges.iter().flat_map(|(start, length)| [*start, *length]);
+    let words = std::iter::once(ranges.len() as u64).chain(words);
+    words.flat_map(u64::to_ne_bytes).collect()
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use super::region::{Program, Region};
 use super::shared::When;
 use super::skeleton::is_attachable;
 use super::{Plan, PlanError, build_fd};
-use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
+use crate::manifest::{Manifest, Mapping, MappingKind, Process};
 
 /// Bytes in a region for the program by which a copy of its zygote goes on in another region.
 pub const ARRIVAL: u64 = 4096;
@@ -85,9 +85,7 @@ pub struct Differences {
 impl Held {
     /// Start and end of its guard pages in a range.
     fn guards(&self, from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
-        let moved = |run: &PageRun| self.at + (run.start - self.mapping.start);
-        let guards = self.mapping.guards.iter();
-        let guards = guards.map(move |run| (moved(run), moved(run) + run.pages * PAGE));
+        let guards = self.mapping.guards_at(self.at);
         let clipped = guards.map(move |(start, end)| (start.max(from), end.min(to)));
         clipped.filter(|(start, end)| start < end)
     }
@@ -299,7 +297,7 @@ impl Base<'_> {
         if has != shall {
             protect(shall, program);
         }
-        memory::guard(place, mapping, process.pid, region, program);
+        memory::guard(place.at, mapping, process.pid, region, program);
         Ok(true)
     }
 

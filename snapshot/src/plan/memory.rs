@@ -146,7 +146,7 @@ pub fn build(
             }
         }
         protect(place, mapping, &sourced, &mut program);
-        guard(place, mapping, process.pid, region, &mut program);
+        guard(place.at, mapping, process.pid, region, &mut program);
     }
     if base.is_some_and(|base| base.has_exe(heir)) {
         describe_memory(heir, None, region, &mut program);
@@ -218,7 +218,7 @@ pub fn load(
             program,
         );
         protect(&place, mapping, &sourced, program);
-        guard(&place, mapping, process.pid, region, program);
+        guard(place.at, mapping, process.pid, region, program);
     }
     describe(process, exe, region, program);
     program.call(libc::SYS_close, [0]);
@@ -485,14 +485,9 @@ pub fn protect(place: &Placed, mapping: &Mapping, pieces: &[Sourced], program: &
     }
 }
 
-/// Guard pages, once everything is written. A copy of the memory and a move of it keep them.
-pub fn guard(
-    place: &Placed,
-    mapping: &Mapping,
-    pid: i32,
-    region: &mut Region,
-    program: &mut Program,
-) {
+/// Guard pages of a mapping that lies at `at`, once everything is written. A copy of the memory and a move
+/// of it keep them.
+pub fn guard(at: u64, mapping: &Mapping, pid: i32, region: &mut Region, program: &mut Program) {
     if mapping.guards.is_empty() {
         return;
     }
@@ -500,9 +495,8 @@ pub fn guard(
         "making guard pages in {:#x}-{:#x} of process {pid} (MADV_GUARD_INSTALL, from kernel 6.13 on and for files from 6.15 on)",
         mapping.start, mapping.end
     )));
-    for run in &mapping.guards {
-        let (at, length) = (place.at + (run.start - mapping.start), run.pages * PAGE);
-        program.call(libc::SYS_madvise, [at, length, MADV_GUARD_INSTALL]);
+    for (start, end) in mapping.guards_at(at) {
+        program.call(libc::SYS_madvise, [start, end - start, MADV_GUARD_INSTALL]);
     }
 }
 

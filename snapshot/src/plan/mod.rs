@@ -417,9 +417,7 @@ fn file_pages(manifest: &Manifest, placement: &Placement) -> Vec<Stored> {
         if matches!(mapping.kind, MappingKind::File { .. }) && mapping.protection != 0 {
             let mut start = mapping.start;
             let end = start + place.length;
-            let guards = mapping.guards.iter();
-            let guards = guards.map(|run| (run.start, run.end().unwrap_or(end)));
-            for (guard, behind) in guards.chain([(end, end)]) {
+            for (guard, behind) in mapping.guards_at(start).chain([(end, end)]) {
                 if start < guard {
                     all.push(Stored {
                         process: place.process,

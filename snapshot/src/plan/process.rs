@@ -8,7 +8,7 @@ use pseudo_mm_uapi::abi;
 use trenv_restorer::wire::{MOST_RANGES, THREAD_STACK, fd, verb};
 
 use super::files::holders::Holders;
-use super::layout::{Placed, Placement, Way, kernel_owned};
+use super::layout::{Placement, Way, kernel_owned};
 use super::region::{Program, Region};
 use super::shared::{Shared, When};
 use super::skeleton::{self, Fill};
@@ -470,17 +470,10 @@ fn advise_heir(advice: i32, tree: Tree<'_>, program: &mut Program) {
 
 /// Advice that would have kept the memory from a clone.
 fn advise_about_forks(process: &Process, region: &mut Region, program: &mut Program) {
-    for (index, mapping) in process.mappings.iter().enumerate() {
+    for mapping in &process.mappings {
         if mapping.flags.droppable {
             // A fork has left its guard pages out.
-            let (at, length) = (mapping.start, mapping.end - mapping.start);
-            let place = Placed {
-                process: 0,
-                mapping: index,
-                at,
-                length,
-            };
-            memory::guard(&place, mapping, process.pid, region, program);
+            memory::guard(mapping.start, mapping, process.pid, region, program);
         }
         for (wanted, advice) in [
             (mapping.flags.dont_fork, libc::MADV_DONTFORK),

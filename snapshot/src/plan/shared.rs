@@ -265,7 +265,7 @@ impl Shared {
             program,
         );
         memory::protect(&place, mapping, own, program);
-        memory::guard(&place, mapping, process.pid, region, program);
+        memory::guard(place.at, mapping, process.pid, region, program);
     }
 }
 

@@ -8,7 +8,7 @@ use super::layout::{Placement, kernel_owned};
 use super::memory::{Piece, inside};
 use super::region::{Program, Region};
 use super::shared::When;
-use crate::manifest::{Manifest, Mapping, MappingKind, PAGE};
+use crate::manifest::{Manifest, Mapping, MappingKind};
 
 /// Bytes in the region for the program of a rework.
 pub const REWORK: u64 = 1 << 20;
@@ -129,14 +129,7 @@ pub fn areas(manifest: &Manifest, placement: &Placement, pieces: &[Vec<Piece>]) 
             // A mapping of a file cannot grow downwards, and one that is moved must stay in one piece.
             mappable: anonymous && !mapping.flags.grows_down && place.at == mapping.start,
             runs,
-            guards: mapping
-                .guards
-                .iter()
-                .map(|run| {
-                    let start = place.at + (run.start - mapping.start);
-                    (start, start + run.pages * PAGE)
-                })
-                .collect(),
+            guards: mapping.guards_at(place.at).collect(),
         });
     }
     areas

@@ -9,6 +9,7 @@ use trenv_restorer::wire::{self, MOST_RANGES, READ_AHEAD, fd};
 use super::channel::send;
 use super::{PreparedClone, Zygote, ZygoteError, io_error, lock, receive_soon, zygote_error};
 use crate::plan::skeleton::{self, MOST_MAPS, Map};
+use crate::working_set::table_of;
 
 impl Zygote {
     /// Puts parts of files into the address space that clones copy from now on.
@@ -41,12 +42,10 @@ impl Ahead {
         let read = self
             .read
             .iter()
-            .map(|(at, length)| (at, length | READ_AHEAD));
-        let copied = self.copied.iter().map(|(at, length)| (at, *length));
+            .map(|(at, length)| (*at, length | READ_AHEAD));
+        let copied = self.copied.iter().copied();
         let ranges: Vec<_> = copied.chain(read).take(MOST_RANGES).collect();
-        let words = ranges.iter().flat_map(|(at, length)| [**at, *length]);
-        let words = std::iter::once(ranges.len() as u64).chain(words);
-        words.flat_map(u64::to_ne_bytes).collect()
+        table_of(&ranges)
     }
 }
 

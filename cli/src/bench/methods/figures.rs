@@ -31,7 +31,7 @@ pub const ROWS: [&str; 13] = [
 pub const BESIDE: [&str; 3] = ["parked", "cold", "runc"];
 
 /// One start with all that followed.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Start {
     /// To the first byte of the first call's reply.
     pub first_byte: Duration,
@@ -39,6 +39,20 @@ pub struct Start {
     /// The second call's first byte.
     pub second: Option<Duration>,
     pub memory: Option<Memory>,
+}
+
+impl Start {
+    /// What is not a step of the start, if steps are known.
+    fn call(&self) -> Option<Duration> {
+        let whole = self.steps.iter().filter(|(name, _)| is_whole(name));
+        let starting: Duration = whole.map(|(_, time)| *time).sum();
+        (!starting.is_zero()).then(|| self.first_byte.saturating_sub(starting))
+    }
+}
+
+/// A name with a dot is a part of another step.
+fn is_whole(step: &str) -> bool {
+    !step.contains('.')
 }
 
 /// What an instance had after its second call.
@@ -56,36 +70,13 @@ pub struct Starts {
     first_call: Series,
     second_call: Series,
     steps: BTreeMap<String, Series>,
-    memory: Vec<Memory>,
-    /// Of each start, so that a slow one can be told from the others.
-    profiles: Vec<Profile>,
-}
-
-/// What one start consisted of.
-#[derive(Debug, Clone)]
-struct Profile {
-    first_byte: Duration,
-    steps: Vec<(String, Duration)>,
-    /// What is not a step of the start.
-    call: Option<Duration>,
-}
-
-impl Profile {
-    fn of(start: &Start) -> Self {
-        // A name with a dot is a part of another step.
-        let whole = start.steps.iter().filter(|(name, _)| !name.contains('.'));
-        let starting: Duration = whole.map(|(_, time)| *time).sum();
-        Self {
-            first_byte: start.first_byte,
-            steps: start.steps.clone(),
-            call: (!starting.is_zero()).then(|| start.first_byte.saturating_sub(starting)),
-        }
-    }
+    /// Each by itself, so that a slow one can be told from the others.
+    all: Vec<Start>,
 }
 
 /// Whole steps and what comes after them, in one line.
 fn line<'a>(steps: impl Iterator<Item = (&'a str, u64)>, call: Option<u64>) -> String {
-    let whole = steps.filter(|(name, _)| !name.contains('.'));
+    let whole = steps.filter(|(name, _)| is_whole(name));
     let mut parts: Vec<String> = whole
         .map(|(name, time)| format!("{name} {}", micros(time)))
         .collect();
@@ -98,20 +89,18 @@ fn in_micros(time: Duration) -> u64 {
 }
 
 impl Starts {
-    pub fn record(&mut self, start: &Start) {
+    pub fn record(&mut self, start: Start) {
         self.start.record(start.first_byte);
-        let profile = Profile::of(start);
-        if let Some(call) = profile.call {
+        if let Some(call) = start.call() {
             self.first_call.record(call);
         }
-        self.profiles.push(profile);
         for (name, time) in &start.steps {
             self.steps.entry(name.clone()).or_default().record(*time);
         }
         if let Some(second) = start.second {
             self.second_call.record(second);
         }
-        self.memory.extend(start.memory);
+        self.all.push(start);
     }
 
     pub fn add(&mut self, other: &Self) {
@@ -121,12 +110,12 @@ impl Starts {
         for (name, series) in &other.steps {
             self.steps.entry(name.clone()).or_default().add(series);
         }
-        self.memory.extend(&other.memory);
-        self.profiles.extend_from_slice(&other.profiles);
+        self.all.extend_from_slice(&other.all);
     }
 
     fn median(&self, of: impl Fn(&Memory) -> u64) -> Option<u64> {
-        let mut all: Vec<u64> = self.memory.iter().map(of).collect();
+        let memory = self.all.iter().filter_map(|start| start.memory.as_ref());
+        let mut all: Vec<u64> = memory.map(of).collect();
         all.sort_unstable();
         all.get(all.len().saturating_sub(1) / 2).copied()
     }
@@ -140,21 +129,21 @@ impl Starts {
     }
 
     /// The steps of the start that took as long as P99 says.
-    fn at_p99(&self) -> Option<&Profile> {
+    fn at_p99(&self) -> Option<&Start> {
         let limit = self.start.quantile(0.99)?;
-        let all = self.profiles.iter();
+        let all = self.all.iter();
         all.filter(|one| in_micros(one.first_byte) <= limit)
             .max_by_key(|one| one.first_byte)
     }
 
     fn slow(&self) -> String {
-        let Some(profile) = self.at_p99() else {
+        let Some(start) = self.at_p99() else {
             return String::new();
         };
-        let steps = profile.steps.iter();
+        let steps = start.steps.iter();
         line(
             steps.map(|(name, time)| (name.as_str(), in_micros(*time))),
-            profile.call.map(in_micros),
+            start.call().map(in_micros),
         )
     }
 }
@@ -177,12 +166,12 @@ impl Serialize for Starts {
             .map(|(name, series)| (name.as_str(), series.quantile(0.5)))
             .collect();
         map.serialize_entry("steps_p50_us", &steps)?;
-        let slow: Option<BTreeMap<&str, u64>> = self.at_p99().map(|profile| {
-            let steps = profile.steps.iter();
+        let slow: Option<BTreeMap<&str, u64>> = self.at_p99().map(|start| {
+            let steps = start.steps.iter();
             let mut slow: BTreeMap<&str, u64> = steps
                 .map(|(name, time)| (name.as_str(), in_micros(*time)))
                 .collect();
-            slow.extend(profile.call.map(|call| ("first_call", in_micros(call))));
+            slow.extend(start.call().map(|call| ("first_call", in_micros(call))));
             slow
         });
         map.serialize_entry("steps_of_p99_us", &slow)?;
@@ -230,7 +219,7 @@ impl Report {
         };
         let starts = function.methods.entry(row).or_default();
         match outcome {
-            Ok(start) => starts.record(&start),
+            Ok(start) => starts.record(start),
             Err(err) => {
                 starts.start.failed += 1;
                 let line = format!("{} {row}: {err:#}", function.name);
