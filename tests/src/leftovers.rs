@@ -200,6 +200,9 @@ fn entries(directory: &Path) -> Vec<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     #[test]
@@ -211,11 +214,16 @@ mod tests {
             bridge: "no-such-bridge".into(),
         };
         assert!(Leftovers::find(&marks).is_empty());
-        let mut child = std::process::Command::new("sleep")
-            .arg("60")
+        let mut child = Command::new("cat")
             .env("MARK", directory.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
             .spawn()
             .unwrap();
+        // Only a program that runs has its environment in place: `spawn` returns in the middle of
+        // execve, as soon as the new process has left the memory of this one.
+        child.stdin.as_mut().unwrap().write_all(b"!").unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
         assert_eq!(Leftovers::find(&marks).count("processes"), 1);
         child.kill().unwrap();
         child.wait().unwrap();
