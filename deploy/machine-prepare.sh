@@ -13,6 +13,8 @@ readonly secrets=/etc/trenv/secrets
 readonly state=/var/lib/trenv
 readonly run=/run/trenv
 readonly programs=(containerd-shim-trenv-v2 trenv-provider trenv trenv-pool)
+# Where the pool is on a device, beside those.
+readonly dax_programs=(trenv-devices)
 readonly helpers=(trenv-init trenv-zygote fwatchdog)
 samples=(hello-python hello-node json-python image-node numpy-python)
 
@@ -109,12 +111,14 @@ build() {
     fi
     find_cargo
     (cd "$here" && cargo build --profile "$profile" --locked --workspace --bins --exclude xtask --exclude trenv-tests)
+    [ "$mem_pool" != dax ] || bash "$here/pool/devices/build.sh" "$profile"
 }
 
 install_programs() {
     install -d "$bin" "$libexec"
-    local name
-    for name in "${programs[@]}"; do
+    local name wanted=("${programs[@]}")
+    [ "$mem_pool" != dax ] || wanted+=("${dax_programs[@]}")
+    for name in "${wanted[@]}"; do
         install_if_changed "$target/$name" "$bin/$name"
     done
     for name in "${helpers[@]}"; do

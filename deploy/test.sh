@@ -108,19 +108,21 @@ main() {
         *) fail "$1 is not an option; there are --quick and --all" ;;
     esac
     [ "$(id -u)" = 0 ] || fail "Run this as root: the tests make namespaces, mounts and cgroups."
-    step "Installing packages" install_packages "${run_packages[@]}" "${build_packages[@]}" ||
+    step "Installing packages" install_packages "${run_packages[@]}" "${build_packages[@]}" \
+        "${dax_packages[@]}" ||
         fail "Packages cannot be installed"
     step "Installing what tests start" install_without_services "${test_packages[@]}" ||
         fail "Packages cannot be installed"
     find_cargo
     check "build" cargo build --locked --workspace --all-targets
+    check "what is linked with libdaxctl" bash pool/devices/build.sh
     if cargo fmt --version >/dev/null 2>&1; then
         check "format" cargo fmt --all --check
     else
         skip "format" "this toolchain has no rustfmt"
     fi
     if cargo clippy --version >/dev/null 2>&1; then
-        check "lints" cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+        check "lints" cargo clippy --locked --workspace --all-targets --all-features --quiet -- -D warnings
     else
         skip "lints" "this toolchain has no clippy"
     fi
@@ -183,7 +185,8 @@ device_tests() {
     program=$(cargo test --locked -p "$package" --features device --test "$test" --no-run \
         --message-format=json | jq -r "select(.target.name == \"$test\") | .executable // empty")
     counted "$package: $test on a device-dax of $kernel" cargo xtask vm run --kernel "$kernel" \
-        --dax nvdimm --dax-size 512 --memory 3072 --timeout 900 -- "$@" "$program" --test-threads=1
+        --dax nvdimm --dax-size 512 --memory 3072 --timeout 900 -- \
+        env "PATH=$here/target/x86_64-unknown-linux-gnu/debug:$PATH" "$@" "$program" --test-threads=1
 }
 
 # driver KERNEL: the module of kernel-patch on a kernel of Debian's, with a device-dax of QEMU's.

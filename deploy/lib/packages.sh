@@ -6,8 +6,8 @@
 run_packages=(containerd runc containernetworking-plugins nftables iproute2 curl)
 # What building trenv and its sample images needs.
 build_packages=(gcc libc6-dev protobuf-compiler mmdebstrap umoci jq git ca-certificates)
-# What a dax pool needs besides: tools that show and mend its device, and kmod.
-dax_packages=(kmod ndctl daxctl)
+# What a dax pool needs besides: tools that show and mend its device, what is built with libdaxctl, and kmod.
+dax_packages=(kmod ndctl daxctl libdaxctl-dev libclang-dev)
 # What the tests need besides.
 test_packages=(shellcheck procps golang-go python3 python3-numpy nodejs libjemalloc2 make ruby php-cli php-fpm
     nginx redis-server openjdk-17-jdk-headless)

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # containerd and the provider, with systemd or without.
-# Uses: config, state, run, bin, libexec, programs, here.
+# Uses: config, state, run, bin, libexec, programs, dax_programs, here.
 # shellcheck disable=SC2154
 
 readonly own_containerd=$state/containerd
@@ -209,7 +209,7 @@ remove_everything() {
         sort -r | while read -r name; do
         umount -l "$name" || true
     done
-    for name in "${programs[@]}"; do
+    for name in "${programs[@]}" "${dax_programs[@]}"; do
         rm -f "$bin/$name"
     done
     rm -rf "$libexec" /etc/trenv

@@ -1,8 +1,8 @@
 //! A device-dax (`/dev/daxX.Y`) as the place of a pool's pages: persistent or CXL memory that is mapped
 //! and has neither read(2) nor write(2).
 //!
-//! [`DaxMemory::open`] checks the device by what sysfs says of it ([`device`]), locks it and maps
-//! all of it. Bytes are written past the processor's caches, so that they are in the memory itself when
+//! [`DaxMemory::open`] locks the device and maps all of it, or says what is wrong with it
+//! ([`device`]). Bytes are written past the processor's caches, so that they are in the memory itself when
 //! [`DaxMemory::write_at`] returns: msync(2) does nothing for such a device, and another machine that
 //! maps the same memory sees no cache of ours. Memory that the device cannot give back ends the reader
 //! with SIGBUS.
@@ -13,7 +13,7 @@ pub mod device;
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -24,7 +24,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 use crate::error::PoolError;
 use crate::lease::{Mode, holders};
-use device::{DaxDevice, DaxError, SYSFS};
+use device::DaxError;
 
 /// An open device, mapped whole.
 #[derive(Debug)]
@@ -46,13 +46,15 @@ unsafe impl Sync for DaxMemory {}
 impl DaxMemory {
     /// Checks, locks and maps a device that has room for `least` bytes.
     pub fn open(path: &Path, least: u64, mode: Mode) -> Result<Self, PoolError> {
-        let device = find(path, Path::new(SYSFS))?;
-        device.check(path, least)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(|e| PoolError::io("open the device", path, e))?;
+        let opened = OpenOptions::new().read(true).write(true).open(path);
+        let shape = opened.as_ref().ok().and_then(Shape::of);
+        let Some(shape) = shape.filter(|shape| shape.holds(least)) else {
+            device::fault(path, least)?;
+            // It became fit meanwhile, or may not be opened.
+            let source = opened.err().unwrap_or_else(|| Errno::AGAIN.into());
+            return Err(PoolError::io("open the device", path, source));
+        };
+        let file = opened.map_err(|e| PoolError::io("open the device", path, e))?;
         let operation = match mode {
             Mode::Shared => FlockOperation::NonBlockingLockShared,
             Mode::Exclusive => FlockOperation::NonBlockingLockExclusive,
@@ -68,7 +70,7 @@ impl DaxMemory {
             }
             Err(e) => return Err(PoolError::io("lock the device", path, e)),
         }
-        let length = usize::try_from(device.size)
+        let length = usize::try_from(shape.size)
             .map_err(|_| PoolError::io("map the device", path, Errno::OVERFLOW))?;
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at a place of the kernel's choice.
@@ -177,60 +179,31 @@ impl Drop for DaxMemory {
     }
 }
 
-/// What sysfs says about the device at a path.
-fn find(path: &Path, sysfs: &Path) -> Result<DaxDevice, PoolError> {
-    let all = device::list(sysfs).map_err(|e| PoolError::io("look for devices in", sysfs, e))?;
-    let name = path.file_name().unwrap_or_default();
-    let meta = match std::fs::metadata(path) {
-        Ok(meta) => meta,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let names: Vec<&str> = all.iter().map(|device| device.name.as_str()).collect();
-            let named = all.iter().find(|device| device.name.as_str() == name);
-            return named.cloned().ok_or_else(|| {
-                DaxError::NotFound {
-                    path: path.to_path_buf(),
-                    found: match names.as_slice() {
-                        [] => "none; `ndctl enable-namespace all` brings back that of persistent memory, `ndctl create-namespace -m devdax -a 4096` makes one, `daxctl create-device` one of CXL memory".into(),
-                        names => names.join(", "),
-                    },
-                }
-                .into()
-            });
-        }
-        Err(e) => return Err(PoolError::io("examine", path, e)),
-    };
-    let number = (
-        rustix::fs::major(meta.rdev()),
-        rustix::fs::minor(meta.rdev()),
-    );
-    let is_character = meta.file_type().is_char_device();
-    let found = all
-        .into_iter()
-        .find(|device| is_character && device.number == Some(number));
-    found.ok_or_else(|| {
-        DaxError::NotDax {
-            path: path.to_path_buf(),
-        }
-        .into()
-    })
+/// What sysfs says of a device-dax that is open; nothing of anything else.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    size: u64,
+    align: u64,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+impl Shape {
+    fn of(file: &File) -> Option<Self> {
+        let number = file.metadata().ok()?.rdev();
+        let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+        let place = PathBuf::from(format!("/sys/dev/char/{major}:{minor}"));
+        let bus = std::fs::read_link(place.join("subsystem")).ok()?;
+        let number = |name: &str| {
+            let text = std::fs::read_to_string(place.join(name)).ok()?;
+            text.trim().parse().ok()
+        };
+        bus.ends_with("dax").then_some(())?;
+        Some(Self {
+            size: number("size")?,
+            align: number("align")?,
+        })
+    }
 
-    #[test]
-    fn what_is_no_device_dax_is_refused_by_name() {
-        let sysfs = tempfile::tempdir().unwrap();
-        let file = tempfile::NamedTempFile::new().unwrap();
-        for path in [Path::new("/dev/null"), file.path()] {
-            let refused = find(path, sysfs.path()).unwrap_err().to_string();
-            assert!(refused.contains("no device-dax"), "{refused}");
-        }
-        let refused = find(Path::new("/dev/dax77.7"), sysfs.path()).unwrap_err();
-        assert!(
-            refused.to_string().contains("There is no /dev/dax77.7"),
-            "{refused}"
-        );
+    fn holds(self, least: u64) -> bool {
+        self.align == crate::PAGE_SIZE as u64 && self.size >= least
     }
 }

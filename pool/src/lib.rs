@@ -34,7 +34,7 @@ mod template;
 mod writer;
 
 pub use backend::{Backend, UnknownBackend};
-pub use dax::device::{DaxDevice, DaxError, DaxMode, list as dax_devices};
+pub use dax::device::{DaxError, check_device};
 pub use error::PoolError;
 pub use pool::{Pool, PoolOptions, PoolStat, Usage, Verification};
 pub use reader::{PageLease, TemplateReader};

@@ -112,8 +112,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             report::stat(&pool.stat()?, json)?;
         }
         Command::Devices => {
-            let devices = trenv_pool::dax_devices(Path::new("/sys"))
-                .context("Failed to look for devices in /sys")?;
+            let devices = trenv_devices::list().context("Failed to list the devices")?;
             report::devices(&devices, json)?;
         }
         Command::Ls => report::list(&Pool::open(&path)?.usage()?, json)?,

@@ -5,9 +5,10 @@ use std::io::Write;
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::json;
+use trenv_devices::DaxDevice;
 use trenv_pool::{
-    DaxDevice, Extent, PAGE_SIZE, PoolError, PoolStat, Source, TemplateId, TemplateInfo,
-    TemplateReader, Usage, Verification,
+    Extent, PAGE_SIZE, PoolError, PoolStat, Source, TemplateId, TemplateInfo, TemplateReader,
+    Usage, Verification, check_device,
 };
 
 fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
@@ -66,7 +67,7 @@ pub fn devices(devices: &[DaxDevice], json: bool) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     for device in devices {
         let name = &device.name;
-        match device.check_pool() {
+        match check_device(device) {
             Ok(()) => writeln!(
                 out,
                 "{name}: {} in pages of {PAGE_SIZE} bytes",

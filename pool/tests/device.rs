@@ -1,21 +1,23 @@
 //! What a pool on a device-dax does. Needs one, `/dev/dax0.0`, whose bytes are lost:
 //!
+//!     bash pool/devices/build.sh
 //!     cargo test -p trenv-pool --features device --test device --no-run
-//!     cargo xtask vm run --dax nvdimm -- PROGRAM --test-threads=1
+//!     cargo xtask vm run --dax nvdimm -- \
+//!         env PATH=$PWD/target/x86_64-unknown-linux-gnu/debug:$PATH PROGRAM --test-threads=1
 
 #![allow(clippy::unwrap_used)]
 
 mod support;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, flock, major, minor};
 use support::{page, read_all, store};
-use trenv_pool::{
-    Backend, DaxError, DaxMode, PAGE_SIZE, Pool, PoolError, PoolOptions, Source, dax_devices,
-};
+use trenv_devices::DaxMode;
+use trenv_pool::{Backend, DaxError, PAGE_SIZE, Pool, PoolError, PoolOptions, Source};
 
 const DEVICE: &str = "/dev/dax0.0";
 
@@ -162,7 +164,7 @@ fn a_device_in_use_is_busy() {
 fn what_daxctl_tells_is_what_is_read() {
     let told: serde_json::Value =
         serde_json::from_str(&run("daxctl", &["list", "-D", "-d", "dax0.0"])).unwrap();
-    let found = dax_devices(Path::new("/sys")).unwrap();
+    let found = trenv_devices::list().unwrap();
     let [device] = found.as_slice() else {
         panic!("{found:?}");
     };
@@ -173,6 +175,9 @@ fn what_daxctl_tells_is_what_is_read() {
     assert_eq!(told["mode"], "devdax");
     assert_eq!(device.mode, DaxMode::Devdax);
     assert_eq!(told["target_node"].as_i64(), device.node.map(i64::from));
+    assert_eq!(device.namespace.as_deref(), Some("namespace0.0"));
+    let number = fs::metadata(DEVICE).unwrap().rdev();
+    assert_eq!(device.number, Some((major(number), minor(number))));
 }
 
 /// Each fault is made, refused, and mended by the very command that the refusal names.
@@ -187,6 +192,10 @@ fn advice_mends_what_it_is_about() {
     };
     for (make, expected) in [
         ("daxctl disable-device dax0.0", "is disabled"),
+        (
+            "daxctl reconfigure-device --mode=system-ram dax0.0",
+            "in mode system-ram",
+        ),
         ("ndctl disable-namespace namespace0.0", "There is no"),
         (
             "ndctl create-namespace -f -e namespace0.0 -m devdax -a 2M",

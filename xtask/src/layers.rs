@@ -13,10 +13,16 @@ const LAYERS: &[(&str, &[&str])] = &[
     // Tests only.
     ("trenv-fuzz", &[]),
     ("pseudo-mm-uapi", &[]),
+    ("trenv-devices", &[]),
     // Its command reads where the pool is.
     (
         "trenv-pool",
-        &["pseudo-mm-uapi", "trenv-config", "trenv-fuzz"],
+        &[
+            "pseudo-mm-uapi",
+            "trenv-config",
+            "trenv-devices",
+            "trenv-fuzz",
+        ],
     ),
     ("trenv-restorer", &["trenv-fuzz"]),
     (
@@ -49,6 +55,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         // It reads what snapshots say, and makes none.
         &[
             "trenv-config",
+            "trenv-devices",
             "trenv-pool",
             "trenv-sandbox-proto",
             "trenv-snapshot",

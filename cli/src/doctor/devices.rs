@@ -3,14 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{Check, Outcome, read};
+use trenv_devices::{DaxDevice, ListError};
 
-/// The alignment at which single pages of a dax device can be mapped.
-const PAGE_ALIGNMENT: u64 = 4096;
+use super::{Check, read};
 
 pub fn checks() -> Vec<Check> {
     let mut checks = vec![pseudo_mm()];
-    checks.extend(dax(Path::new("/sys/bus/dax/devices")));
+    checks.extend(dax(&trenv_devices::list()));
     checks.extend(rdma(Path::new("/sys/class/infiniband")));
     checks
 }
@@ -38,51 +37,26 @@ fn name_of(path: &Path) -> String {
         .unwrap_or_default()
 }
 
-fn dax(directory: &Path) -> Vec<Check> {
-    let devices = entries(directory);
-    if devices.is_empty() {
-        let advice = "ndctl create-namespace -m devdax -a 4096 (on persistent memory), or daxctl create-device (on CXL memory)";
-        return vec![Check::absent("dax devices", "none", advice)];
+fn dax(devices: &Result<Vec<DaxDevice>, ListError>) -> Vec<Check> {
+    match devices.as_deref() {
+        Err(e) => vec![Check::absent("dax devices", "not known", e.to_string())],
+        Ok([]) => {
+            let advice = "ndctl create-namespace -m devdax -a 4096 (on persistent memory), or daxctl create-device (on CXL memory)";
+            vec![Check::absent("dax devices", "none", advice)]
+        }
+        Ok(devices) => devices.iter().map(dax_device).collect(),
     }
-    devices.iter().map(|path| dax_device(path)).collect()
 }
 
-fn dax_device(path: &Path) -> Check {
-    let name = name_of(path);
-    let number = |file: &str| read(path.join(file)).and_then(|text| text.parse::<u64>().ok());
-    let driver =
-        fs::read_link(path.join("driver")).map_or_else(|_| "none".into(), |to| name_of(&to));
-    let mode = match driver.as_str() {
-        "device_dax" => "devdax",
-        "kmem" => "system-ram",
-        other => other,
+fn dax_device(device: &DaxDevice) -> Check {
+    let size = crate::table::bytes(device.size);
+    let found = match device.node {
+        Some(node) => format!("{}: {size}, node {node}", device.name),
+        None => format!("{}: {size}", device.name),
     };
-    let size = number("size").unwrap_or(0);
-    let alignment = number("align").unwrap_or(0);
-    let found = format!(
-        "{name}: mode {mode}, {}, alignment {alignment}, node {}",
-        crate::table::bytes(size),
-        read(path.join("target_node")).unwrap_or_else(|| "?".into()),
-    );
-    let advice = if mode != "devdax" {
-        Some(format!("daxctl reconfigure-device --mode=devdax {name}"))
-    } else if alignment != PAGE_ALIGNMENT {
-        let namespace = name.replacen("dax", "namespace", 1);
-        Some(format!(
-            "ndctl create-namespace -f -e {namespace} -m devdax -a {PAGE_ALIGNMENT} (erases it)"
-        ))
-    } else {
-        None
-    };
-    Check {
-        name: "dax device".into(),
-        outcome: if advice.is_none() {
-            Outcome::Ok
-        } else {
-            Outcome::Absent
-        },
-        found,
-        advice,
+    match trenv_pool::check_device(device) {
+        Ok(()) => Check::ok("dax device", found),
+        Err(e) => Check::absent("dax device", found, e.to_string()),
     }
 }
 
@@ -110,47 +84,46 @@ fn rdma(directory: &Path) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use trenv_devices::DaxMode;
 
-    fn device(directory: &Path, driver: &str, align: &str) -> Check {
-        let path = directory.join("dax0.0");
-        fs::create_dir_all(&path).unwrap();
-        fs::write(path.join("size"), "1073741824\n").unwrap();
-        fs::write(path.join("align"), format!("{align}\n")).unwrap();
-        fs::write(path.join("target_node"), "1\n").unwrap();
-        let link = path.join("driver");
-        let _ = fs::remove_file(&link);
-        std::os::unix::fs::symlink(Path::new("/sys/bus/dax/drivers").join(driver), &link).unwrap();
-        dax(directory).remove(0)
+    use super::*;
+    use crate::doctor::Outcome;
+
+    #[test]
+    fn a_dax_device_is_judged_by_whether_it_can_hold_a_pool() {
+        let good = DaxDevice {
+            name: "dax0.0".into(),
+            mode: DaxMode::Devdax,
+            size: 1 << 30,
+            align: 4096,
+            node: Some(1),
+            namespace: None,
+            number: Some((252, 0)),
+        };
+        let ram = DaxDevice {
+            mode: DaxMode::SystemRam,
+            ..good.clone()
+        };
+        let checks = dax(&Ok(vec![good, ram]));
+        assert_eq!(checks[0].outcome, Outcome::Ok);
+        assert_eq!(checks[0].found, "dax0.0: 1.0 GiB, node 1");
+        assert_eq!(checks[1].outcome, Outcome::Absent);
+        let advice = checks[1].advice.as_deref().unwrap();
+        assert!(advice.contains("--mode=devdax"), "{advice}");
     }
 
     #[test]
-    fn a_dax_device_is_judged_by_mode_and_alignment() {
-        let directory = tempfile::tempdir().unwrap();
-        let good = device(directory.path(), "device_dax", "4096");
-        assert_eq!(good.outcome, Outcome::Ok);
-        assert_eq!(
-            good.found,
-            "dax0.0: mode devdax, 1.0 GiB, alignment 4096, node 1"
-        );
-        let ram = device(directory.path(), "kmem", "4096");
-        assert_eq!(
-            ram.advice.as_deref(),
-            Some("daxctl reconfigure-device --mode=devdax dax0.0")
-        );
-        let coarse = device(directory.path(), "device_dax", "2097152");
-        assert!(
-            coarse
-                .advice
-                .unwrap()
-                .contains("-e namespace0.0 -m devdax -a 4096")
-        );
+    fn devices_that_cannot_be_listed_are_told_with_what_is_missing() {
+        let check = dax(&Err(ListError::NotInstalled)).remove(0);
+        assert_eq!(check.outcome, Outcome::Absent);
+        let advice = check.advice.unwrap();
+        assert!(advice.contains("machine-prepare.sh"), "{advice}");
     }
 
     #[test]
     fn no_devices_is_no_fault() {
         let directory = tempfile::tempdir().unwrap();
-        assert_eq!(dax(directory.path())[0].outcome, Outcome::Absent);
+        assert_eq!(dax(&Ok(Vec::new()))[0].outcome, Outcome::Absent);
         assert_eq!(rdma(directory.path())[0].outcome, Outcome::Absent);
     }
 }

@@ -1,51 +1,21 @@
-//! The device-dax of a machine, from sysfs (kernel: Documentation/ABI/testing/sysfs-bus-dax), and
-//! whether one can hold a pool. The programs are static and libdaxctl comes as a shared library only, so
-//! the same files are read here; a test compares with what `daxctl list` says.
+//! What makes a device-dax unfit for a pool, and the command that mends it: by what libdaxctl says
+//! of the machine's devices ([`trenv_devices`]).
 
-use std::fs;
-use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use trenv_devices::{DaxDevice, DaxMode, ListError};
 
 use crate::PAGE_SIZE;
-
-pub const SYSFS: &str = "/sys";
-
-/// How a device is used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DaxMode {
-    /// To be mapped by programs.
-    Devdax,
-    /// As ordinary memory of the machine.
-    SystemRam,
-    /// No driver has it.
-    Disabled,
-}
-
-/// One device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct DaxDevice {
-    pub name: String,
-    pub mode: DaxMode,
-    pub size: u64,
-    /// Bytes that it is mapped by; 0 if the kernel does not tell.
-    pub align: u64,
-    /// The NUMA node that it is, or would be.
-    pub node: Option<i32>,
-    /// The namespace of persistent memory that it is made of.
-    pub namespace: Option<String>,
-    /// Major and minor number.
-    #[serde(skip)]
-    pub number: Option<(u32, u32)>,
-}
+use crate::pool::LEAST_SIZE;
 
 /// Why a device cannot hold a pool, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum DaxError {
     #[error("There is no {path}; device-dax of this machine: {found}")]
     NotFound { path: PathBuf, found: String },
+    #[error("{path} cannot be used as a device-dax, and why is not known")]
+    Unknown { path: PathBuf, source: ListError },
     #[error("{path} is no device-dax; `trenv-pool devices` lists those of this machine")]
     NotDax { path: PathBuf },
     #[error(
@@ -84,113 +54,92 @@ pub enum DaxError {
     NoDevice,
 }
 
-impl DaxDevice {
-    /// Whether the device can hold a pool; what uses it is not asked for.
-    pub fn check_pool(&self) -> Result<(), DaxError> {
-        self.check(&Path::new("/dev").join(&self.name), crate::pool::LEAST_SIZE)
-    }
+/// Whether the device can hold a pool; what uses it is not asked for.
+pub fn check_device(device: &DaxDevice) -> Result<(), DaxError> {
+    check(device, &Path::new("/dev").join(&device.name), LEAST_SIZE)
+}
 
-    /// Whether the device can hold a pool of `least` bytes; `path` is what people call it.
-    pub(crate) fn check(&self, path: &Path, least: u64) -> Result<(), DaxError> {
-        let path = path.to_path_buf();
-        let name = &self.name;
-        match self.mode {
-            DaxMode::Devdax => {}
-            DaxMode::SystemRam => {
-                return Err(DaxError::SystemRam {
-                    path,
-                    name: name.clone(),
-                });
-            }
-            DaxMode::Disabled => {
-                let command = format!("daxctl enable-device {name}");
-                return Err(DaxError::Disabled { path, command });
-            }
+/// Whether the device can hold a pool of `least` bytes; `path` is what people call it.
+fn check(device: &DaxDevice, path: &Path, least: u64) -> Result<(), DaxError> {
+    let path = path.to_path_buf();
+    let name = &device.name;
+    match device.mode {
+        DaxMode::Devdax => {}
+        DaxMode::SystemRam => {
+            return Err(DaxError::SystemRam {
+                path,
+                name: name.clone(),
+            });
         }
-        if self.align != 0 && self.align != PAGE_SIZE as u64 {
-            let command = match &self.namespace {
-                Some(namespace) => {
-                    format!("ndctl create-namespace -f -e {namespace} -m devdax -a {PAGE_SIZE}")
+        DaxMode::Disabled => {
+            let command = format!("daxctl enable-device {name}");
+            return Err(DaxError::Disabled { path, command });
+        }
+    }
+    if device.align != 0 && device.align != PAGE_SIZE as u64 {
+        let command = match &device.namespace {
+            Some(namespace) => {
+                format!("ndctl create-namespace -f -e {namespace} -m devdax -a {PAGE_SIZE}")
+            }
+            None => format!(
+                "daxctl disable-device {name} && daxctl destroy-device {name} && daxctl create-device -a {PAGE_SIZE}"
+            ),
+        };
+        return Err(DaxError::Alignment {
+            path,
+            found: device.align,
+            command,
+        });
+    }
+    if device.size < least {
+        return Err(DaxError::TooSmall {
+            path,
+            size: device.size,
+            least,
+        });
+    }
+    Ok(())
+}
+
+/// What is wrong with the device at a path of which `least` bytes are needed, or nothing that is known.
+pub(super) fn fault(path: &Path, least: u64) -> Result<(), DaxError> {
+    let all = trenv_devices::list().map_err(|source| DaxError::Unknown {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    check(find(path, &all)?, path, least)
+}
+
+/// The device at a path: by its number, or where it has no file, as one that is not in mode devdax, by its name.
+fn find<'a>(path: &Path, all: &'a [DaxDevice]) -> Result<&'a DaxDevice, DaxError> {
+    let Ok(meta) = std::fs::metadata(path) else {
+        let name = path.file_name().unwrap_or_default();
+        let named = all.iter().find(|device| device.name.as_str() == name);
+        return named.ok_or_else(|| DaxError::NotFound {
+            path: path.to_path_buf(),
+            found: match all {
+                [] => "none; `ndctl enable-namespace all` brings back that of persistent memory, `ndctl create-namespace -m devdax -a 4096` makes one, `daxctl create-device` one of CXL memory".into(),
+                all => {
+                    let names: Vec<&str> = all.iter().map(|device| device.name.as_str()).collect();
+                    names.join(", ")
                 }
-                None => format!(
-                    "daxctl disable-device {name} && daxctl destroy-device {name} && daxctl create-device -a {PAGE_SIZE}"
-                ),
-            };
-            return Err(DaxError::Alignment {
-                path,
-                found: self.align,
-                command,
-            });
-        }
-        if self.size < least {
-            return Err(DaxError::TooSmall {
-                path,
-                size: self.size,
-                least,
-            });
-        }
-        Ok(())
-    }
-}
-
-/// All devices, by name. A kernel without device-dax has none.
-pub fn list(sysfs: &Path) -> io::Result<Vec<DaxDevice>> {
-    let entries = match fs::read_dir(sysfs.join("bus/dax/devices")) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(e),
+            },
+        });
     };
-    let mut all = Vec::new();
-    for entry in entries {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        all.push(read(name, &entry.path()));
-    }
-    all.sort_by(|one, other| one.name.cmp(&other.name));
-    Ok(all)
-}
-
-fn read(name: String, folder: &Path) -> DaxDevice {
-    let text = |file: &str| {
-        let text = fs::read_to_string(folder.join(file)).ok();
-        text.map(|text| text.trim().to_owned())
-    };
-    let number = |file: &str| text(file).and_then(|text| text.parse().ok());
-    let driver = fs::read_link(folder.join("driver")).ok();
-    let driver = driver.as_deref().and_then(Path::file_name);
-    let mode = match driver {
-        None => DaxMode::Disabled,
-        Some(driver) if driver == "kmem" => DaxMode::SystemRam,
-        Some(_) => DaxMode::Devdax,
-    };
-    // The device of persistent memory lies below what it is made of.
-    let place = fs::canonicalize(folder).ok();
-    let parents = place.iter().flat_map(|place| place.ancestors().skip(1));
-    let namespace = parents
-        .filter_map(|parent| fs::read_to_string(parent.join("namespace")).ok())
-        .map(|text| text.trim().to_owned())
-        .find(|text| !text.is_empty());
-    let device = text("dev").and_then(|text| {
-        let (major, minor) = text.split_once(':')?;
-        Some((major.parse().ok()?, minor.parse().ok()?))
-    });
-    DaxDevice {
-        name,
-        mode,
-        size: number("size").unwrap_or(0),
-        align: number("align").unwrap_or(0),
-        node: text("target_node")
-            .and_then(|text| text.parse().ok())
-            .filter(|node| *node >= 0),
-        namespace,
-        number: device,
-    }
+    let number = (
+        rustix::fs::major(meta.rdev()),
+        rustix::fs::minor(meta.rdev()),
+    );
+    let is_character = meta.file_type().is_char_device();
+    all.iter()
+        .find(|device| is_character && device.number == Some(number))
+        .ok_or_else(|| DaxError::NotDax {
+            path: path.to_path_buf(),
+        })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
-
     use super::*;
 
     fn good() -> DaxDevice {
@@ -206,13 +155,13 @@ mod tests {
     }
 
     fn advice(device: &DaxDevice) -> String {
-        let checked = device.check(Path::new("/dev/dax0.0"), 16 << 20);
+        let checked = check(device, Path::new("/dev/dax0.0"), 16 << 20);
         checked.unwrap_err().to_string()
     }
 
     #[test]
     fn each_fault_has_the_command_that_mends_it() {
-        good().check(Path::new("/dev/dax0.0"), 64 << 20).unwrap();
+        check(&good(), Path::new("/dev/dax0.0"), 64 << 20).unwrap();
         let cxl = DaxDevice {
             namespace: None,
             ..good()
@@ -252,28 +201,27 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_read_from_sysfs() {
-        let sysfs = tempfile::tempdir().unwrap();
-        assert_eq!(list(sysfs.path()).unwrap(), []);
-        let bus = sysfs.path().join("bus/dax/devices");
-        let made = sysfs.path().join("devices/region0/dax0.1/dax0.0");
-        let drivers = sysfs.path().join("bus/dax/drivers/device_dax");
-        for folder in [&bus, &made, &drivers] {
-            fs::create_dir_all(folder).unwrap();
+    fn what_is_no_device_dax_is_refused_by_name() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for path in [Path::new("/dev/null"), file.path()] {
+            let refused = find(path, &[good()]).unwrap_err().to_string();
+            assert!(refused.contains("no device-dax"), "{refused}");
         }
-        for (file, text) in [
-            ("size", "67108864\n"),
-            ("align", "4096\n"),
-            ("target_node", "0\n"),
-            ("dev", "252:0\n"),
-            ("../namespace", "namespace0.0\n"),
-        ] {
-            fs::write(made.join(file), text).unwrap();
-        }
-        symlink(&made, bus.join("dax0.0")).unwrap();
-        symlink(&drivers, made.join("driver")).unwrap();
-        assert_eq!(list(sysfs.path()).unwrap(), [good()]);
-        fs::remove_file(made.join("driver")).unwrap();
-        assert_eq!(list(sysfs.path()).unwrap()[0].mode, DaxMode::Disabled);
+        let absent = find(Path::new("/dev/dax77.7"), &[good()]).unwrap_err();
+        let absent = absent.to_string();
+        assert!(
+            absent.contains("There is no /dev/dax77.7") && absent.contains("dax0.0"),
+            "{absent}"
+        );
+    }
+
+    #[test]
+    fn a_device_without_a_file_is_found_by_its_name() {
+        let device = DaxDevice {
+            name: "dax77.7".into(),
+            ..good()
+        };
+        let all = [good(), device.clone()];
+        assert_eq!(find(Path::new("/dev/dax77.7"), &all).unwrap(), &device);
     }
 }

@@ -126,7 +126,10 @@ fn enable_controllers() -> anyhow::Result<()> {
         .split_whitespace()
         .map(|name| format!("+{name}"))
         .collect();
-    fs::write(root.join("cgroup.subtree_control"), all.join(" ")).context(context)
+    fs::write(root.join("cgroup.subtree_control"), all.join(" ")).context(context)?;
+    // With the first child of the root the kernel patches its code, and back with the last. As with systemd
+    // there is always one: Debian's 6.12 died in such a patch, now and then, under software emulation.
+    fs::create_dir(root.join("init.scope")).context(context)
 }
 
 /// A tmpfs on a folder, under which the command's own folder stays to be seen.
