@@ -74,12 +74,14 @@ fn the_benchmark_compares_methods_and_puts_the_functions_own_back() -> anyhow::R
             "--unmeasured=2",
             "--cold=2",
             "--runc=0",
+            "--sandboxes=3",
             "--svg",
             &chart.to_string_lossy(),
         ],
     )?;
     let report: Value = serde_json::from_str(&text)?;
     assert_eq!(report["failures"], json!([]), "{report:#}");
+    assert!(report["sandboxes"].as_u64() >= Some(3), "{report:#}");
     // The machine's pool is on no device.
     let unavailable = report["unavailable"]["attach"].as_str();
     let unavailable = unavailable.unwrap_or_default();
@@ -107,8 +109,10 @@ fn the_benchmark_compares_methods_and_puts_the_functions_own_back() -> anyhow::R
                 );
             }
         }
-        let faults = |method: &str| function["methods"][method]["faults"].as_u64();
-        assert!(faults("lazy") > faults("template"), "{report:#}");
+        for key in ["faults", "first_call_faults"] {
+            let faults = |method: &str| function["methods"][method][key].as_u64();
+            assert!(faults("lazy") > faults("template"), "{key}: {report:#}");
+        }
     }
     let chart = std::fs::read_to_string(chart)?;
     assert_eq!(chart.matches("<title>").count(), 6, "{chart}");

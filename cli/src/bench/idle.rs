@@ -8,12 +8,26 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use trenv_config::Config;
 
+use crate::functions::scale;
 use crate::gateway::Gateway;
 use crate::shim::sandboxes;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long the provider is given to notice.
 const NOTICED: Duration = Duration::from_millis(300);
+
+/// Leaves as many idle sandboxes as are wanted, by instances of a function that has none; says how many
+/// sandboxes there are.
+pub async fn make(
+    gateway: &Gateway,
+    config: &Config,
+    function: &str,
+    wanted: u64,
+) -> anyhow::Result<usize> {
+    scale(gateway, function, None, wanted, PATIENCE).await?;
+    scale(gateway, function, None, 0, PATIENCE).await?;
+    Ok(sandboxes(config, &config.provider.namespace).await?.len())
+}
 
 /// Waits until only one instance is left and all other sandboxes, as many as the provider keeps,
 /// are idle.

@@ -213,10 +213,8 @@ impl<'a> Bench<'a> {
         for name in &names {
             self.scale(name, 0).await?;
         }
-        self.scale(&names[0], self.options.sandboxes).await?;
-        self.scale(&names[0], 0).await?;
-        let namespace = &self.config.provider.namespace;
-        self.report.sandboxes = sandboxes(self.config, namespace).await?.len();
+        self.report.sandboxes =
+            idle::make(self.gateway, self.config, &names[0], self.options.sandboxes).await?;
         Ok(())
     }
 

@@ -69,9 +69,16 @@ pub struct Starts {
     pub start: Series,
     first_call: Series,
     second_call: Series,
+    /// Page faults of first calls, after starts without one.
+    first_faults: Vec<u64>,
     steps: BTreeMap<String, Series>,
     /// Each by itself, so that a slow one can be told from the others.
     all: Vec<Start>,
+}
+
+fn median(mut all: Vec<u64>) -> Option<u64> {
+    all.sort_unstable();
+    all.get(all.len().saturating_sub(1) / 2).copied()
 }
 
 /// Whole steps and what comes after them, in one line.
@@ -110,14 +117,13 @@ impl Starts {
         for (name, series) in &other.steps {
             self.steps.entry(name.clone()).or_default().add(series);
         }
+        self.first_faults.extend_from_slice(&other.first_faults);
         self.all.extend_from_slice(&other.all);
     }
 
     fn median(&self, of: impl Fn(&Memory) -> u64) -> Option<u64> {
         let memory = self.all.iter().filter_map(|start| start.memory.as_ref());
-        let mut all: Vec<u64> = memory.map(of).collect();
-        all.sort_unstable();
-        all.get(all.len().saturating_sub(1) / 2).copied()
+        median(memory.map(of).collect())
     }
 
     /// The whole steps of a start and their medians.
@@ -160,6 +166,7 @@ impl Serialize for Starts {
         map.serialize_entry("private_kb", &self.median(|m| m.private_kb))?;
         map.serialize_entry("shared_kb", &self.median(|m| m.shared_kb))?;
         map.serialize_entry("faults", &self.median(|m| m.faults))?;
+        map.serialize_entry("first_call_faults", &median(self.first_faults.clone()))?;
         let steps: BTreeMap<&str, Option<u64>> = self
             .steps
             .iter()
@@ -203,6 +210,8 @@ impl Serialize for FunctionFigures {
 pub struct Report {
     pub machine: Machine,
     pub seed: u64,
+    /// How many there were before the starts.
+    pub sandboxes: usize,
     pub functions: Vec<FunctionFigures>,
     /// Methods that could not be measured here, and why.
     pub unavailable: BTreeMap<&'static str, String>,
@@ -227,6 +236,13 @@ impl Report {
                     self.failures.push(line);
                 }
             }
+        }
+    }
+
+    pub fn record_first_call(&mut self, function: usize, row: &'static str, faults: u64) {
+        if let Some(function) = self.functions.get_mut(function) {
+            let starts = function.methods.entry(row).or_default();
+            starts.first_faults.push(faults);
         }
     }
 
@@ -294,6 +310,7 @@ impl Serialize for Report {
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("machine", &self.machine)?;
         map.serialize_entry("seed", &self.seed)?;
+        map.serialize_entry("sandboxes", &self.sandboxes)?;
         map.serialize_entry("functions", &self.functions)?;
         map.serialize_entry("methods", &self.total())?;
         map.serialize_entry("unavailable", &self.unavailable)?;
@@ -307,8 +324,8 @@ impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(
             f,
-            "{} CPUs ({}), Linux {}, seed {}\n",
-            self.machine.cpus, self.machine.cpu, self.machine.kernel, self.seed
+            "{} CPUs ({}), Linux {}, {} sandboxes, seed {}\n",
+            self.machine.cpus, self.machine.cpu, self.machine.kernel, self.sandboxes, self.seed
         )?;
         let mut table = Table::new([
             "FUNCTION",
@@ -321,6 +338,7 @@ impl std::fmt::Display for Report {
             "PRIVATE",
             "SHARED",
             "FAULTS",
+            "OF THE FIRST CALL",
             "N",
             "FAILED",
         ]);
@@ -372,6 +390,7 @@ fn add_rows(table: &mut Table, name: &str, image: &str, methods: &BTreeMap<&'sta
             kb(starts.median(|m| m.private_kb)),
             kb(starts.median(|m| m.shared_kb)),
             count(starts.median(|m| m.faults)),
+            count(median(starts.first_faults.clone())),
             starts.start.count().to_string(),
             starts.start.failed.to_string(),
         ]);
@@ -410,6 +429,7 @@ mod tests {
         };
         report.record(0, "template", Ok(start(1900, 500, 7)));
         report.record(0, "template", Ok(start(1900, 500, 9)));
+        report.record_first_call(0, "template", 3);
         report.record(0, "copy", Ok(start(1500, 400, 1)));
         report.record(0, "copy", Err(anyhow::anyhow!("no reply")));
         report
@@ -432,6 +452,8 @@ mod tests {
         assert_eq!(template["private_kb"], 10);
         assert_eq!(template["shared_kb"], 20);
         assert_eq!(template["faults"], 7);
+        assert_eq!(template["first_call_faults"], 3);
+        assert!(function["methods"]["copy"]["first_call_faults"].is_null());
         assert_eq!(function["methods"]["copy"]["failed"], 1);
         assert_eq!(json["methods"]["copy"]["n"], 1);
         assert_eq!(report.failed(), 1);

@@ -59,6 +59,9 @@ pub struct MethodsOptions {
     /// Starts through stock runc
     #[arg(long, default_value_t = 40)]
     pub runc: u64,
+    /// Sandboxes on which the starts happen
+    #[arg(long, default_value_t = 10)]
+    pub sandboxes: u64,
     /// Kind of input that the calls name, by which the pages that they need are recorded
     #[arg(long)]
     pub input: Option<HeaderValue>,
@@ -214,6 +217,10 @@ impl<'a> Bench<'a> {
         for function in self.functions {
             self.scale(&function.name, 0).await?;
         }
+        self.say("sandboxes");
+        let first = &self.functions[0].name;
+        self.report.sandboxes =
+            idle::make(self.gateway, self.config, first, self.options.sandboxes).await?;
         self.say("learning");
         for function in self.functions {
             for method in methods {
@@ -229,7 +236,7 @@ impl<'a> Bench<'a> {
             let function = &self.functions[block.function];
             function.use_method(self.gateway, block.method).await?;
             // What the update has caused is over then.
-            self.unmeasured(&function.name, block.method).await?;
+            self.first_call(block.function, block.method).await?;
             for _ in 0..block.starts {
                 self.measured(block.function, block.method).await?;
             }
@@ -292,6 +299,22 @@ impl<'a> Bench<'a> {
         self.scale(name, 0).await
     }
 
+    /// A start without a call, and the page faults of the first call after it.
+    async fn first_call(&mut self, index: usize, method: &'static str) -> anyhow::Result<()> {
+        let name = &self.functions[index].name;
+        self.pause().await;
+        let started = self.scale(name, 1).await;
+        started.with_context(|| format!("{name} does not start by {method}"))?;
+        let pid = self.instance(name).await?;
+        let before = memory::faults(pid)?;
+        call(self.gateway, name, self.options.input.as_ref())
+            .await
+            .with_context(|| format!("{name} does not answer, started by {method}"))?;
+        let faults = memory::faults(pid)?.saturating_sub(before);
+        self.report.record_first_call(index, method, faults);
+        self.scale(name, 0).await
+    }
+
     /// One start, all that is measured of it, and its end.
     async fn measured(&mut self, index: usize, method: &'static str) -> anyhow::Result<()> {
         let name = self.functions[index].name.clone();
@@ -340,8 +363,8 @@ impl<'a> Bench<'a> {
         Ok((start, kind))
     }
 
-    /// The memory of the only instance of `name`.
-    async fn memory(&self, name: &str) -> anyhow::Result<Memory> {
+    /// Pid 1 of the only instance of `name`.
+    async fn instance(&self, name: &str) -> anyhow::Result<i32> {
         let all = sandboxes(self.config, &self.config.provider.namespace).await?;
         // A tenancy is NAME-REVISION-UNIQUE.
         let of_it = |tenancy: &str| tenancy.rsplitn(3, '-').nth(2) == Some(name);
@@ -349,7 +372,12 @@ impl<'a> Bench<'a> {
             .iter()
             .find(|one| crate::ps::state(one) == "ready" && of_it(&one.tenancy))
             .with_context(|| format!("the shim knows no instance of {name}"))?;
-        let pid = i32::try_from(found.init_pid)?;
+        Ok(i32::try_from(found.init_pid)?)
+    }
+
+    /// The memory of the only instance of `name`.
+    async fn memory(&self, name: &str) -> anyhow::Result<Memory> {
+        let pid = self.instance(name).await?;
         let weight = memory::weigh(&[pid], &[], 0)?;
         Ok(Memory {
             private_kb: weight.private_kb_each,
