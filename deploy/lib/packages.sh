@@ -15,7 +15,7 @@ test_packages=(shellcheck procps golang-go python3 python3-numpy nodejs libjemal
 vm_packages=(qemu-system-x86 kmod xz-utils zstd ndctl daxctl iproute2
     ibverbs-providers ibverbs-utils librdmacm-dev libibverbs-dev criu)
 # What building a kernel or a module for them needs besides.
-kernel_packages=(make gcc flex bison bc libelf-dev libssl-dev patch dkms)
+kernel_packages=(make gcc flex bison bc libelf-dev libssl-dev patch dkms pahole)
 
 # The oldest compiler that the workspace accepts.
 oldest_rust() {
