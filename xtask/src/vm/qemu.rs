@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, bail};
 
 use super::job;
+use super::kernel::Choice;
 use super::{Dax, Options};
 
 pub const PROGRAM: &str = "qemu-system-x86_64";
@@ -16,7 +17,14 @@ pub const PROGRAM: &str = "qemu-system-x86_64";
 /// would only hang; a trustworthy clock and random numbers without waiting; addresses in the log
 /// that can be looked up.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 panic=-1 oops=panic mitigations=off nokaslr tsc=reliable \
-    random.trust_cpu=on cgroup_no_v1=all rdinit=/init -- vm guest";
+    random.trust_cpu=on cgroup_no_v1=all rdinit=/init";
+
+/// Checks that are built into the debug kernel and do nothing unless they are asked for. With
+/// init_on_alloc the kernel says in its log that poisoning is on, which takes its place.
+const DEBUG_ARGUMENTS: &str = " page_poison=1 init_on_alloc=1";
+
+/// What follows is for this program, which is /init.
+const INIT_ARGUMENTS: &str = " -- vm guest";
 
 /// The space for labels, without which ndctl cannot make a namespace of another kind; what is left
 /// stays a multiple of 16 MiB.
@@ -167,8 +175,16 @@ pub fn command(
         .arg(files.vmlinux)
         .arg("-initrd")
         .arg(files.initramfs)
-        .args(["-append", KERNEL_ARGUMENTS]);
+        .args(["-append", &kernel_arguments(options.kernel)]);
     Ok(command)
+}
+
+fn kernel_arguments(kernel: Choice) -> String {
+    let checks = match kernel {
+        Choice::Debug => DEBUG_ARGUMENTS,
+        Choice::Stock | Choice::Stock612 | Choice::Patched => "",
+    };
+    format!("{KERNEL_ARGUMENTS}{checks}{INIT_ARGUMENTS}")
 }
 
 fn export(id: &str, folder: &Path, more: &str) -> anyhow::Result<OsString> {
