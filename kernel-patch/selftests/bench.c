@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * bench [MIB...]: what attaching costs, beside other ways to get the same memory.
+ * bench MIB...: what attaching costs, beside other ways to get the same memory.
+ * bench scale MIB: whether processes that attach one template hold each other up.
  *
  * Each way makes MAPPINGS mappings with the same bytes. The clock is the
  * process's; in a VM with --icount it counts instructions. One line for each
@@ -8,6 +9,11 @@
  * every page, and a fork after that. Then the memory that INSTANCES processes
  * take which each have written every tenth page. A remote pool is a file in
  * tmpfs: what is measured is the driver's part of a fetch.
+ *
+ * With scale, one or more processes attach and unmap all the time: all the
+ * same template, each one of its own that has the same pages, or each one of
+ * its own pages. The ways take turns, and of each the fastest of some rounds is
+ * taken, since others use the machine too. Each process needs a processor.
  */
 #define _GNU_SOURCE
 #include <signal.h>
@@ -26,6 +32,11 @@
 #define INSTANCES 20
 /* The size of an instance, if the pool has as much. */
 #define INSTANCE_MIB 40UL
+
+/* Processes that attach at once, at most; how often each does; and how often all of that is done. */
+#define ATTACHERS 2
+#define ATTACHES 300
+#define ROUNDS 9
 
 struct way {
 	const char *name;
@@ -53,7 +64,8 @@ static char *mapping(unsigned long number, unsigned long pages)
 	return (char *)BASE + number * step(pages);
 }
 
-static int template_of(const struct pool *pool, unsigned long pages, unsigned int source)
+static int template_of(const struct pool *pool, unsigned long first, unsigned long pages,
+		       unsigned int source)
 {
 	struct pseudo_mm_map maps[MAPPINGS];
 	struct pseudo_mm_extent extents[MAPPINGS];
@@ -64,7 +76,9 @@ static int template_of(const struct pool *pool, unsigned long pages, unsigned in
 		unsigned long start = (unsigned long)mapping(i, pages);
 
 		maps[i] = map_anonymous(start, each);
-		extents[i] = (struct pseudo_mm_extent) { start, each, i * each, source };
+		extents[i] = (struct pseudo_mm_extent) {
+			start, each, first + i * each, source,
+		};
 	}
 	if (fd < 0 || template_add(fd, maps, MAPPINGS, extents, MAPPINGS) || template_seal(fd))
 		return -1;
@@ -74,7 +88,7 @@ static int template_of(const struct pool *pool, unsigned long pages, unsigned in
 /* One whose pages have all been promoted. */
 static int promoted(const struct pool *pool, unsigned long pages)
 {
-	int fd = template_of(pool, pages, PSEUDO_MM_SOURCE_DEVICE);
+	int fd = template_of(pool, 0, pages, PSEUDO_MM_SOURCE_DEVICE);
 
 	for (unsigned long i = 0; i < MAPPINGS && fd >= 0; i++) {
 		if (template_promote(fd, (unsigned long)mapping(i, pages), pages / MAPPINGS, 0) < 0)
@@ -215,13 +229,13 @@ static int in_turn(const struct pool *pool, unsigned long pages,
 {
 	bool remote = pool->remote >= 0;
 	struct way ways[] = {
-		{ "attach", make_attach, template_of(pool, pages, PSEUDO_MM_SOURCE_DEVICE) },
+		{ "attach", make_attach, template_of(pool, 0, pages, PSEUDO_MM_SOURCE_DEVICE) },
 		{ "MAP_PRIVATE of a file in tmpfs", make_file, memfd_create("pages", MFD_CLOEXEC) },
 		{ "copy", make_copy, -1 },
 		{ "attach, promoted", make_attach, promoted(pool, pages) },
 		/* The first fetches what is read, and the second finds it. */
 		{ "attach, remote", make_attach,
-		  remote ? template_of(pool, pages, PSEUDO_MM_SOURCE_REMOTE) : -1 },
+		  remote ? template_of(pool, 0, pages, PSEUDO_MM_SOURCE_REMOTE) : -1 },
 		{ "attach, fetched", make_attach, -1 },
 	};
 	unsigned int count = sizeof(ways) / sizeof(*ways) - (remote ? 0 : 2);
@@ -252,22 +266,138 @@ static int in_turn(const struct pool *pool, unsigned long pages,
 	return 0;
 }
 
+/* Attaches and unmaps; the nanoseconds from when the parent says so come back by the pipe. */
+static void attach_often(int fd, unsigned long pages, int go, int done)
+{
+	uint64_t begin, took;
+	char byte;
+
+	if (template_attach(fd, NULL) || munmap((void *)BASE, MAPPINGS * step(pages)) ||
+	    read(go, &byte, 1) != 1)
+		_exit(1);
+	begin = now();
+	for (int i = 0; i < ATTACHES; i++) {
+		if (template_attach(fd, NULL) || munmap((void *)BASE, MAPPINGS * step(pages)))
+			_exit(1);
+	}
+	took = now() - begin;
+	_exit(write(done, &took, sizeof(took)) != sizeof(took));
+}
+
+/* Attaches per second of @count processes together, each of which has a template; 0 on a failure. */
+static double attach_rate(const int *fds, int count, unsigned long pages)
+{
+	char bytes[ATTACHERS] = { 0 };
+	int go[2], done[2], failed = 0, status;
+	pid_t children[ATTACHERS];
+	double rate = 0;
+	uint64_t took;
+
+	if (pipe(go) || pipe(done))
+		return 0;
+	for (int i = 0; i < count; i++) {
+		children[i] = fork();
+		if (!children[i])
+			attach_often(fds[i], pages, go[0], done[1]);
+		failed |= children[i] < 0;
+	}
+	failed |= write(go[1], bytes, count) != count;
+	close(go[1]);
+	close(done[1]);
+	for (int i = 0; i < count && !failed; i++) {
+		failed = read(done[0], &took, sizeof(took)) != sizeof(took);
+		rate += ATTACHES * 1e9 / took;
+	}
+	for (int i = 0; i < count; i++)
+		failed |= waitpid(children[i], &status, 0) != children[i] || status;
+	close(go[0]);
+	close(done[0]);
+	return failed ? 0 : rate;
+}
+
+enum sharing { ONE_TEMPLATE, SAME_PAGES, OWN_PAGES, SHARINGS };
+
+/* The best of each way, which take turns. */
+static int compare_rates(int fds[SHARINGS][ATTACHERS], int count, unsigned long pages)
+{
+	double best[SHARINGS] = { 0 };
+
+	for (int round = 0; round < ROUNDS; round++) {
+		for (int way = 0; way < SHARINGS; way++) {
+			double rate = attach_rate(fds[way], count, pages);
+
+			if (!rate)
+				return -1;
+			best[way] = rate > best[way] ? rate : best[way];
+		}
+	}
+	printf("| %d | %lu | %.0f | %.0f | %.0f | %.2f | %.2f |\n", count, pages * PAGE >> 20,
+	       best[ONE_TEMPLATE], best[SAME_PAGES], best[OWN_PAGES],
+	       best[ONE_TEMPLATE] / best[SAME_PAGES], best[ONE_TEMPLATE] / best[OWN_PAGES]);
+	fflush(stdout);
+	return 0;
+}
+
+static int scale(unsigned long pages)
+{
+	int fds[SHARINGS][ATTACHERS];
+	struct pool pool;
+
+	if (pool_open(&pool, ATTACHERS * pages))
+		return -1;
+	for (int i = 0; i < ATTACHERS; i++) {
+		for (int way = 0; way < SHARINGS; way++) {
+			unsigned long first = way == OWN_PAGES ? i * pages : 0;
+
+			if (way == ONE_TEMPLATE && i)
+				fds[way][i] = fds[way][0];
+			else
+				fds[way][i] = template_of(&pool, first, pages, PSEUDO_MM_SOURCE_DEVICE);
+			if (fds[way][i] < 0)
+				return -1;
+		}
+	}
+	printf("| processes | MiB | attaches/s, one template | one each, same pages | one each, own pages "
+	       "| first to second | first to third |\n");
+	printf("|---|---|---|---|---|---|---|\n");
+	fflush(stdout);
+	for (int count = 1; count <= ATTACHERS; count++) {
+		if (compare_rates(fds, count, pages))
+			return -1;
+	}
+	return 0;
+}
+
+static unsigned long mib_of(const char *text)
+{
+	unsigned long mib = strtoul(text, NULL, 10);
+
+	if (!mib) {
+		fprintf(stderr, "bench: %s is no size; give MiB\n", text);
+		exit(2);
+	}
+	return mib;
+}
+
 int main(int argc, char **argv)
 {
 	struct pool pool;
 	unsigned long most = 0;
 
+	if (argc == 3 && !strcmp(argv[1], "scale")) {
+		if (scale(mib_of(argv[2]) * 256)) {
+			perror("bench: not everything was attached");
+			return 1;
+		}
+		return 0;
+	}
 	for (int i = 1; i < argc; i++) {
-		unsigned long mib = strtoul(argv[i], NULL, 10);
+		unsigned long mib = mib_of(argv[i]);
 
 		most = mib > most ? mib : most;
-		if (!mib) {
-			fprintf(stderr, "bench: %s is no size; give MiB\n", argv[i]);
-			return 2;
-		}
 	}
 	if (!most) {
-		fprintf(stderr, "usage: bench MIB...\n");
+		fprintf(stderr, "usage: bench MIB..., or bench scale MIB\n");
 		return 2;
 	}
 	if (pool_open(&pool, most * 256)) {

@@ -330,10 +330,11 @@ static int wiped(void *argument)
 
 TEST_F(lazy, wipe_on_fork_is_refused_or_wipes)
 {
-	if (!madvise(self->at, PAGES * PAGE, MADV_WIPEONFORK))
+	if (!madvise(self->at, PAGES * PAGE, MADV_WIPEONFORK)) {
 		EXPECT_EQ(0, in_child(wiped, &self->pool));
-	else
+	} else {
 		EXPECT_EQ(EINVAL, errno);
+	}
 	EXPECT_TRUE(all_but(&self->pool, 0, 0));
 }
 
@@ -422,6 +423,75 @@ TEST_F(lazy, pagemap_has_untouched_pages)
 		ASSERT_EQ((uint64_t)(i != HOLE && i != 2), entries[i] >> 63);
 	free(entries);
 	close(fd);
+}
+
+/* Where the pool's page @number has a zero byte; the kernel takes it for the end of the arguments. */
+static unsigned long zero_byte(const struct pool *pool, unsigned long number)
+{
+	const char *at = pool->pages + number * PAGE;
+
+	return (const char *)memchr(at, 0, PAGE) - at;
+}
+
+struct command_line {
+	unsigned long start;
+	unsigned long end;
+	int ready;
+};
+
+/* Has its arguments in memory that nobody has touched. */
+static int be_named_by_the_template(void *argument)
+{
+	const struct command_line *line = argument;
+
+	if (prctl(PR_SET_MM, PR_SET_MM_ARG_START, line->start, 0, 0) ||
+	    prctl(PR_SET_MM, PR_SET_MM_ARG_END, line->end, 0, 0) || write(line->ready, "r", 1) != 1)
+		return 1;
+	pause();
+	return 2;
+}
+
+static ssize_t read_of(pid_t process, const char *name, unsigned long from, char *bytes, size_t room)
+{
+	char path[64];
+	size_t got = 0;
+	ssize_t part;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/%s", process, name);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	while (got < room && (part = pread(fd, bytes + got, room - got, from + got)) > 0)
+		got += part;
+	close(fd);
+	return got;
+}
+
+TEST_F(lazy, arguments_in_it_are_told_by_proc)
+{
+	static char bytes[4 * PAGE];
+	const unsigned long first = HEAD + TABLE + 30, last = first + 2;
+	size_t length = 2 * PAGE + zero_byte(&self->pool, 3 + last) + 1;
+	struct command_line line = { START + first * PAGE, START + first * PAGE + length };
+	const char *expected = self->pool.pages + (3 + first) * PAGE;
+	int ready[2], status;
+	char byte;
+	pid_t child;
+
+	ASSERT_EQ(0, pipe(ready));
+	line.ready = ready[1];
+	child = start(be_named_by_the_template, &line);
+	close(ready[1]);
+	ASSERT_EQ(1, read(ready[0], &byte, 1));
+	EXPECT_EQ((ssize_t)length, read_of(child, "cmdline", 0, bytes, sizeof(bytes)));
+	EXPECT_EQ(0, memcmp(bytes, expected, length));
+	/* And what lies in a page table that is still missing. */
+	EXPECT_EQ((ssize_t)PAGE, read_of(child, "mem", START + (HEAD + 2 * TABLE + 9) * PAGE, bytes,
+					 PAGE));
+	EXPECT_TRUE(page_is(bytes, self->pool.seed, 3 + HEAD + 2 * TABLE + 9));
+	EXPECT_EQ((ssize_t)PAGE, read_of(child, "mem", START + HOLE * PAGE, bytes, PAGE));
+	EXPECT_TRUE(page_is_zero(bytes));
+	kill(child, SIGKILL);
+	EXPECT_EQ(child, waitpid(child, &status, 0));
 }
 
 struct race {

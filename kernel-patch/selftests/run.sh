@@ -49,6 +49,21 @@ if [[ $(wc -l </proc/swaps) -lt 2 ]]; then
     fi
 fi
 
+# A kernel that is built to find faults has to be looking for them. The log says so once, at the start.
+checks() {
+    local said
+    for said in 'KernelAddressSanitizer initialized' 'Lock dependency validator' 'PAGE_POISONING is on'; do
+        if ! grep -q "$said" "$disk/boot"; then
+            echo "# the kernel's log does not say \"$said\""
+            failed+=("the debug kernel's checks")
+        fi
+    done
+}
+if zgrep -qs '^CONFIG_KASAN=y' /proc/config.gz; then
+    dmesg >"$disk/boot"
+    checks
+fi
+
 if [[ ! -e /dev/pseudo_mm ]]; then
     insmod "$module"
 fi
@@ -56,7 +71,8 @@ dmesg --clear 2>/dev/null || dmesg -c >/dev/null
 
 # What ends the device runs last.
 for program in abi_test attach_test process_test wait_test memory_test access_test lazy_test remote_test \
-    rdma_test promote_test figures_test system_test random_test published_test unbind_test; do
+    rdma_test promote_test figures_test system_test random_test published_test unbind_test \
+    namespace_test; do
     echo "# == $program"
     "$output/$program" ${filter:+"$filter"} || failed+=("$program")
 done

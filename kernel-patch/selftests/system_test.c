@@ -15,9 +15,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/ptrace.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "harness.h"
@@ -200,6 +203,68 @@ TEST_F(system, what_mremap_adds_leaves_no_huge_page_behind)
 {
 	ASSERT_TRUE(set(THP "enabled", "always"));
 	EXPECT_EQ(0, in_child(grows_and_leaves_no_huge_page, &self->pool));
+}
+
+/*
+ * Two huge pages' worth with pages of the template at both ends of the first, and nothing in the second.
+ * Reading plain memory of this kind maps one huge page of zeroes.
+ */
+#define SPARSE (START + 0x80000000UL)
+
+static bool sparse_is_right(const struct pool *pool)
+{
+	return pages_are(pool, (char *)SPARSE, 8, 1) &&
+	       pages_are(pool, page((char *)SPARSE, HUGE_PAGES - 1), 9, 1);
+}
+
+/* Reads, from the second on, every page that the template has nothing for. */
+static bool holes_are_zero(void)
+{
+	for (unsigned long i = 1; i < 2 * HUGE_PAGES; i++) {
+		if (i != HUGE_PAGES - 1 && !page_is_zero(page((char *)SPARSE, i)))
+			return false;
+	}
+	return true;
+}
+
+TEST_F_TIMEOUT(system, huge_pages_of_zeroes_hide_nothing, 120)
+{
+	struct pseudo_mm_map map = map_anonymous(SPARSE, 2 * HUGE_PAGES);
+	struct pseudo_mm_extent extents[] = {
+		{ .address = SPARSE, .pages = 1, .device_page = 8 },
+		{ .address = SPARSE + (HUGE_PAGES - 1) * PAGE, .pages = 1, .device_page = 9 },
+	};
+	int tmpl = template_create(&self->pool);
+	char *plain;
+
+	ASSERT_TRUE(set(THP "enabled", "always"));
+	ASSERT_TRUE(set(THP "use_zero_page", "1"));
+	ASSERT_LE(0, tmpl);
+	ASSERT_EQ(0, template_add(tmpl, &map, 1, extents, 2));
+	ASSERT_EQ(0, template_seal(tmpl));
+	/* Where the area comes, huge pages of zeroes have been. */
+	plain = mmap((void *)SPARSE, 2 * HUGE_PAGES * PAGE, PROT_READ | PROT_WRITE,
+		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+	ASSERT_EQ(SPARSE, (unsigned long)plain);
+	EXPECT_TRUE(page_is_zero(page(plain, 1)) && page_is_zero(page(plain, 2)));
+	EXPECT_EQ(frame(page(plain, 1)) + 1, frame(page(plain, 2)));
+	ASSERT_EQ(0, munmap(plain, 2 * HUGE_PAGES * PAGE));
+	ASSERT_EQ(0, template_attach(tmpl, NULL));
+	ASSERT_EQ(0, madvise((char *)SPARSE, 2 * HUGE_PAGES * PAGE, MADV_HUGEPAGE));
+	EXPECT_TRUE(holes_are_zero());
+	EXPECT_TRUE(sparse_is_right(&self->pool));
+	/* Nor once a neighbour was discarded, and a hole written. */
+	ASSERT_EQ(0, madvise(page((char *)SPARSE, 1), (HUGE_PAGES - 2) * PAGE, MADV_DONTNEED));
+	ASSERT_EQ(0, madvise(page((char *)SPARSE, HUGE_PAGES), HUGE_PAGES * PAGE, MADV_DONTNEED));
+	EXPECT_TRUE(holes_are_zero());
+	page((char *)SPARSE, 5)[0] = 1;
+	page((char *)SPARSE, HUGE_PAGES + 5)[0] = 1;
+	EXPECT_TRUE(sparse_is_right(&self->pool));
+	EXPECT_TRUE(page_is_zero(page((char *)SPARSE, 6)));
+	EXPECT_TRUE(page_is_zero(page((char *)SPARSE, HUGE_PAGES + 6)));
+	EXPECT_EQ(0, smaps_value(SPARSE, "AnonHugePages"));
+	munmap((char *)SPARSE, 2 * HUGE_PAGES * PAGE);
+	close(tmpl);
 }
 
 TEST_F_TIMEOUT(system, ksm_merges_none_of_its_pages, 300)
@@ -540,6 +605,109 @@ TEST_F(system, an_attach_that_the_oom_killer_ends_leaves_nothing)
 	for (unsigned long i = 0; i < POOL_PAGES; i++)
 		ASSERT_TRUE(page_is((char *)LARGE + i * HUGE_PAGES * PAGE, self->pool.seed, i));
 	EXPECT_TRUE(page_is_zero((char *)LARGE + PAGE));
+}
+
+/* What the OOM killer's reaper takes from under processes that are still there. */
+
+#define WRITTEN 40UL
+#define REAPED_STACK (64UL << 10)
+
+struct victim {
+	FIXTURE_DATA(system) *self;
+	int go;
+};
+
+/* Shares all memory with the victim, and nothing else. */
+static int share_memory(void *argument)
+{
+	(void)argument;
+	pause();
+	return 0;
+}
+
+/* Attaches, uses all but the last page table, and takes memory until it is ended. */
+static int take_memory(void *argument)
+{
+	struct victim *victim = argument;
+	static char stack[REAPED_STACK];
+	char number[16], byte, *more;
+	unsigned long i;
+
+	snprintf(number, sizeof(number), "%d", getpid());
+	if (read(victim->go, &byte, 1) != 1 || !set(GROUP "/cgroup.procs", number))
+		return 1;
+	munmap(victim->self->at, PAGES * PAGE);
+	if (template_attach(victim->self->tmpl, NULL))
+		return 2;
+	if (!pages_are(&victim->self->pool, (char *)START, POOL(0), 2 * HUGE_PAGES))
+		return 3;
+	fill((char *)START, 0, WRITTEN, 13);
+	if (clone(share_memory, stack + REAPED_STACK, CLONE_VM | SIGCHLD, NULL) < 0)
+		return 4;
+	more = mmap(NULL, 64 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	for (i = 0; i < 64UL << 20; i += PAGE)
+		more[i] = 1;
+	return 5;
+}
+
+/* Pages that read as they must, of which the reaper took the others; -1 if one reads as something else. */
+static long readable(const struct pool *pool, pid_t process)
+{
+	char bytes[PAGE];
+	long found = 0;
+
+	for (unsigned long i = 0; i < PAGES; i++) {
+		struct iovec here = { bytes, PAGE }, there = { (char *)START + i * PAGE, PAGE };
+
+		if (process_vm_readv(process, &here, 1, &there, 1, 0) != (ssize_t)PAGE)
+			continue;
+		if (i < WRITTEN ? !page_is(bytes, 13, i) : !page_is(bytes, pool->seed, POOL(i))) {
+			printf("# page %lu is %s\n", i, page_is_zero(bytes) ? "zero" : "wrong");
+			return -1;
+		}
+		found++;
+	}
+	return found;
+}
+
+/* The tracer holds the victim at the end of its way out, with its memory, which is then reaped. */
+TEST_F_TIMEOUT(system, what_the_oom_reaper_took_is_an_error_and_never_zero, 120)
+{
+	struct victim victim = { self };
+	struct pseudo_mm_stat stat;
+	char path[64];
+	int go[2], status;
+	pid_t child;
+
+	set("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
+	mkdir(GROUP, 0700);
+	if (!set(GROUP "/memory.max", "4M"))
+		SKIP(return, "no memory controller in cgroup v2");
+	set(GROUP "/memory.swap.max", "0");
+	ASSERT_EQ(0, pipe(go));
+	victim.go = go[0];
+	child = start(take_memory, &victim);
+	ASSERT_EQ(0, ptrace(PTRACE_SEIZE, child, 0, PTRACE_O_TRACEEXIT));
+	ASSERT_EQ(1, write(go[1], "g", 1));
+	ASSERT_EQ(child, waitpid(child, &status, __WALL));
+	ASSERT_TRUE(WIFSTOPPED(status));
+	ASSERT_EQ(SIGTRAP | PTRACE_EVENT_EXIT << 8, status >> 8);
+	/* The reaper comes seconds later. */
+	snprintf(path, sizeof(path), "/proc/%d/status", child);
+	while (proc_value(path, "RssAnon") > 64)
+		usleep(10000);
+	EXPECT_LE(0, readable(&self->pool, child));
+	EXPECT_LE(readable(&self->pool, child), (long)(PAGES - WRITTEN));
+	/* Who has the template too sees nothing of it. */
+	EXPECT_TRUE(pages_are(&self->pool, self->at, POOL(0), PAGES));
+	ASSERT_EQ(0, ptrace(PTRACE_DETACH, child, 0, 0));
+	ASSERT_EQ(child, waitpid(child, &status, __WALL));
+	EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+	while (rmdir(GROUP) && errno == EBUSY)
+		usleep(10000);
+	ASSERT_EQ(0, template_stat(self->tmpl, &stat));
+	EXPECT_EQ(1ULL, stat.mapped);
+	EXPECT_TRUE(pages_are(&self->pool, self->at, POOL(0), PAGES));
 }
 
 struct many_extents {
