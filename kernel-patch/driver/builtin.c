@@ -6,7 +6,9 @@
  * last area, so that other threads find all areas or none. Another process may
  * be the target for who could trace it. Since the core makes areas in the
  * current address space only, a worker does that in the target's, with the
- * caller's credentials and at the expense of the target's memory cgroup.
+ * caller's credentials, under the target's limits and at the expense of the
+ * target's memory cgroup. A worker cannot be killed: what waits for a pool or a
+ * file is done before by the caller, who can.
  */
 #include <linux/completion.h>
 #include <linux/cred.h>
@@ -17,6 +19,7 @@
 #include <linux/memcontrol.h>
 #include <linux/mman.h>
 #include <linux/ptrace.h>
+#include <linux/resource.h>
 #include <linux/rmap.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
@@ -34,6 +37,7 @@ struct pmm_order {
 	struct file *file;
 	struct mm_struct *mm;
 	const struct cred *cred;
+	struct rlimit limits[RLIM_NLIMITS];
 	u64 failed_at;
 	int err;
 };
@@ -131,10 +135,9 @@ static void pmm_attach_populate(struct file *file)
 		mm_populate(layout->maps[i].start, layout->maps[i].end - layout->maps[i].start);
 }
 
-/* Into the current address space, with all areas or none at any time. */
-static int pmm_attach_here(struct file *file, u64 *failed_at)
+/* What looks into files and pools, and may wait for them. */
+static int pmm_attach_ready(struct file *file, u64 *failed_at)
 {
-	struct mm_struct *mm = current->mm;
 	int err;
 
 	if (!pmm_template_is_sealed(pmm_template_of(file)))
@@ -143,9 +146,15 @@ static int pmm_attach_here(struct file *file, u64 *failed_at)
 	if (err)
 		return err;
 	*failed_at = 0;
-	err = pmm_attach_prepare(file);
-	if (err)
-		return err;
+	return pmm_attach_prepare(file);
+}
+
+/* Into the current address space, with all areas or none at any time. */
+static int pmm_attach_now(struct file *file, u64 *failed_at)
+{
+	struct mm_struct *mm = current->mm;
+	int err;
+
 	err = mmap_write_lock_killable(mm);
 	if (err)
 		return err;
@@ -158,6 +167,11 @@ static int pmm_attach_here(struct file *file, u64 *failed_at)
 	return err;
 }
 
+static int pmm_attach_here(struct file *file, u64 *failed_at)
+{
+	return pmm_attach_ready(file, failed_at) ?: pmm_attach_now(file, failed_at);
+}
+
 static void pmm_order_free(struct kref *ref)
 {
 	struct pmm_order *order = container_of(ref, struct pmm_order, ref);
@@ -166,6 +180,17 @@ static void pmm_order_free(struct kref *ref)
 	mmput(order->mm);
 	fput(order->file);
 	kfree(order);
+}
+
+/* The limits that the core looks at: each worker has its own. */
+static void pmm_swap_limits(struct rlimit *limits)
+{
+	unsigned int i;
+
+	task_lock(current);
+	for (i = 0; i < RLIM_NLIMITS; i++)
+		swap(current->signal->rlim[i], limits[i]);
+	task_unlock(current);
 }
 
 static void pmm_order_work(struct work_struct *work)
@@ -178,7 +203,9 @@ static void pmm_order_work(struct work_struct *work)
 	old_cred = override_creds(order->cred);
 	memcg = get_mem_cgroup_from_mm(order->mm);
 	old_memcg = set_active_memcg(memcg);
-	order->err = pmm_attach_here(order->file, &order->failed_at);
+	pmm_swap_limits(order->limits);
+	order->err = pmm_attach_now(order->file, &order->failed_at);
+	pmm_swap_limits(order->limits);
 	set_active_memcg(old_memcg);
 	mem_cgroup_put(memcg);
 	revert_creds(old_cred);
@@ -187,20 +214,28 @@ static void pmm_order_work(struct work_struct *work)
 	kref_put(&order->ref, pmm_order_free);
 }
 
-static int pmm_attach_there(struct file *file, struct mm_struct *mm, u64 *failed_at)
+/* Into an address space whose reference it takes over from the caller. */
+static int pmm_order_run(struct file *file, struct task_struct *task, struct mm_struct *mm,
+			 u64 *failed_at)
 {
 	struct pmm_order *order = kzalloc(sizeof(*order), GFP_KERNEL_ACCOUNT);
+	unsigned int i;
 	int err;
 
-	if (!order)
+	if (!order) {
+		mmput(mm);
 		return -ENOMEM;
+	}
 	kref_init(&order->ref);
 	INIT_WORK(&order->work, pmm_order_work);
 	init_completion(&order->done);
 	order->file = get_file(file);
-	mmget(mm);
 	order->mm = mm;
 	order->cred = get_current_cred();
+	for (i = 0; i < RLIM_NLIMITS; i++) {
+		order->limits[i].rlim_cur = task_rlimit(task, i);
+		order->limits[i].rlim_max = task_rlimit_max(task, i);
+	}
 
 	kref_get(&order->ref);
 	queue_work(system_unbound_wq, &order->work);
@@ -216,23 +251,42 @@ static int pmm_attach_there(struct file *file, struct mm_struct *mm, u64 *failed
 	return err;
 }
 
-/* What the core asks of the current process is asked of the target here. */
-static int pmm_attach_limits(struct task_struct *task, struct mm_struct *mm, struct file *file)
+/* Whether addresses that are the caller's are also the target's. */
+static int pmm_attach_fits(const struct mm_struct *mm, struct file *file)
 {
 	const struct pmm_layout *layout = &pmm_template_of(file)->layout;
-	unsigned long pages = 0;
-	unsigned int i;
 
 	if (!pmm_template_is_sealed(pmm_template_of(file)))
 		return -EBUSY;
-	for (i = 0; i < layout->nr_maps; i++) {
-		if (layout->maps[i].end > mm->task_size)
-			return -ENOMEM;
-		pages += (layout->maps[i].end - layout->maps[i].start) >> PAGE_SHIFT;
-	}
-	if (mm->total_vm + pages > task_rlimit(task, RLIMIT_AS) >> PAGE_SHIFT)
+	if (layout->nr_maps && layout->maps[layout->nr_maps - 1].end > mm->task_size)
 		return -ENOMEM;
 	return 0;
+}
+
+/* The same for the address space of another process. */
+static int pmm_attach_there(struct file *file, struct task_struct *task, struct mm_struct *mm,
+			    u64 *failed_at)
+{
+	struct mem_cgroup *memcg, *old_memcg;
+	int err;
+
+	err = pmm_attach_fits(mm, file);
+	if (err) {
+		mmput(mm);
+		return err;
+	}
+	memcg = get_mem_cgroup_from_mm(mm);
+	/* Should the target end meanwhile, its memory does not wait for a pool. */
+	mmgrab(mm);
+	mmput(mm);
+	old_memcg = set_active_memcg(memcg);
+	err = pmm_attach_ready(file, failed_at);
+	set_active_memcg(old_memcg);
+	mem_cgroup_put(memcg);
+	if (!err && !mmget_not_zero(mm))
+		err = -ESRCH;
+	mmdrop(mm);
+	return err ?: pmm_order_run(file, task, mm, failed_at);
 }
 
 /**
@@ -262,12 +316,10 @@ int pmm_attach(struct file *file, struct pid *process, u64 *failed_at)
 	}
 	if (mm == current->mm) {
 		err = pmm_attach_here(file, failed_at);
+		mmput(mm);
 	} else {
-		err = pmm_attach_limits(task, mm, file);
-		if (!err)
-			err = pmm_attach_there(file, mm, failed_at);
+		err = pmm_attach_there(file, task, mm, failed_at);
 	}
-	mmput(mm);
 	put_task_struct(task);
 	return err;
 }

@@ -8,6 +8,13 @@
  * dev_pagemap is what keeps the struct pages; unbinding the device waits for
  * it and cannot be refused. Thus the bus tells us first (BUS_NOTIFY_UNBIND_DRIVER),
  * and before that call returns no process maps a page of the pool any more.
+ * A pipe or direct I/O may still have pages: a reference on a page does not
+ * keep its struct page, ours on the dev_pagemap does, and stays until there is
+ * none. Unbinding waits for that where it waits for the dev_pagemap, and not in
+ * the call of the bus, which would hold up the other devices.
+ *
+ * A device that was registered once is known until it is unbound or the module
+ * goes, since pages may be in use when all templates have ended.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -21,14 +28,17 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/workqueue.h>
 #include <linux/xarray.h>
 
 #include "pseudo_mm.h"
 
-/* How long the end of a device waits for I/O that still uses pool pages. */
-#define PMM_IO_WAIT_MS 10000
+/* How often the log tells that the end of a device waits for I/O. */
+#define PMM_IO_WARN (10 * HZ)
 
 static LIST_HEAD(pmm_devices);
+/* Waits for I/O of devices that have ended. */
+static struct workqueue_struct *pmm_ends;
 
 static const struct vm_operations_struct pmm_gone_vm_ops;
 
@@ -137,35 +147,61 @@ static unsigned long pmm_pages_in_use(const struct pmm_device *device)
 	return used;
 }
 
+/*
+ * Direct I/O and pipes may hold pages for some more time. What is not used has
+ * nobody left who could begin to use it.
+ */
+static void pmm_wait_for_io(const struct pmm_device *device)
+{
+	unsigned long warn = jiffies + PMM_IO_WARN, i;
+	unsigned int r;
+
+	for (r = 0; r < device->nr_ranges; r++) {
+		for (i = 0; i < device->ranges[r].pages; i++) {
+			while (page_count(pfn_to_page(device->ranges[r].pfn + i)) > 1) {
+				if (time_after(jiffies, warn)) {
+					pr_warn("%s: waiting for %lu pages that are still used by I/O\n",
+						dev_name(device->dev), pmm_pages_in_use(device));
+					warn = jiffies + PMM_IO_WARN;
+				}
+				msleep(10);
+			}
+			if (!(i % 1024))
+				cond_resched();
+		}
+	}
+}
+
+static void pmm_device_finish(struct work_struct *work)
+{
+	struct pmm_device *device = container_of(work, struct pmm_device, finish);
+
+	pmm_wait_for_io(device);
+	put_dev_pagemap(device->pgmap);
+	bus_unregister_notifier(device->dev->bus, &device->unbind);
+	pmm_device_put(device);
+}
+
+/* The list's reference goes to the work. The caller holds pmm_lock. */
+static void pmm_device_forget(struct pmm_device *device)
+{
+	list_del_init(&device->node);
+	queue_work(pmm_ends, &device->finish);
+}
+
 static void pmm_device_end(struct pmm_device *device)
 {
 	struct pmm_template *template;
-	unsigned long used;
-	unsigned int waited;
 
 	mutex_lock(&pmm_lock);
-	if (device->gone) {
-		mutex_unlock(&pmm_lock);
-		return;
+	if (!list_empty(&device->node)) {
+		WRITE_ONCE(device->gone, true);
+		synchronize_srcu(&pmm_fill);
+		list_for_each_entry(template, &device->templates, node)
+			pmm_end_template(template);
+		pmm_device_forget(device);
 	}
-	WRITE_ONCE(device->gone, true);
-	list_del_init(&device->node);
-	synchronize_srcu(&pmm_fill);
-	list_for_each_entry(template, &device->templates, node)
-		pmm_end_template(template);
 	mutex_unlock(&pmm_lock);
-
-	/* Direct I/O and pipes may hold pages for some more time. */
-	for (waited = 0; (used = pmm_pages_in_use(device)); waited += 10) {
-		if (waited >= PMM_IO_WAIT_MS || fatal_signal_pending(current)) {
-			pr_err("%s: %lu pages are still used by I/O, and the device goes away\n",
-			       dev_name(device->dev), used);
-			break;
-		}
-		msleep(10);
-	}
-	put_dev_pagemap(device->pgmap);
-	device->pgmap = NULL;
 }
 
 static int pmm_bus_event(struct notifier_block *block, unsigned long event, void *data)
@@ -181,12 +217,6 @@ static void pmm_device_free(struct kref *ref)
 {
 	struct pmm_device *device = container_of(ref, struct pmm_device, ref);
 
-	list_del_init(&device->node);
-	mutex_unlock(&pmm_lock);
-
-	bus_unregister_notifier(device->dev->bus, &device->unbind);
-	if (device->pgmap)
-		put_dev_pagemap(device->pgmap);
 	module_put(device->owner);
 	put_device(device->dev);
 	kfree(device);
@@ -201,7 +231,7 @@ struct pmm_device *pmm_device_get(struct pmm_device *device)
 void pmm_device_put(struct pmm_device *device)
 {
 	if (device)
-		kref_put_mutex(&device->ref, pmm_device_free, &pmm_lock);
+		kref_put(&device->ref, pmm_device_free);
 }
 
 /**
@@ -352,7 +382,8 @@ static struct pmm_device *pmm_device_find(const struct device *dev)
 	if (err)
 		return ERR_PTR(err);
 	list_for_each_entry(device, &pmm_devices, node) {
-		if (device->dev == dev && kref_get_unless_zero(&device->ref)) {
+		if (device->dev == dev) {
+			pmm_device_get(device);
 			mutex_unlock(&pmm_lock);
 			return device;
 		}
@@ -378,6 +409,7 @@ static struct pmm_device *pmm_device_add(struct file *file, struct device *dev)
 	}
 	kref_init(&device->ref);
 	INIT_LIST_HEAD(&device->templates);
+	INIT_WORK(&device->finish, pmm_device_finish);
 	device->dev = get_device(dev);
 	device->owner = dev->driver->owner;
 	device->unbind.notifier_call = pmm_bus_event;
@@ -390,7 +422,7 @@ static struct pmm_device *pmm_device_add(struct file *file, struct device *dev)
 		return ERR_PTR(err);
 	}
 	mutex_lock(&pmm_lock);
-	list_add(&device->node, &pmm_devices);
+	list_add(&pmm_device_get(device)->node, &pmm_devices);
 	mutex_unlock(&pmm_lock);
 	return device;
 }
@@ -428,4 +460,22 @@ struct pmm_device *pmm_device_register(int fd)
 	put_device(dev);
 	fput(file);
 	return device;
+}
+
+int pmm_device_init(void)
+{
+	pmm_ends = alloc_workqueue("pseudo_mm", WQ_UNBOUND, 0);
+	return pmm_ends ? 0 : -ENOMEM;
+}
+
+/* Nobody is left who could make a template or attach one. */
+void pmm_device_exit(void)
+{
+	struct pmm_device *device, *next;
+
+	mutex_lock(&pmm_lock);
+	list_for_each_entry_safe(device, next, &pmm_devices, node)
+		pmm_device_forget(device);
+	mutex_unlock(&pmm_lock);
+	destroy_workqueue(pmm_ends);
 }

@@ -26,6 +26,7 @@
 #include <linux/sched/signal.h>
 #include <linux/swap.h>
 #include <linux/swapops.h>
+#include <linux/workqueue.h>
 #include <asm/pgalloc.h>
 
 #include "pseudo_mm.h"
@@ -431,9 +432,31 @@ int pmm_area_begin(struct vm_area_struct *vma, const struct pmm_template *templa
 	return 0;
 }
 
-/* From the first template on, the core looks for areas that have something to fill. */
+/* Turning the key holds up all processors: not each time that a template comes after another. */
+#define PMM_DISABLE_DELAY HZ
+
+/* Templates that have gone, and are still counted by the key. */
+static atomic_t pmm_to_disable = ATOMIC_INIT(0);
+
+static void pmm_disable(struct work_struct *work)
+{
+	int count = atomic_xchg(&pmm_to_disable, 0);
+
+	while (count--)
+		static_branch_dec(&vma_fill_used);
+}
+
+static DECLARE_DELAYED_WORK(pmm_disable_work, pmm_disable);
+
+/* A template comes: the core looks for areas that have something to fill. */
 void pmm_area_enable(void)
 {
-	if (!static_key_enabled(&vma_fill_used))
-		static_branch_enable(&vma_fill_used);
+	static_branch_inc(&vma_fill_used);
+}
+
+/* A template has gone, and before it all its areas, each of which holds its file. */
+void pmm_area_disable(void)
+{
+	atomic_inc(&pmm_to_disable);
+	schedule_delayed_work(&pmm_disable_work, PMM_DISABLE_DELAY);
 }

@@ -304,14 +304,23 @@ static struct miscdevice pmm_misc = {
 
 static int __init pmm_init(void)
 {
+	int err;
+
 	pmm_local_init();
-	return misc_register(&pmm_misc);
+	err = pmm_device_init();
+	if (err)
+		return err;
+	err = misc_register(&pmm_misc);
+	if (err)
+		pmm_device_exit();
+	return err;
 }
 
 static void __exit pmm_exit(void)
 {
 	misc_deregister(&pmm_misc);
 	pmm_published_exit();
+	pmm_device_exit();
 }
 
 module_init(pmm_init);

@@ -123,6 +123,10 @@ void pmm_area_enable(void)
 {
 }
 
+void pmm_area_disable(void)
+{
+}
+
 unsigned long pmm_area_map(struct file *file, unsigned long start, unsigned long length,
 			   unsigned long prot, unsigned long flags, unsigned long offset)
 {

@@ -26,6 +26,7 @@
 #include <linux/notifier.h>
 #include <linux/srcu.h>
 #include <linux/version.h>
+#include <linux/workqueue.h>
 #include <linux/xarray.h>
 #include <uapi/linux/pseudo_mm.h>
 
@@ -58,12 +59,14 @@ struct pmm_range {
 
 /**
  * struct pmm_device - a device-dax that templates take pages from
- * @ref: holders: descriptors of /dev/pseudo_mm, templates, the published set
+ * @ref: holders: descriptors of /dev/pseudo_mm, templates, the published set, the
+ *	list of devices and then @finish
  * @dev: the device on the dax bus
  * @owner: its driver's module, kept loaded
- * @pgmap: keeps the frames' struct pages; NULL once the device is gone
+ * @pgmap: keeps the frames' struct pages, until @finish
  * @unbind: hears of the end of the device
- * @node: in the list of devices, under pmm_lock
+ * @finish: waits for who still uses pages, when the device ends
+ * @node: in the list of devices until the device ends, under pmm_lock
  * @templates: its templates, under pmm_lock
  * @gone: no new mapping may be made; read under pmm_fill
  * @pages: pages of the device
@@ -76,6 +79,7 @@ struct pmm_device {
 	struct module *owner;
 	struct dev_pagemap *pgmap;
 	struct notifier_block unbind;
+	struct work_struct finish;
 	struct list_head node;
 	struct list_head templates;
 	bool gone;
@@ -172,6 +176,8 @@ extern unsigned int pmm_max_maps;
 extern unsigned int pmm_max_extents;
 
 /* device.c */
+int pmm_device_init(void);
+void pmm_device_exit(void);
 struct pmm_device *pmm_device_register(int fd);
 struct pmm_device *pmm_device_get(struct pmm_device *device);
 void pmm_device_put(struct pmm_device *device);
@@ -245,6 +251,7 @@ void pmm_area_unmap(unsigned long start, unsigned long length);
 int pmm_area_write(unsigned long address, void *buffer);
 int pmm_area_begin(struct vm_area_struct *vma, const struct pmm_template *template);
 void pmm_area_enable(void);
+void pmm_area_disable(void);
 int pmm_faults(struct pid *process, struct pseudo_mm_v0_pf_stat *stat);
 
 /* main.c */

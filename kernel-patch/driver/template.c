@@ -45,6 +45,7 @@ static int pmm_template_release(struct inode *inode, struct file *file)
 	put_pid(template->owner);
 	kfree(template);
 	simple_release_fs(&pmm_mount, &pmm_mount_pins);
+	pmm_area_disable();
 	return 0;
 }
 
@@ -139,6 +140,7 @@ unlock:
 release_fs:
 	simple_release_fs(&pmm_mount, &pmm_mount_pins);
 free_template:
+	pmm_area_disable();
 	kfree(template);
 	return ERR_PTR(err);
 }

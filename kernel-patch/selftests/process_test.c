@@ -243,6 +243,44 @@ TEST_F(process, the_published_attach_takes_another_process)
 	end_target(child, go);
 }
 
+/* A target that has room for some more pages of what a limit counts. */
+static pid_t start_limited_target(const struct pool *pool, int resource, const char *counted,
+				  unsigned long pages, int *go)
+{
+	struct rlimit limit = { .rlim_max = RLIM_INFINITY };
+	char path[64];
+	pid_t child = start_target(pool, 0, go);
+
+	snprintf(path, sizeof(path), "/proc/%d/status", child);
+	limit.rlim_cur = proc_value(path, counted) * 1024UL + pages * PAGE;
+	return prlimit(child, resource, &limit, NULL) ? -1 : child;
+}
+
+/* Whether the template fits beneath a limit of the target's. */
+static int fits(FIXTURE_DATA(process) *self, int resource, const char *counted, unsigned long pages)
+{
+	int go, error = 0;
+	pid_t child = start_limited_target(&self->pool, resource, counted, pages, &go);
+
+	if (child < 0)
+		return -1;
+	if (attach_to(self->tmpl, child, NULL))
+		error = errno;
+	/* It has all of the template, or nothing. */
+	return end_target(child, go) == (error ? 1 : 0) ? error : -1;
+}
+
+TEST_F(process, the_limits_are_those_of_the_target)
+{
+	/* Stacks are no data. */
+	unsigned long all = (MAPS + 1) * 20, data = all - MAPS / 4 * 20;
+
+	EXPECT_EQ(ENOMEM, fits(self, RLIMIT_AS, "VmSize", all - 1));
+	EXPECT_EQ(0, fits(self, RLIMIT_AS, "VmSize", all));
+	EXPECT_EQ(ENOMEM, fits(self, RLIMIT_DATA, "VmData", data - 1));
+	EXPECT_EQ(0, fits(self, RLIMIT_DATA, "VmData", data));
+}
+
 static int attach_as_nobody(void *argument)
 {
 	const pid_t *processes = argument;

@@ -462,6 +462,7 @@ TEST_F(remote, a_query_tells_the_source)
 /* A pool of a file that is as slow, or as broken, as the test wants. */
 
 #define SLOW_PAGES 64UL
+#define STACK (BASE + 0x10000000UL)
 
 FIXTURE(slow) {
 	struct pool pool;
@@ -518,6 +519,91 @@ TEST_F(slow, who_waits_for_a_page_can_be_killed)
 	EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
 	slow_answer(&self->file);
 	EXPECT_EQ(0, in_child(reads_a_page, self));
+}
+
+/* Of a stack, whose pages are copied, and so have to be read, before it is attached. */
+static int template_of_a_stack(const struct pool *pool)
+{
+	struct pseudo_mm_map map = map_anonymous(STACK, 4);
+	struct pseudo_mm_extent extent = { STACK, 4, 0, PSEUDO_MM_SOURCE_REMOTE };
+	int fd = template_create(pool);
+
+	map.flags |= MAP_GROWSDOWN;
+	if (fd < 0 || template_add(fd, &map, 1, &extent, 1) || template_seal(fd))
+		return -1;
+	return fd;
+}
+
+struct order {
+	int tmpl;
+	pid_t target;
+};
+
+static int attach_to_target(void *argument)
+{
+	const struct order *order = argument;
+	struct pseudo_mm_attach attach = {
+		.size = sizeof(attach),
+		.flags = PSEUDO_MM_ATTACH_PIDFD,
+		.pidfd = (int)syscall(SYS_pidfd_open, order->target, 0),
+	};
+
+	return ioctl(order->tmpl, PSEUDO_MM_ATTACH, &attach) ? errno : 0;
+}
+
+static int stay(void *argument)
+{
+	(void)argument;
+	pause();
+	return 1;
+}
+
+/* How many areas of the first template there are when the process has been killed. */
+static long areas_after_killing(int tmpl, pid_t process)
+{
+	struct pseudo_mm_stat stat;
+
+	kill(process, SIGKILL);
+	if (waitpid(process, NULL, 0) != process || template_stat(tmpl, &stat))
+		return -1;
+	return stat.mapped;
+}
+
+TEST_F(slow, a_target_that_ends_does_not_wait_for_the_pool)
+{
+	struct order order = { template_of_a_stack(&self->pool), start(stay, self) };
+	pid_t attacher;
+	int status;
+
+	ASSERT_LE(0, order.tmpl);
+	/* The target alone maps the first template. */
+	munmap((void *)BASE, SLOW_PAGES * PAGE);
+	attacher = start(attach_to_target, &order);
+	slow_wait_for_read(&self->file);
+	EXPECT_EQ(0, areas_after_killing(self->tmpl, order.target));
+	slow_answer(&self->file);
+	ASSERT_EQ(attacher, waitpid(attacher, &status, 0));
+	EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == ESRCH);
+	close(order.tmpl);
+}
+
+TEST_F(slow, who_attaches_to_another_can_be_killed_and_leaves_nothing)
+{
+	struct order order = { template_of_a_stack(&self->pool), start(stay, self) };
+	pid_t attacher;
+	int status;
+
+	ASSERT_LE(0, order.tmpl);
+	munmap((void *)BASE, SLOW_PAGES * PAGE);
+	attacher = start(attach_to_target, &order);
+	slow_wait_for_read(&self->file);
+	kill(attacher, SIGKILL);
+	ASSERT_EQ(attacher, waitpid(attacher, &status, 0));
+	EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+	/* The pool is still silent. */
+	EXPECT_EQ(0, areas_after_killing(self->tmpl, order.target));
+	close(order.tmpl);
+	slow_answer(&self->file);
 }
 
 static void *waits_for_a_page(void *argument)

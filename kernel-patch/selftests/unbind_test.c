@@ -299,6 +299,87 @@ TEST_F(unbind, who_waits_for_it_can_be_killed)
 	EXPECT_EQ(0, status);
 }
 
+/* Behind what the kernel's log has so far. */
+static int open_log(void)
+{
+	int log = open("/dev/kmsg", O_RDONLY | O_CLOEXEC);
+
+	return log < 0 || lseek(log, 0, SEEK_END) < 0 ? -1 : log;
+}
+
+static bool wait_for_log(int log, const char *text)
+{
+	char line[2048];
+
+	for (;;) {
+		ssize_t got = read(log, line, sizeof(line) - 1);
+
+		/* Lines that were overwritten before they were read. */
+		if (got < 0 && errno == EPIPE)
+			continue;
+		if (got <= 0)
+			return false;
+		line[got] = 0;
+		if (strstr(line, text))
+			return true;
+	}
+}
+
+#define WAITS "waiting for 1 pages that are still used by I/O"
+
+TEST_F_TIMEOUT(unbind, a_page_in_a_pipe_stays_for_as_long_as_it_is_there, 120)
+{
+	int status, log = open_log();
+	pid_t unbinder;
+	char bytes[PAGE];
+
+	ASSERT_LE(0, log);
+	ASSERT_EQ(0, pipe(self->ends));
+	ASSERT_EQ(0, in_child(leave_in_pipe, self));
+	/* Nobody has a template any more, and the page is still the pool's. */
+	close(self->tmpl);
+	close(self->pool.dev);
+	unbinder = start(unbind, self);
+	ASSERT_TRUE(wait_for_log(log, WAITS));
+	/* It is nothing that a signal ends. */
+	kill(unbinder, SIGKILL);
+	ASSERT_TRUE(wait_for_log(log, WAITS));
+	EXPECT_EQ(0, waitpid(unbinder, &status, WNOHANG));
+	ASSERT_EQ((ssize_t)PAGE, read(self->ends[0], bytes, PAGE));
+	EXPECT_TRUE(page_is(bytes, self->pool.seed, 9));
+	ASSERT_EQ(unbinder, waitpid(unbinder, &status, 0));
+	EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+}
+
+/* Puts a page of the pool into the pipe, and ends the device. */
+static int unbind_with_a_page_in_a_pipe(void *argument)
+{
+	FIXTURE_DATA(unbind) *self = argument;
+
+	if (leave_in_pipe(self))
+		return 2;
+	write_name(self->driver, "unbind", self->name);
+	return 3;
+}
+
+TEST_F_TIMEOUT(unbind, who_unbinds_and_maps_it_waits_for_pages_in_use, 120)
+{
+	int status, log = open_log();
+	pid_t unbinder;
+	char bytes[PAGE];
+
+	ASSERT_LE(0, log);
+	ASSERT_EQ(0, pipe(self->ends));
+	unbinder = start(unbind_with_a_page_in_a_pipe, self);
+	ASSERT_TRUE(wait_for_log(log, WAITS));
+	/* It has been killed, as all that map the pool, and cannot end yet. */
+	EXPECT_EQ(0, waitpid(unbinder, &status, WNOHANG));
+	ASSERT_EQ((ssize_t)PAGE, read(self->ends[0], bytes, PAGE));
+	EXPECT_TRUE(page_is(bytes, self->pool.seed, 9));
+	ASSERT_EQ(unbinder, waitpid(unbinder, &status, 0));
+	EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+}
+
 TEST_F(unbind, the_device_can_come_back)
 {
 	int fd;
