@@ -39,7 +39,7 @@ pub enum ShimError {
         action: &'static str,
         source: Box<dyn StdError + Send + Sync>,
     },
-    /// Stored data is damaged, or others' data is where it was.
+    /// Stored data is damaged, of no use to this machine any more, or others' data is where it was.
     #[error("Failed to {action}")]
     Lost {
         action: &'static str,

@@ -599,6 +599,11 @@ fn zygote_error(action: &'static str) -> impl FnOnce(ZygoteError) -> ShimError {
     move |err| match err {
         ZygoteError::Pool(err) => pool_error(action)(err),
         ZygoteError::Criu(err) => criu_error(err),
+        // A template that is made anew has the clocks of this boot.
+        ZygoteError::Clock(_) => ShimError::Lost {
+            action,
+            source: Box::new(err),
+        },
         ZygoteError::NoDevice => ShimError::Unimplemented(err.to_string()),
         ZygoteError::OtherFile { .. } => ShimError::InvalidArgument(err.to_string()),
         ZygoteError::Fingerprint { .. } => ShimError::WrongState {

@@ -10,6 +10,7 @@
 //! The caller owns sandboxes and cgroups: it hands in a pidfd of the sandbox's pid 1, streams, and
 //! a [`TaskGroup`]; on cgroup v1 it moves agents into tenancy cgroups ahead of a start.
 
+pub mod clock;
 pub mod dump;
 mod fingerprint;
 pub mod generation;

@@ -14,6 +14,7 @@ mod socket_file;
 use serde::{Deserialize, Serialize};
 
 pub use file_lock::{FileLock, LockHolder};
+pub use crate::clock::Clocks;
 pub use file_owner::{FileOwner, SignalTarget};
 pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject, SemaphoreSet};
 pub use message_queue::{MessageQueue, QueueMessage};
@@ -21,7 +22,7 @@ pub use queued::Queued;
 pub use socket_file::SocketFile;
 
 /// Layout version of the encoded form.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 /// A page of memory.
 pub const PAGE: u64 = 4096;
@@ -38,8 +39,8 @@ pub struct Manifest {
     pub version: u32,
     /// Kernel, vdso and CPU that it can be restored on.
     pub fingerprint: String,
-    /// CLOCK_MONOTONIC at the dump, nanoseconds.
-    pub monotonic: u64,
+    /// As the tree saw them at the dump.
+    pub clocks: Clocks,
     /// Parents before their children; the first is the root of the tree, orphans come last.
     pub processes: Vec<Process>,
     /// Children that have ended and were not waited for yet.

@@ -28,6 +28,7 @@ use pseudo_mm_uapi::Template;
 use trenv_pool::TemplateReader;
 use trenv_restorer::wire::{self, MARKS, Report};
 
+use crate::clock::{self, ClockError, Clocks};
 use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::manifest::{Manifest, ManifestError, PAGE};
 use crate::methods::{CriuError, Work};
@@ -69,6 +70,8 @@ pub enum ZygoteError {
         "The template was taken on {template}, but this machine is {machine}; deploy the function again"
     )]
     Fingerprint { template: String, machine: String },
+    #[error(transparent)]
+    Clock(#[from] ClockError),
     #[error("Failed to describe this machine for the template")]
     Machine(#[from] FingerprintError),
     #[error("The template's description cannot be used")]
@@ -362,6 +365,8 @@ fn usable(template: &TemplateReader) -> Result<Manifest, ZygoteError> {
             machine,
         });
     }
+    let now = Clocks::now().map_err(io_error("reading the machine's clocks"))?;
+    manifest.clocks.can_go_on(now, clock::own_clocks())?;
     template.verify()?;
     Ok(manifest)
 }
@@ -654,13 +659,17 @@ fn zygote_error(message: &Report, tree: &Tree) -> Result<(), ZygoteError> {
 }
 
 fn step_error(message: &Report, tree: &Tree) -> ZygoteError {
+    let source = io::Error::from_raw_os_error(message.errno);
+    if message.what == wire::NO_CLOCKS {
+        return ClockError::NoNamespace { source }.into();
+    }
     let step = match message.what.checked_sub(wire::OWN_SENTENCES) {
         Some(index) => tree.sentences.get(index as usize).cloned(),
         None => Some(wire::own_sentence(message.what).to_owned()),
     };
     ZygoteError::Step {
         step: step.unwrap_or_else(|| "an unknown step".into()),
-        source: io::Error::from_raw_os_error(message.errno),
+        source,
     }
 }
 

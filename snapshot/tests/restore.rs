@@ -5,7 +5,10 @@
 mod harness;
 
 use harness::{Bed, TestResult};
-use trenv_snapshot::zygote::Zygote;
+use trenv_snapshot::Fingerprint;
+use trenv_snapshot::clock::Clocks;
+use trenv_snapshot::methods::Method;
+use trenv_snapshot::zygote::{Zygote, ZygoteError};
 
 /// Counter, heap checksum, pid, sum over threads, a value kept in a vector register.
 fn ask(instance: &mut harness::Instance, line: &str) -> Vec<String> {
@@ -262,28 +265,86 @@ fn a_hundred_starts_in_a_row() -> TestResult {
     Ok(())
 }
 
-/// Timers set before the dump must not all be overdue after the restore.
+/// CLOCK_MONOTONIC and CLOCK_BOOTTIME of a program, in nanoseconds.
+fn clocks_of(instance: &mut harness::Instance) -> Result<[u64; 2], Box<dyn std::error::Error>> {
+    let answer = instance.ask("time");
+    let (monotonic, boottime) = answer.split_once(' ').ok_or("not two clocks")?;
+    Ok([monotonic.parse()?, boottime.parse()?])
+}
+
+/// Absolute times that a program waits for are as near after a restore as before the dump, whether the
+/// machine has been up for longer or, after a reboot, for less.
 #[test]
-fn the_monotonic_clock_goes_on_from_the_dump() -> TestResult {
+fn clocks_go_on_from_the_dump() -> TestResult {
     let bed = Bed::new()?;
     let program = bed.compile("clock")?;
-    let mut first = bed.run(&[&program])?;
-    let before: i64 = first.ask("time").parse()?;
-    let zygote = bed.zygote(&bed.dump(first)?)?;
-    std::thread::sleep(std::time::Duration::from_secs(4));
-    let mut second = bed.start(&mut zygote.agent()?)?;
-    let after: i64 = second.ask("time").parse()?;
-    assert!(
-        (before..before + 3000).contains(&after),
-        "{before} ms before, {after} ms after"
+    for place in ["ahead", "behind"] {
+        let begun = Clocks::now()?;
+        let mut first = bed.run(&[&program, place])?;
+        let before = clocks_of(&mut first)?;
+        assert_eq!(before[0] > begun.monotonic, place == "ahead", "{before:?}");
+        let zygote = bed.zygote(&bed.dump(first)?)?;
+        let mut second = bed.start(&mut zygote.agent()?)?;
+        let after = clocks_of(&mut second)?;
+        // A dump of the restored program goes by its clocks, not by the machine's.
+        let zygote = bed.zygote(&bed.dump(second)?)?;
+        let mut third = bed.start(&mut zygote.agent()?)?;
+        let later = clocks_of(&mut third)?;
+        let passed = Clocks::now()?.monotonic - begun.monotonic;
+        for clock in 0..2 {
+            let [before, after, later] = [before[clock], after[clock], later[clock]];
+            let most = before + passed;
+            assert!(
+                before <= after && after <= later && later <= most,
+                "clock {clock}, {place}: {before}, then {after} and {later}, at most {most}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_start_whose_clocks_cannot_go_on_fails_and_says_so() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let template = bed.dump(bed.run(&[&program])?)?;
+    // No time namespace goes so far (time_namespaces(7), ERANGE).
+    let years = 200 * 365 * 86_400 * 1_000_000_000;
+    let changes: [fn(&mut Clocks, u64); 2] = [
+        |clocks, far| clocks.monotonic = far,
+        |clocks, far| clocks.boottime = far,
+    ];
+    for change in changes {
+        let far = bed.retold(&template, |manifest| change(&mut manifest.clocks, years))?;
+        let zygote = bed.zygote(&far)?;
+        let err = bed.start(&mut zygote.agent()?).err().ok_or("it started")?;
+        assert!(
+            matches!(err.downcast_ref(), Some(ZygoteError::Clock(_))),
+            "{err}"
+        );
+        let text = err.to_string();
+        assert!(text.contains("no time namespace"), "{text}");
+        assert!(text.ends_with("snapshot the function anew"), "{text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_snapshot_of_another_machine_is_refused_and_both_are_named() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("counter")?;
+    let template = bed.dump(bed.run(&[&program])?)?;
+    let other = "6.1.0-other-0123456789abcdef";
+    let foreign = bed.retold(&template, |manifest| manifest.fingerprint = other.into())?;
+    let own = Fingerprint::of_this_machine()?;
+    let wanted = format!(
+        "The template was taken on {other}, but this machine is {own}; deploy the function again"
     );
-    // A dump of the restored program goes by its clock, not by the machine's.
-    let zygote = bed.zygote(&bed.dump(second)?)?;
-    let mut third = bed.start(&mut zygote.agent()?)?;
-    let later: i64 = third.ask("time").parse()?;
-    assert!(
-        (after..after + 3000).contains(&later),
-        "{after} ms before, {later} ms after"
-    );
+    let err = bed.zygote(&foreign).err().ok_or("it was restored")?;
+    assert_eq!(err.to_string(), wanted);
+    for method in [Method::Copy, Method::Lazy] {
+        let err = bed.prepare(method, &foreign).err();
+        assert_eq!(err.ok_or("it was restored")?.to_string(), wanted);
+    }
     Ok(())
 }

@@ -5,7 +5,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::sys::{self, CLONE_VM, CloneArgs, SIGCHLD, nr, syscall};
 use crate::wire::{
-    Header, IMMEDIATE, MOST_RANGES, Op, READ_AHEAD, Report, Request, SLOTS, check, fd, report, verb,
+    Header, IMMEDIATE, MOST_RANGES, NO_CLOCKS, Op, READ_AHEAD, Report, Request, SLOTS, check, fd, report, verb,
 };
 
 const CLONE_FS: u64 = 0x200;
@@ -179,9 +179,20 @@ pub unsafe fn run(header: *mut Header, ops: *const Op) {
                     *slot = u64::from(value);
                 }
             }
+            verb::COPY => {
+                let (from, to) = (op.args[0] as *const u32, op.args[1] as *mut u32);
+                // SAFETY: the planner gives the addresses of two aligned words in the region.
+                unsafe { to.write(from.read()) };
+            }
             // SAFETY: the header is valid by this function's contract.
             verb::AWAIT_GO => unsafe { await_go(header) },
-            verb::MAKE_CLOCK => make_clock(op.args[0]),
+            verb::MAKE_CLOCK => {
+                let made = make_clocks(op.args[0], op.args[1]);
+                if made < 0 {
+                    // SAFETY: the header is valid by this function's contract.
+                    unsafe { fail(header, NO_CLOCKS, made) };
+                }
+            }
             verb::ENTER_CLOCK => {
                 let entered = enter_clock();
                 if entered < 0 {
@@ -295,36 +306,38 @@ unsafe fn wait_left(word: u64) {
     }
 }
 
-/// Makes a time namespace in which CLOCK_MONOTONIC stands at `wanted` now (time_namespaces(7)).
-fn make_clock(wanted: u64) {
+/// Makes a time namespace in which the clocks stand at these nanoseconds (time_namespaces(7)). Where none
+/// can be made, they stay the machine's; that is an error for a tree that would see one go backwards.
+fn make_clocks(monotonic: u64, boottime: u64) -> i64 {
+    let made = make_time_namespace(monotonic, boottime);
+    let backwards = monotonic > sys::now(sys::MONOTONIC) || boottime > sys::now(sys::BOOTTIME);
+    if backwards { made } else { 0 }
+}
+
+fn make_time_namespace(monotonic: u64, boottime: u64) -> i64 {
     // SAFETY: takes numbers only; fails where the kernel has no time namespaces.
-    if unsafe { syscall(nr::UNSHARE, &[CLONE_NEWTIME, 0, 0, 0, 0, 0]) } < 0 {
-        return;
+    let made = unsafe { syscall(nr::UNSHARE, &[CLONE_NEWTIME, 0, 0, 0, 0, 0]) };
+    if made < 0 {
+        return made;
     }
-    let offset = (wanted as i64).wrapping_sub(sys::now(sys::MONOTONIC) as i64);
-    let mut line = Line {
-        bytes: [0; 64],
+    let mut lines = Lines {
+        bytes: [0; 96],
         length: 0,
     };
-    line.text(b"monotonic ");
-    let seconds = offset.div_euclid(1_000_000_000);
-    if seconds < 0 {
-        line.text(b"-");
-    }
-    line.number(seconds.unsigned_abs());
-    line.text(b" ");
-    line.number(offset.rem_euclid(1_000_000_000) as u64);
-    line.text(b"\n");
-    // SAFETY: path and line outlive the calls. A step that fails leaves the clock as it is.
+    lines.offset(b"monotonic ", monotonic, sys::now(sys::MONOTONIC));
+    lines.offset(b"boottime ", boottime, sys::now(sys::BOOTTIME));
+    // SAFETY: path and lines outlive the calls.
     unsafe {
         let write_only = 1;
-        let offsets = open(c"/proc/self/timens_offsets", write_only) as u64;
-        let length = line.length as u64;
-        syscall(
-            nr::WRITE,
-            &[offsets, line.bytes.as_ptr() as u64, length, 0, 0, 0],
-        );
+        let offsets = open(c"/proc/self/timens_offsets", write_only);
+        if offsets < 0 {
+            return offsets;
+        }
+        let (offsets, length) = (offsets as u64, lines.length as u64);
+        let text = lines.bytes.as_ptr() as u64;
+        let written = syscall(nr::WRITE, &[offsets, text, length, 0, 0, 0]);
         syscall(nr::CLOSE, &[offsets, 0, 0, 0, 0, 0]);
+        written
     }
 }
 
@@ -336,8 +349,7 @@ fn enter_clock() -> i64 {
     unsafe {
         let namespace = open(c"/proc/self/ns/time_for_children", 0);
         if namespace < 0 {
-            // No time namespaces here.
-            return 0;
+            return namespace;
         }
         let enter = [namespace as u64, CLONE_NEWTIME, 0, 0, 0, 0];
         let mut result = syscall(nr::SETNS, &enter);
@@ -358,13 +370,13 @@ unsafe fn open(path: &core::ffi::CStr, how: u64) -> i64 {
     unsafe { syscall(nr::OPENAT, &[HERE, path.as_ptr() as u64, how, 0, 0, 0]) }
 }
 
-/// A line of text without a formatter.
-struct Line {
-    bytes: [u8; 64],
+/// Lines of text without a formatter.
+struct Lines {
+    bytes: [u8; 96],
     length: usize,
 }
 
-impl Line {
+impl Lines {
     fn text(&mut self, text: &[u8]) {
         for byte in text {
             if let Some(place) = self.bytes.get_mut(self.length) {
@@ -372,6 +384,20 @@ impl Line {
                 self.length += 1;
             }
         }
+    }
+
+    /// How far a clock that shows `now` is from `wanted`, as /proc/PID/timens_offsets has it.
+    fn offset(&mut self, clock: &[u8], wanted: u64, now: u64) {
+        let offset = (wanted as i64).wrapping_sub(now as i64);
+        self.text(clock);
+        let seconds = offset.div_euclid(1_000_000_000);
+        if seconds < 0 {
+            self.text(b"-");
+        }
+        self.number(seconds.unsigned_abs());
+        self.text(b" ");
+        self.number(offset.rem_euclid(1_000_000_000) as u64);
+        self.text(b"\n");
     }
 
     fn number(&mut self, mut value: u64) {
@@ -445,5 +471,50 @@ pub fn leave(status: u64) -> ! {
     loop {
         // SAFETY: ends this process; touches no memory.
         unsafe { syscall(nr::EXIT_GROUP, &[status, 0, 0, 0, 0, 0]) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: u64 = 3_600_000_000_000;
+    const EPERM: i64 = -1;
+
+    /// Takes all capabilities from this thread (capset(2)).
+    fn drop_capabilities() {
+        let (head, none) = ([0x2008_0522u32, 0], [0u32; 6]);
+        let (head, none) = ((&raw const head) as u64, (&raw const none) as u64);
+        // SAFETY: the kernel reads both, which outlive the call.
+        let dropped = unsafe { syscall(126, &[head, none, 0, 0, 0, 0]) };
+        assert_eq!(dropped, 0);
+    }
+
+    #[test]
+    fn a_tree_whose_clocks_would_go_backwards_is_not_started_without_its_own() {
+        let unable = std::thread::spawn(|| {
+            drop_capabilities();
+            let machine = [sys::now(sys::MONOTONIC), sys::now(sys::BOOTTIME)];
+            let [monotonic, boottime] = machine;
+            // What is behind runs by the machine's clocks.
+            assert_eq!(make_clocks(monotonic, boottime), 0);
+            assert_eq!(make_clocks(0, 0), 0);
+            assert_eq!(make_clocks(monotonic + HOUR, boottime), EPERM);
+            assert_eq!(make_clocks(monotonic, boottime + HOUR), EPERM);
+            assert_eq!(make_clocks(u64::MAX, 0), EPERM);
+        });
+        unable.join().unwrap();
+    }
+
+    #[test]
+    fn offsets_are_written_as_the_kernel_reads_them() {
+        let mut lines = Lines {
+            bytes: [0; 96],
+            length: 0,
+        };
+        lines.offset(b"monotonic ", 2_500_000_000, 1_000_000_000);
+        lines.offset(b"boottime ", 1_000_000_000, 2_500_000_000);
+        let text = &lines.bytes[..lines.length];
+        assert_eq!(text, b"monotonic 1 500000000\nboottime -2 500000000\n");
     }
 }

@@ -146,6 +146,8 @@ pub unsafe fn clone_onto(
 pub const REALTIME: u64 = 0;
 /// CLOCK_MONOTONIC.
 pub const MONOTONIC: u64 = 1;
+/// CLOCK_BOOTTIME.
+pub const BOOTTIME: u64 = 7;
 
 /// Nanoseconds of a clock.
 #[must_use]

@@ -164,13 +164,15 @@ pub mod verb {
     pub const MARK: u16 = 8;
     /// Load the 32-bit word at `args[0]` into slot `dst`.
     pub const LOAD: u16 = 9;
+    /// Copy the 32-bit word at `args[0]` to `args[1]`.
+    pub const COPY: u16 = 18;
     /// Copy, ahead of its writes, what the table of ranges at `args[0]` names: a count, then pairs of
     /// address and length. The table may be changed in a standing zygote, and in a clone that waits to
     /// attach memory. With [`super::READ_AHEAD`] a range is brought in only.
     pub const COPY_AHEAD: u16 = 10;
-    /// Make a time namespace in which CLOCK_MONOTONIC stands at `args[0]` nanoseconds now, for the
-    /// children of this process. Without time namespaces (kernels before 5.6) the clock stays as
-    /// it is.
+    /// Make a time namespace in which CLOCK_MONOTONIC stands at `args[0]` nanoseconds and CLOCK_BOOTTIME
+    /// at `args[1]`, for the children of this process. Where none can be made the clocks stay the
+    /// machine's; if these are behind, the step fails.
     pub const MAKE_CLOCK: u16 = 11;
     /// Enter that time namespace; the address space must be this process's alone by now.
     pub const ENTER_CLOCK: u16 = 14;
@@ -296,6 +298,9 @@ pub struct Report {
 /// Sentence numbers below this one belong to the restorer itself.
 pub const OWN_SENTENCES: u32 = 16;
 
+/// The `what` of a tree that would see its clocks go backwards.
+pub const NO_CLOCKS: u32 = 12;
+
 /// The restorer's own sentences, for a `what` below [`OWN_SENTENCES`].
 #[must_use]
 pub fn own_sentence(what: u32) -> &'static str {
@@ -313,6 +318,7 @@ pub fn own_sentence(what: u32) -> &'static str {
             "mapping a snapshot file (is its file system mounted noexec, or are there more mappings than vm.max_map_count?)"
         }
         11 => "making a zygote from that of its base",
+        NO_CLOCKS => "making a time namespace in which the tree's clocks go on",
         _ => "a step without a name",
     }
 }

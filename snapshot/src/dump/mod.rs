@@ -44,6 +44,7 @@ use crate::TaskGroup;
 use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::lineage::Lineage;
 use crate::manifest::{Manifest, ManifestError, VERSION};
+use crate::clock::Clocks;
 use memory_objects::MemoryObjects;
 use renewed::Renewed;
 use tracee::Tracee;
@@ -421,7 +422,7 @@ fn capture(
     let mut manifest = Manifest {
         version: VERSION,
         fingerprint: Fingerprint::of_this_machine()?.to_string(),
-        monotonic: monotonic(request.root_pid)?,
+        clocks: clocks(request.root_pid)?,
         processes: Vec::new(),
         zombies: Vec::new(),
         objects: Vec::new(),
@@ -459,20 +460,12 @@ fn capture(
     Ok((manifest, memory))
 }
 
-/// CLOCK_MONOTONIC as the tree sees it, nanoseconds.
-fn monotonic(root: i32) -> Result<u64, DumpError> {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
-        .map_err(DumpError::errno("reading the clock"))?;
-    let now = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
+/// The clocks as the tree sees them.
+fn clocks(root: i32) -> Result<Clocks, DumpError> {
+    let now = Clocks::now().map_err(DumpError::io("reading the clocks"))?;
     // A kernel without time namespaces has no such file.
     let offsets = proc_text(&format!("/proc/{root}/timens_offsets")).unwrap_or_default();
-    let offset = offsets.lines().find_map(|line| {
-        let mut words = line.strip_prefix("monotonic")?.split_whitespace();
-        let seconds: i64 = words.next()?.parse().ok()?;
-        let nanoseconds: i64 = words.next()?.parse().ok()?;
-        Some(seconds * 1_000_000_000 + nanoseconds)
-    });
-    Ok((now + offset.unwrap_or(0)).unsigned_abs())
+    Ok(now.offset(&offsets))
 }
 
 /// Reads one file of /proc.

@@ -13,6 +13,7 @@ use super::region::{Program, Region};
 use super::shared::{Shared, When};
 use super::skeleton::{self, Fill};
 use super::{PlanError, credentials, files, generation, lineage, memory, thread, timers};
+use crate::clock;
 use crate::lineage::{Lineage, Role, dies_alone};
 use crate::manifest::{Manifest, PAGE, Process};
 
@@ -82,10 +83,8 @@ pub struct Own {
     limits: Vec<(u64, u64)>,
     core_filter: u32,
     capabilities: u64,
-    /// A process that shares memory with its parent enters the time namespace which that has made when
-    /// it executes a program (fs/exec.c, exec_task_namespaces; from 6.2). Earlier kernels make no such
-    /// process there: clone(2) ends with EINVAL.
-    clock_waits_for_exec: bool,
+    /// Whether trees can have clocks of their own here.
+    clocks: bool,
     /// Whether the numbers of POSIX timers can be chosen here.
     chosen_timers: bool,
 }
@@ -251,8 +250,9 @@ pub fn program_of(
     let mut program = Program::default();
     if index == 0 {
         program.verb(verb::MARK, [mark::RUNS]);
-        if tree.own.clock_waits_for_exec {
-            program.verb(verb::MAKE_CLOCK, [tree.manifest.monotonic]);
+        if tree.own.clocks {
+            let wanted = tree.manifest.clocks;
+            program.verb(verb::MAKE_CLOCK, [wanted.monotonic, wanted.boottime]);
         }
         // Open files may lie there.
         files::fill_tmpfs(tree.manifest, region, &mut program);
@@ -291,7 +291,9 @@ pub fn program_of(
             for word in words.clones.into_iter().chain(others) {
                 program.verb(verb::WAIT_LEFT, [word]);
             }
-            program.verb(verb::ENTER_CLOCK, []);
+            if tree.own.clocks {
+                program.verb(verb::ENTER_CLOCK, []);
+            }
             if tree.way_exists(Way::Forked) {
                 advise_heir(libc::MADV_DOFORK, tree, &mut program);
             }
@@ -622,22 +624,9 @@ impl Own {
                 .and_then(|text| u32::from_str_radix(text.trim(), 16).ok())
                 .ok_or_else(|| PlanError::Unsupported("/proc tells no core dump filter".into()))?,
             capabilities,
-            clock_waits_for_exec: kernel_is_from(6, 2),
+            clocks: clock::own_clocks(),
             chosen_timers: crate::dump::timers::ids_can_be_chosen(),
         })
-    }
-}
-
-/// Whether the kernel is of this version or later; `false` where its version cannot be read.
-fn kernel_is_from(major: u32, minor: u32) -> bool {
-    let Ok(names) = nix::sys::utsname::uname() else {
-        return false;
-    };
-    let release = names.release().to_string_lossy();
-    let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(own_major)), Some(Ok(own_minor))) => (own_major, own_minor) >= (major, minor),
-        _ => false,
     }
 }
 

@@ -88,7 +88,7 @@ pub fn sample() -> (Manifest, Vec<Extent>) {
     let manifest = Manifest {
         version: VERSION,
         fingerprint: "f".into(),
-        monotonic: 0,
+        clocks: crate::clock::Clocks::default(),
         processes: vec![
             process(2, None, vec![mapping(0x40_0000, 4, MappingKind::Anonymous)]),
             process(

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use trenv_pool::{Backend, Pool, TemplateId};
 use trenv_snapshot::TaskGroup;
 use trenv_snapshot::dump::{DumpRequest, Dumped, dump, dump_and_go_on};
+use trenv_snapshot::manifest::{Manifest, PAGE};
 use trenv_snapshot::methods::{Method, Prepared, StartMethod, Work};
 use trenv_snapshot::zygote::{
     Agent, Parked, PreparedClone, StartRequest, Started, Zygote, ZygoteRequest,
@@ -226,6 +227,24 @@ impl Bed {
     pub fn dump_to(pool: &Pool, instance: &Instance) -> Made<Dumped> {
         let writer = pool.begin(&format!("test {}", instance.root))?;
         Ok(dump(&Self::request(instance), writer)?)
+    }
+
+    /// A template with the pages of another, whose manifest says something else.
+    pub fn retold(
+        &self,
+        template: &TemplateId,
+        change: impl FnOnce(&mut Manifest),
+    ) -> Made<TemplateId> {
+        let told = self.pool.template(template, None)?;
+        let mut manifest = Manifest::decode(told.manifest())?;
+        change(&mut manifest);
+        let mut writer = self.pool.begin(&format!("retold {template}"))?;
+        let mut page = [0; PAGE as usize];
+        for number in 0..told.info().pages {
+            told.read_pages(number, &mut page)?;
+            writer.page(&page)?;
+        }
+        Ok(writer.commit(&manifest.encode()?)?.id)
     }
 
     fn request(instance: &Instance) -> DumpRequest<'_> {
