@@ -204,12 +204,26 @@ driver() {
 # The driver built into a kernel, which is built first and kept: a quarter of an hour, and more for the
 # one that looks for faults.
 patched_kernels() {
-    selftests "pseudo_mm in the patched kernel" --kernel patched --dax nvdimm --numa --rdma --timeout 1200 -- \
-        kernel-patch/selftests/run.sh
+    check "selftests with the kernel's harness" kernels_harness
+    # More random steps than elsewhere: memory that is filled at its first use has more ways to be wrong.
+    selftests "pseudo_mm in the patched kernel" --kernel patched --dax nvdimm --numa --rdma --timeout 1200 \
+        --env PSEUDO_MM_STEPS=40000 -- kernel-patch/selftests/run.sh
     device_tests trenv-snapshot device patched bash snapshot/tests/on-device.sh
     device_tests trenv-snapshot families patched bash snapshot/tests/on-device.sh
     selftests "pseudo_mm in the debug kernel" --kernel debug --dax nvdimm --numa --rdma --memory 4096 \
         --timeout 3600 -- kernel-patch/selftests/run.sh
+}
+
+# The selftests, built with the harness that they have in a kernel's tree.
+kernels_harness() {
+    local folder source=linux-source-6.1 status=0
+    folder=$(mktemp -d)
+    (cd "$folder" && apt-get download -q "$source") &&
+        dpkg-deb --fsys-tarfile "$folder/$source"_*.deb | tar -xO "./usr/src/$source.tar.xz" |
+        tar -xJ -C "$folder" --strip-components=1 --wildcards '*/tools/testing/selftests/kselftest*.h' &&
+        make -s -C kernel-patch/selftests KSELFTEST="$folder/tools/testing/selftests" OUTPUT="$folder" || status=1
+    rm -rf "$folder"
+    return "$status"
 }
 
 # selftests TITLE VM-ARGUMENTS...: builds and runs those of kernel-patch, and counts them.
