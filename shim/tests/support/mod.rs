@@ -16,8 +16,9 @@ pub const TRENV: &str = "io.containerd.trenv.v2";
 pub const RUNC: &str = "io.containerd.runc.v2";
 
 /// Programs of the machine that the test image holds.
-const PROGRAMS: [&str; 12] = [
+const PROGRAMS: [&str; 13] = [
     "sh", "id", "cat", "sleep", "ls", "ps", "tty", "stty", "touch", "env", "hostname", "readlink",
+    "perl",
 ];
 
 /// A running containerd; dropping it ends everything that it started.
