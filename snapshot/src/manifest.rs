@@ -6,6 +6,7 @@
 mod check;
 mod file_lock;
 mod file_owner;
+mod interface;
 mod memory_object;
 mod message_queue;
 mod queued;
@@ -370,6 +371,9 @@ pub struct Socket {
     pub shutdown: u8,
     /// Of a unix socket with a path; none where the file has been removed.
     pub file: Option<SocketFile>,
+    /// The interface whose own address it is bound to, at the port of `address`: it differs from
+    /// sandbox to sandbox.
+    pub interface: Option<String>,
 }
 
 /// Disposition of a signal.

@@ -1,10 +1,10 @@
-//! Restores a program whose unix sockets are connected and hold data. Needs root.
+//! Restores programs whose sockets are connected, hold data and have options set. Needs root.
 
 #![allow(clippy::unwrap_used)]
 
 mod harness;
 
-use harness::{Bed, TestResult};
+use harness::{Bed, Outside, TestResult};
 
 #[test]
 fn unix_sockets_keep_their_connections_and_what_waits_in_them() -> TestResult {
@@ -89,6 +89,86 @@ fn files_of_unix_sockets_keep_their_owners() -> TestResult {
     // The directory is the same for both: each is asked before the next is there.
     for _ in 0..2 {
         assert_eq!(bed.start(&mut agent)?.ask("check"), "ok");
+    }
+    Ok(())
+}
+
+#[test]
+fn options_of_sockets_are_set_again() -> TestResult {
+    let bed = Bed::new()?;
+    let mut first = bed.run(&[&bed.compile("options")?])?;
+    let answer = first.ask("check");
+    // "ok", and how many of how many options could be set.
+    let words: Vec<&str> = answer.split_whitespace().collect();
+    let set = words.get(1).and_then(|set| set.parse::<u32>().ok());
+    assert!(words[0] == "ok" && set.unwrap_or(0) >= 80, "{answer}");
+    let zygote = bed.zygote(&bed.dump(first)?)?;
+    let mut agent = zygote.agent()?;
+    let (mut one, other) = (bed.start(&mut agent)?, bed.start(&mut agent)?);
+    assert_eq!(one.ask("check"), answer);
+    let again = bed.zygote(&bed.dump(other)?)?;
+    assert_eq!(bed.start(&mut again.agent()?)?.ask("check"), answer);
+    Ok(())
+}
+
+#[test]
+fn what_an_internet_socket_or_a_queue_would_lose_is_refused() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("unkept")?;
+    for (state, reason) in [
+        ("datagram", "is a UDP socket with datagrams not read yet"),
+        (
+            "empty-datagram",
+            "is a UDP socket with datagrams not read yet",
+        ),
+        ("queue", "is a POSIX message queue (/trenv)"),
+        (
+            "unlinked-queue",
+            "is a POSIX message queue (/trenv (deleted))",
+        ),
+        ("closed-queue", "it has the POSIX message queue /trenv"),
+        ("filter", "is a socket with a filter"),
+        ("member", "is a member of the multicast group 239.1.2.3"),
+        ("member6", "is a member of the multicast group ff05::1234"),
+        ("interface", "sends by an interface of the sandbox"),
+        ("corked", "is a UDP socket that is corked"),
+        (
+            "connecting",
+            "is a TCP socket that waits for its connection",
+        ),
+        ("layer", "is a TCP socket with tls in it"),
+        (
+            "own-peer",
+            "connected to 10.62.0.10:7001, the sandbox's own address at eth0",
+        ),
+        (
+            "second",
+            "bound to 10.62.0.11, which is not the first address of eth0",
+        ),
+        ("six", "bound to fd62::10, an IPv6 address of eth0"),
+        ("number", "goes by the number of an interface"),
+        (
+            "nobody",
+            "bound to 192.0.2.1, which no interface of the sandbox has",
+        ),
+    ] {
+        let outside = Outside::new()?;
+        let mut instance = bed.run(&[&program, state])?;
+        outside.connect(instance.init, "10.62.0.10")?;
+        Outside::add_address(instance.init, "10.62.0.11/16")?;
+        Outside::add_address(instance.init, "fd62::10/64")?;
+        let answer = instance.ask("do it");
+        if state == "layer" && answer == "unknown" {
+            eprintln!("This machine cannot have the state {state:?}: it is not tested.");
+            continue;
+        }
+        assert_eq!(answer, state);
+        let err = bed
+            .try_dump(&instance)
+            .err()
+            .ok_or(format!("{state} was not refused"))?;
+        assert!(err.to_string().contains(reason), "{state}: {err}");
+        assert_eq!(instance.ask("do you go on"), state);
     }
     Ok(())
 }

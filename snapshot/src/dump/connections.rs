@@ -11,7 +11,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::libc;
 
-use super::sockets::{option, poll, readable, set_option};
+use super::socket_options::{option, set_option};
+use super::sockets::{poll, readable};
 use super::{DumpError, proc_text, unix_sockets};
 use crate::manifest::{Object, ObjectKind, Queued, Socket};
 
@@ -299,7 +300,7 @@ fn in_table(text: &str) -> Option<SocketAddr> {
 }
 
 /// A `struct sockaddr`; an IPv4 address in IPv6 is one of IPv4.
-fn parse(address: &[u8]) -> Option<SocketAddr> {
+pub fn parse(address: &[u8]) -> Option<SocketAddr> {
     let family = i32::from(u16::from_ne_bytes(*address.first_chunk()?));
     let port = u16::from_be_bytes(*address.get(2..)?.first_chunk()?);
     let ip = match family {

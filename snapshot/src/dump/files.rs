@@ -9,8 +9,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use super::memory_objects::{MemoryObjects, other_name};
 use super::process::sandbox_path;
 use super::{
-    DumpError, DumpRequest, descriptor_of, fifo, file_locks, file_owner, inotify, proc_link,
-    proc_text, same_file, socket_files, sockets,
+    DumpError, DumpRequest, descriptor_of, fifo, file_locks, file_owner, inotify, posix_queues,
+    proc_link, proc_text, same_file, socket_files, sockets,
 };
 use crate::manifest::{Descriptor, EpollTarget, FileLock, Object, ObjectKind, Process};
 
@@ -172,6 +172,8 @@ impl<'a> Files<'a> {
         self.sockets.connections.finish(&mut self.objects)?;
         self.check_passed()?;
         sockets::check_ports(&self.objects)?;
+        // Those that are open are refused by their descriptors.
+        posix_queues::refuse()?;
         for (index, object) in self.objects.iter().enumerate() {
             let ObjectKind::Epoll { targets } = &object.kind else {
                 continue;
@@ -214,6 +216,11 @@ impl<'a> Files<'a> {
             info,
         } = reached;
         let Holder { host, pid, number } = holder;
+        if posix_queues::is_one(&copy)? {
+            return Err(DumpError::Refused(format!(
+                "descriptor {number} of process {pid} is a POSIX message queue ({link})"
+            )));
+        }
         let mut kind = match nameless(&link, &copy)? {
             None => self.kind(&link, &copy, holder, &info)?,
             Some(file) => match other_name(&file, &link, host) {

@@ -1,47 +1,27 @@
 //! Sockets: listeners, unconnected ones, and pairs inside the tree.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::libc;
 
 use super::DumpError;
 use super::connections::Connections;
+use super::interfaces::Interfaces;
+use super::socket_options::{self, option};
 use super::unix_sockets::{self, Known, Waiting};
 use crate::manifest::{Object, ObjectKind, Socket};
 
-/// Options read, and set again where they differ from a fresh socket's.
-const OPTIONS: [(i32, i32); 24] = [
-    (libc::SOL_SOCKET, libc::SO_REUSEADDR),
-    (libc::SOL_SOCKET, libc::SO_REUSEPORT),
-    (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
-    (libc::SOL_SOCKET, libc::SO_BROADCAST),
-    (libc::SOL_SOCKET, libc::SO_PASSCRED),
-    (libc::SOL_SOCKET, libc::SO_OOBINLINE),
-    (libc::SOL_SOCKET, libc::SO_LINGER),
-    (libc::SOL_SOCKET, libc::SO_RCVTIMEO),
-    (libc::SOL_SOCKET, libc::SO_SNDTIMEO),
-    (libc::SOL_SOCKET, libc::SO_RCVLOWAT),
-    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
-    (libc::IPPROTO_TCP, libc::TCP_CORK),
-    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
-    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
-    (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT),
-    (libc::IPPROTO_TCP, libc::TCP_LINGER2),
-    (libc::IPPROTO_TCP, libc::TCP_CONGESTION),
-    (libc::IPPROTO_IP, libc::IP_TOS),
-    (libc::IPPROTO_IP, libc::IP_TTL),
-    (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
-    (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+/// What goes by datagrams; ICMP's are those of ping(8).
+const DATAGRAMS: [i32; 4] = [
+    libc::IPPROTO_UDP,
+    libc::IPPROTO_UDPLITE,
+    libc::IPPROTO_ICMP,
+    libc::IPPROTO_ICMPV6,
 ];
-/// The longest of them, the name of a congestion control.
-const LONGEST_OPTION: usize = 16;
-/// Which buffer sizes were set by the program: bit 0 that of sending, bit 1 of receiving.
-const SO_BUF_LOCK: i32 = 72;
+/// Number of the state of a TCP socket without a connection.
+const CLOSED: u8 = 7;
 
 /// Unix sockets of the tree, by inode, to find the two ends of each pair.
 #[derive(Default)]
@@ -49,6 +29,7 @@ pub struct Peers {
     /// By inode, as sock_diag(7) tells.
     known: Option<BTreeMap<u64, Known>>,
     objects: BTreeMap<u64, usize>,
+    interfaces: Interfaces,
     pub connections: Connections,
 }
 
@@ -88,12 +69,21 @@ impl Peers {
             queue: Vec::new(),
             shutdown: 0,
             file: None,
+            interface: None,
         };
         let internet = matches!(domain, libc::AF_INET | libc::AF_INET6);
         if !internet && domain != libc::AF_UNIX {
             return refuse(format!("a socket of family {domain}"));
         }
+        let known = match kind {
+            libc::SOCK_STREAM => &[libc::IPPROTO_TCP, libc::IPPROTO_MPTCP][..],
+            _ => &DATAGRAMS[..],
+        };
+        if internet && !known.contains(&protocol) {
+            return refuse(format!("a socket of protocol {protocol}"));
+        }
         let remote = name(fd, libc::getpeername).ok();
+        let connection = internet && kind == libc::SOCK_STREAM && remote.is_some();
         match (domain, kind, remote) {
             (libc::AF_UNIX, _, Some(remote)) => {
                 let own = self.known(inode)?;
@@ -141,8 +131,17 @@ impl Peers {
             (_, libc::SOCK_STREAM | libc::SOCK_DGRAM | libc::SOCK_SEQPACKET, None) => {}
             _ => return refuse(format!("a socket of type {kind}")),
         }
-        if internet && kind == libc::SOCK_STREAM && !listening && port(&socket.address) == 0 {
-            socket.address.clear();
+        if internet && kind == libc::SOCK_STREAM && !listening {
+            let begun = socket.connected.is_empty() && state(fd, what)? != CLOSED;
+            if begun {
+                return refuse("a TCP socket that waits for its connection".into());
+            }
+            if port(&socket.address) == 0 {
+                socket.address.clear();
+            }
+        }
+        if internet && kind == libc::SOCK_DGRAM {
+            socket.shutdown = shut_datagrams(fd, what)?;
         }
         if listening {
             socket.listen = Some(if internet {
@@ -158,7 +157,10 @@ impl Peers {
                 i32::try_from(own.backlog).unwrap_or(i32::MAX)
             });
         }
-        socket.options = options(fd, &socket).map_err(DumpError::errno(doing()))?;
+        socket.options = socket_options::changed(fd, &socket, what)?;
+        if internet && !connection {
+            self.interfaces.settle(&mut socket, what)?;
+        }
         Ok((socket, queue))
     }
 
@@ -216,65 +218,6 @@ pub fn check_ports(objects: &[Object]) -> Result<(), DumpError> {
     Ok(())
 }
 
-/// The options in which a socket differs from a fresh one.
-fn options(fd: &OwnedFd, socket: &Socket) -> nix::Result<Vec<(i32, i32, Vec<u8>)>> {
-    // SAFETY: takes numbers only, and gives a descriptor of our own.
-    let fresh = unsafe {
-        let close_on_exec = socket.kind | libc::SOCK_CLOEXEC;
-        let made = libc::socket(socket.domain, close_on_exec, socket.protocol);
-        OwnedFd::from_raw_fd(Errno::result(made)?)
-    };
-    let mut changed = Vec::new();
-    for (level, name) in OPTIONS {
-        // A level or an option may not be this kind's.
-        if let Ok(value) = option(fd, level, name, LONGEST_OPTION)
-            && option(&fresh, level, name, LONGEST_OPTION).is_ok_and(|usual| usual != value)
-        {
-            changed.push((level, name, value));
-        }
-    }
-    let locked = option(fd, libc::SOL_SOCKET, SO_BUF_LOCK, 4).unwrap_or_default();
-    for (bit, asked, set) in [
-        (1, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE),
-        (2, libc::SO_RCVBUF, libc::SO_RCVBUFFORCE),
-    ] {
-        if locked.first().is_some_and(|locked| locked & bit != 0) {
-            let size = option(fd, libc::SOL_SOCKET, asked, 4)?;
-            // The kernel doubles what is set.
-            let half = i32::from_ne_bytes(size.try_into().unwrap_or_default()) / 2;
-            changed.push((libc::SOL_SOCKET, set, half.to_ne_bytes().to_vec()));
-        }
-    }
-    Ok(changed)
-}
-
-/// Reads an option of at most `room` bytes.
-pub fn option(fd: &OwnedFd, level: i32, name: i32, room: usize) -> nix::Result<Vec<u8>> {
-    let mut value = vec![0u8; room];
-    let mut length = room as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes to `value`.
-    let result = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            level,
-            name,
-            value.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    };
-    Errno::result(result)?;
-    value.truncate(length as usize);
-    Ok(value)
-}
-
-pub fn set_option(fd: &OwnedFd, level: i32, name: i32, value: &[u8]) -> nix::Result<()> {
-    let length = value.len() as libc::socklen_t;
-    // SAFETY: the kernel reads `length` bytes of `value`.
-    let result =
-        unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), length) };
-    Errno::result(result).map(|_| ())
-}
-
 /// What poll(2) says at once of input, ends and errors.
 pub fn poll(fd: &OwnedFd) -> nix::Result<i16> {
     let mut poll = libc::pollfd {
@@ -314,6 +257,40 @@ pub fn readable(address: &[u8]) -> String {
         }
         _ => "an unknown address".into(),
     }
+}
+
+/// State of a TCP socket (kernel: include/net/tcp_states.h).
+fn state(fd: &OwnedFd, what: &str) -> Result<u8, DumpError> {
+    let info = option(fd, libc::IPPROTO_TCP, libc::TCP_INFO, 1)
+        .map_err(DumpError::errno(format!("reading {what}")))?;
+    Ok(info.first().copied().unwrap_or(CLOSED))
+}
+
+/// How a socket of datagrams is shut down. Those that wait in it would be lost.
+fn shut_datagrams(fd: &OwnedFd, what: &str) -> Result<u8, DumpError> {
+    let doing = || DumpError::errno(format!("reading {what}"));
+    let polled = poll(fd).map_err(doing())?;
+    let shutdown = match (polled & libc::POLLHUP, polled & libc::POLLRDHUP) {
+        (0, 0) => 0,
+        (0, _) => 1,
+        _ => 3,
+    };
+    // One that receives no more is always ready, and tells of those that are not empty only.
+    let waiting = if shutdown == 0 {
+        polled & libc::POLLIN != 0
+    } else {
+        let mut next: i32 = 0;
+        // SAFETY: FIONREAD writes one int.
+        let asked = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut next) };
+        Errno::result(asked).map_err(doing())?;
+        next > 0
+    };
+    if waiting {
+        return Err(DumpError::Refused(format!(
+            "{what} is a UDP socket with datagrams not read yet"
+        )));
+    }
+    Ok(shutdown)
 }
 
 /// Backlog of a listener; connections that wait in it would be lost.

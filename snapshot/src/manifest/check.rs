@@ -6,8 +6,8 @@ use nix::libc;
 
 use super::{
     ADDRESS_END, MCL_FUTURE, MCL_ONFAULT, Manifest, ManifestError, Mapping, MappingKind,
-    ObjectKind, PAGE, Process, REGISTRATIONS, file_lock, file_owner, memory_object, message_queue,
-    queued, socket_file,
+    ObjectKind, PAGE, Process, REGISTRATIONS, file_lock, file_owner, interface, memory_object,
+    message_queue, queued, socket_file,
 };
 use crate::lineage::Lineage;
 
@@ -101,6 +101,7 @@ impl Manifest {
         file_lock::check(self)?;
         file_owner::check(self)?;
         socket_file::check(self)?;
+        interface::check(self)?;
         queued::check(self)?;
         message_queue::check(self)?;
         Lineage::of(self).map_err(|what| ManifestError::Invalid { what })?;

@@ -219,6 +219,13 @@ fn make_socket(
             program.call(libc::SYS_unlink, [path]).or_not();
         }
         let address = region.put(&socket.address, 8);
+        if let Some(interface) = &socket.interface {
+            sockets::put_own(interface, socket.domain, address, region, program);
+            program.about(region.sentence(format!(
+                "binding to the address of {interface} instead of {}",
+                describe(&socket.address)
+            )));
+        }
         program.call(libc::SYS_bind, [at, address, socket.address.len() as u64]);
         sockets::give_file(socket, region, program);
     }
@@ -230,6 +237,12 @@ fn make_socket(
     }
     if internet {
         connect(socket, at, region, program);
+        for how in [libc::SHUT_RD, libc::SHUT_WR] {
+            // One that is not connected says so, and is shut down.
+            if socket.shutdown & (1 << how) != 0 {
+                program.call(libc::SYS_shutdown, [at, how as u64]).or_not();
+            }
+        }
     }
 }
 

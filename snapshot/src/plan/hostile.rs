@@ -16,15 +16,8 @@ use crate::manifest::{
 
 const INPUTS: u64 = 200_000;
 
-/// A tree that holds one of everything.
-fn rich() -> Manifest {
-    let (mut manifest, _) = sample();
-    let area = &mut manifest.processes[1].mappings[0];
-    area.guards = vec![PageRun {
-        start: area.start + 2 * PAGE,
-        pages: 1,
-    }];
-    let socket = Socket {
+fn listener() -> Socket {
+    Socket {
         domain: 2,
         kind: 1,
         protocol: 6,
@@ -36,7 +29,19 @@ fn rich() -> Manifest {
         queue: Vec::new(),
         shutdown: 0,
         file: None,
-    };
+        interface: None,
+    }
+}
+
+/// A tree that holds one of everything.
+fn rich() -> Manifest {
+    let (mut manifest, _) = sample();
+    let area = &mut manifest.processes[1].mappings[0];
+    area.guards = vec![PageRun {
+        start: area.start + 2 * PAGE,
+        pages: 1,
+    }];
+    let socket = listener();
     let end = |writer| ObjectKind::Pipe {
         pipe: 7,
         writer,
@@ -87,6 +92,10 @@ fn rich() -> Manifest {
         connection(0),
         connection(1),
         ObjectKind::Socket(socket.clone()),
+        ObjectKind::Socket(Socket {
+            interface: Some("eth0".into()),
+            ..socket.clone()
+        }),
         ObjectKind::Socket(Socket {
             domain: 1,
             address: b"\x01\0/run/a/s\0".to_vec(),
@@ -248,6 +257,15 @@ fn own(manifest: &mut Manifest, target: SignalTarget, signal: i32) {
     });
 }
 
+/// A socket of a family, at an address of an interface's own.
+fn at_interface(manifest: &mut Manifest, domain: i32, name: &str) {
+    manifest.objects[0].kind = ObjectKind::Socket(Socket {
+        domain,
+        interface: Some(name.into()),
+        ..listener()
+    });
+}
+
 /// Guards in the first mapping of the root, by their place in it and their pages.
 fn guard(manifest: &mut Manifest, guards: &[(u64, u64)]) {
     let area = &mut manifest.processes[0].mappings[0];
@@ -328,6 +346,7 @@ fn many_open_files_of_many_processes_are_counted_once() {
         queue: Vec::new(),
         shutdown: 0,
         file: None,
+        interface: None,
     };
     let mut last = manifest.processes[1].clone();
     last.descriptors = (0..FILES)
@@ -368,7 +387,9 @@ fn many_open_files_of_many_processes_are_counted_once() {
 #[test]
 fn references_to_nothing_are_refused() {
     type Change = fn(&mut Manifest);
-    let changes: [(&str, Change); 18] = [
+    let changes: [(&str, Change); 20] = [
+        ("interface of socket 0", |m| at_interface(m, 2, "")),
+        ("interface of socket 0", |m| at_interface(m, 1, "eth0")),
         ("standard stream 3", |m| {
             m.objects[0].kind = ObjectKind::Stdio(3);
         }),

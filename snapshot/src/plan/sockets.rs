@@ -1,6 +1,7 @@
 //! Steps that bring an end of a socket pair to the state that it had, and unix sockets to their place.
 
 use nix::libc;
+use trenv_restorer::wire::verb;
 
 use super::process::Tree;
 use super::region::{Program, Region};
@@ -100,6 +101,32 @@ pub fn set(
     let bytes = region.put(value, 8);
     let args = [at, level as u64, name as u64, bytes, value.len() as u64];
     program.call(libc::SYS_setsockopt, args);
+}
+
+/// Puts the address that an interface has where the tree starts into that of a socket, at `address`.
+pub fn put_own(
+    interface: &str,
+    domain: i32,
+    address: u64,
+    region: &mut Region,
+    program: &mut Program,
+) {
+    program.about(region.sentence(format!("asking for the IPv4 address of {interface}")));
+    // struct ifreq: the name in 16 bytes, then a `struct sockaddr_in`, whose port the kernel clears.
+    let mut request = interface.as_bytes().to_vec();
+    request.resize(40, 0);
+    let request = region.put(&request, 8);
+    let datagrams = libc::SOCK_DGRAM as u64;
+    program
+        .call(libc::SYS_socket, [libc::AF_INET as u64, datagrams, 0])
+        .into(0);
+    program
+        .call(libc::SYS_ioctl, [0, libc::SIOCGIFADDR, request])
+        .from(0, 0);
+    program.call(libc::SYS_close, [0]).from(0, 0);
+    // An IPv4 address ends one of IPv6 that stands for it.
+    let place = if domain == libc::AF_INET { 4 } else { 20 };
+    program.verb(verb::COPY, [request + 20, address + place]);
 }
 
 /// Shuts down the end in `slot` as it was.

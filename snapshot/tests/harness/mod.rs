@@ -310,6 +310,17 @@ impl Bed {
         self.start_in(agent, sandbox, init)
     }
 
+    /// The same, with something done to the sandbox before.
+    pub fn start_prepared(
+        &self,
+        agent: &mut Agent,
+        prepare: impl FnOnce(i32) -> TestResult,
+    ) -> Made<Instance> {
+        let (sandbox, init) = sandbox()?;
+        prepare(init)?;
+        self.start_in(agent, sandbox, init)
+    }
+
     /// Clones the tree into a new sandbox, where it waits before its first instruction.
     pub fn park(&self, agent: &mut Agent) -> Made<(Instance, Parked)> {
         let (sandbox, init) = sandbox()?;
@@ -455,17 +466,91 @@ impl Instance {
 
     /// Connects to port 8080 from inside the sandbox's network namespace.
     pub fn connect(&self) -> Made<std::net::TcpStream> {
-        let init = self.init;
-        let connected = std::thread::spawn(move || -> std::io::Result<std::net::TcpStream> {
-            let network = File::open(format!("/proc/{init}/ns/net"))?;
-            nix::sched::setns(&network, nix::sched::CloneFlags::CLONE_NEWNET)?;
+        in_network(self.init, || {
             let stream = std::net::TcpStream::connect("127.0.0.1:8080")?;
             stream.set_read_timeout(Some(Duration::from_secs(10)))?;
             Ok(stream)
-        });
-        Ok(connected
-            .join()
-            .map_err(|_| "the connecting thread failed")??)
+        })
+    }
+}
+
+/// Does something in the network namespace of a process; sockets that are made there stay there.
+fn in_network<T: Send + 'static>(
+    pid: i32,
+    act: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Made<T> {
+    let done = std::thread::spawn(move || {
+        let network = File::open(format!("/proc/{pid}/ns/net"))?;
+        nix::sched::setns(&network, nix::sched::CloneFlags::CLONE_NEWNET)?;
+        act()
+    });
+    Ok(done
+        .join()
+        .map_err(|_| "the thread in the network failed")??)
+}
+
+/// The network outside of sandboxes, in which a test has the address 10.62.0.1.
+pub struct Outside {
+    holder: Child,
+}
+
+impl Outside {
+    pub fn new() -> Made<Self> {
+        let begin = "ip link set lo up && ip addr add 10.62.0.1/32 dev lo && exec sleep 600";
+        let holder = Command::new("unshare")
+            .args(["-n", "sh", "-c", begin])
+            .spawn()?;
+        let outside = Self { holder };
+        let exe = format!("/proc/{}/exe", outside.holder.id());
+        wait_for(|| {
+            std::fs::read_link(&exe)
+                .ok()?
+                .ends_with("sleep")
+                .then_some(())
+        })?;
+        Ok(outside)
+    }
+
+    /// Gives a sandbox the interface eth0 with an address of 10.62.0.0/16.
+    pub fn connect(&self, init: i32, address: &str) -> TestResult {
+        let outside = self.holder.id();
+        let script = format!(
+            "nsenter -t {init} -n sh -ec '
+               ip link add eth0 type veth peer name to{init} netns {outside}
+               ip addr add {address}/16 dev eth0; ip link set eth0 up'
+             nsenter -t {outside} -n sh -ec '
+               ip link set to{init} up; ip route add {address}/32 dev to{init} src 10.62.0.1'"
+        );
+        let made = Command::new("sh").args(["-ec", &script]).status()?;
+        made.success().then_some(()).ok_or("no network")?;
+        Ok(())
+    }
+
+    /// Gives a sandbox's eth0 another address.
+    pub fn add_address(init: i32, address: &str) -> TestResult {
+        let made = Command::new("nsenter")
+            .args(["-t", &init.to_string(), "-n"])
+            .args(["ip", "addr", "add", address, "dev", "eth0"])
+            // One of IPv6 is looked for at the link first.
+            .args(address.contains(':').then_some("nodad"))
+            .status()?;
+        made.success().then_some(()).ok_or("no second address")?;
+        Ok(())
+    }
+
+    /// Does something there.
+    pub fn act<T: Send + 'static>(
+        &self,
+        act: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+    ) -> Made<T> {
+        in_network(self.holder.id() as i32, act)
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
     }
 }
 
