@@ -4,6 +4,7 @@
  * there, by many at once, and while templates are deleted.
  */
 #define _GNU_SOURCE
+#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -13,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -466,6 +468,85 @@ TEST_F(attach, processes_killed_in_the_middle_leave_nothing)
 	ASSERT_EQ(0, template_stat(racers.fd, &stat));
 	EXPECT_EQ(0ULL, stat.mapped);
 	EXPECT_EQ(0, attach_often(&racers));
+}
+
+/* Where a symbol of the kernel's is, or 0. */
+static unsigned long kernel_symbol(const char *name)
+{
+	FILE *symbols = fopen("/proc/kallsyms", "re");
+	unsigned long address = 0, at;
+	char line[512], symbol[256];
+
+	while (symbols && !address && fgets(line, sizeof(line), symbols)) {
+		if (sscanf(line, "%lx %*c %255s", &at, symbol) == 2 && !strcmp(symbol, name))
+			address = at;
+	}
+	if (symbols)
+		fclose(symbols);
+	return address;
+}
+
+/* A word of the kernel's memory, or -1. */
+static int kernel_word(unsigned long address)
+{
+	int core = open("/proc/kcore", O_RDONLY | O_CLOEXEC), word = -1;
+	Elf64_Ehdr header;
+	Elf64_Phdr part;
+
+	if (core < 0 || pread(core, &header, sizeof(header), 0) != sizeof(header))
+		header.e_phnum = 0;
+	for (unsigned int i = 0; i < header.e_phnum; i++) {
+		if (pread(core, &part, sizeof(part), header.e_phoff + i * sizeof(part)) !=
+		    sizeof(part))
+			break;
+		if (part.p_type != PT_LOAD || address < part.p_vaddr ||
+		    address - part.p_vaddr >= part.p_memsz)
+			continue;
+		if (pread(core, &word, sizeof(word), part.p_offset + (address - part.p_vaddr)) !=
+		    sizeof(word))
+			word = -1;
+		break;
+	}
+	close(core);
+	return word;
+}
+
+static int count_templates(const struct pool *pool)
+{
+	struct pseudo_mm_info info = { .size = sizeof(info) };
+
+	return ioctl(pool->dev, PSEUDO_MM_INFO, &info) ? -1 : (int)info.templates;
+}
+
+/* The kernel looks for areas of templates while there are templates, and no longer. */
+TEST_F(attach, the_kernel_counts_templates)
+{
+	unsigned long key = kernel_symbol("vma_fill_used");
+	int others = count_templates(&self->pool);
+	int fd;
+
+	if (!pool_can(&self->pool, PSEUDO_MM_FEATURE_LAZY))
+		SKIP(return, "a module has no part in the kernel's own code");
+	if (!key || kernel_word(key) < 0)
+		SKIP(return, "the kernel does not show its memory");
+	while (kernel_word(key) != others)
+		usleep(1000);
+	fd = three_maps(&self->pool);
+	ASSERT_LE(0, fd);
+	EXPECT_EQ(others + 1, kernel_word(key));
+	ASSERT_EQ(0, template_attach(fd, NULL));
+	close(fd);
+	/* One goes, and the other has areas yet. */
+	close(template_create(&self->pool));
+	while (kernel_word(key) != others + 1)
+		usleep(1000);
+	EXPECT_TRUE(three_maps_are_right(&self->pool));
+	ASSERT_EQ(0, munmap((void *)BASE, 20 * PAGE));
+	ASSERT_EQ(0, munmap((char *)BASE + 0x8000000, 600 * PAGE));
+	EXPECT_EQ(others + 1, count_templates(&self->pool));
+	ASSERT_EQ(0, munmap((char *)BASE + 0x10000000, 30 * PAGE));
+	while (kernel_word(key) != others)
+		usleep(1000);
 }
 
 TEST_HARNESS_MAIN
