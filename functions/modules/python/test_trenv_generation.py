@@ -109,6 +109,18 @@ def clones(draw, change):
                      "print(len(seen), trenv_generation.current() == b'\\x09' * 16)")
         self.assertEqual(out, "16 True\n")
 
+    def test_what_exists_when_a_program_settles_is_no_more_looked_at(self):
+        script = (
+            "import gc, weakref\n"
+            "class Thing: pass\n"
+            "gc.disable(); ring = Thing(); ring.self = ring; gone = weakref.ref(ring); del ring\n"
+            "kept = Thing(); trenv_generation.settle()\n"
+            "print(gone() is None, any(one is kept for one in gc.get_objects()))"
+        )
+        self.assertEqual(run(script)[0], "True False\n")
+        out, _ = run(script, TRENV_GENERATION="")
+        self.assertEqual(out, "False True\n", "outside of trenv it does nothing")
+
     def test_without_a_page_nothing_happens(self):
         script = "import random; print(random.random.__self__.__class__.random.__qualname__)"
         out, err = run(script, TRENV_GENERATION="")

@@ -16,6 +16,11 @@ is shared: the hash seed of strings above all. For any other generator, compare 
     if trenv_generation.current() != seen:
         rng, seen = numpy.random.default_rng(), trenv_generation.current()
 
+Nothing tells a program that its snapshot is about to be taken, so a server of one's own calls
+`settle()` when all is loaded, before it listens: what exists then stays shared between instances,
+since the garbage collector does not write to it any more. `functions/runtime/python/serve.py` does
+the same by itself.
+
 It is imported at the start of Python by trenv_generation.pth, takes effect when the modules above
 are imported, and does nothing outside of trenv.
 """
@@ -23,7 +28,7 @@ are imported, and does nothing outside of trenv.
 import os
 import sys
 
-__all__ = ["active", "current"]
+__all__ = ["active", "current", "settle"]
 
 _VARIABLE = "TRENV_GENERATION"
 _IDENTIFIER = slice(16, 32)
@@ -64,6 +69,16 @@ def active():
 def current():
     """The identifier of this instance: other bytes after each start from a snapshot."""
     return _page[_IDENTIFIER] if _page is not None else b""
+
+
+def settle():
+    """Collects garbage, and keeps the collector away from all that exists now."""
+    if _page is None:
+        return
+    import gc
+
+    gc.collect()
+    gc.freeze()
 
 
 class _Watch:
