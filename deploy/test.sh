@@ -166,6 +166,8 @@ virtual_machines() {
                 kernel-patch/selftests/run.sh attach_
             device_tests trenv-pool device "$kernel"
             device_tests trenv-snapshot device "$kernel" bash snapshot/tests/on-device.sh
+            # Discards, forks and moves of what a program has from the device.
+            device_tests trenv-snapshot restore:memory_keeps "$kernel" bash snapshot/tests/on-device.sh
         else
             device_tests trenv-snapshot families "$kernel" bash snapshot/tests/on-device.sh
             check "functions with memory of a device" by_device "$kernel"
@@ -178,15 +180,17 @@ dkms_build() {
     headers=$(cargo xtask vm headers --kernel "$1") && bash kernel-patch/dkms.sh "$headers"
 }
 
-# device_tests PACKAGE TEST KERNEL [COMMAND...]: a test program with a device-dax, by COMMAND if there is one.
+# device_tests PACKAGE TEST[:FILTER] KERNEL [COMMAND...]: a test program with a device-dax, by COMMAND if there
+# is one; of its tests those whose names have FILTER.
 device_tests() {
-    local package=$1 test=$2 kernel=$3 program
+    local package=$1 test=${2%%:*} filter=() kernel=$3 program
+    [[ $2 != *:* ]] || filter=("${2#*:}")
     shift 3
     program=$(cargo test --locked -p "$package" --features device --test "$test" --no-run \
         --message-format=json | jq -r "select(.target.name == \"$test\") | .executable // empty")
     counted "$package: $test on a device-dax of $kernel" cargo xtask vm run --kernel "$kernel" \
         --dax nvdimm --dax-size 512 --memory 3072 --timeout 900 -- \
-        env "PATH=$here/target/x86_64-unknown-linux-gnu/debug:$PATH" "$@" "$program" --test-threads=1
+        env "PATH=$here/target/x86_64-unknown-linux-gnu/debug:$PATH" "$@" "$program" "${filter[@]}" --test-threads=1
 }
 
 # driver KERNEL: the module of kernel-patch on a kernel of Debian's, with a device-dax of QEMU's.
