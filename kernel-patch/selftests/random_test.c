@@ -22,6 +22,10 @@
  *   written: pipes are emptied before the next step;
  * - after MADV_FREE either may have the old bytes or zeroes: both are looked
  *   at, and written anew;
+ * - reading a page without contents may make a huge page of plain memory, so
+ *   that fewer pages are missing there: to userfaultfd, a missing page and one
+ *   of zeroes are the same, and only what was discarded just before is filled,
+ *   by copies: UFFDIO_ZEROPAGE finds that the template's file has no size;
  * - MADV_DODUMP, MADV_REMOVE, MADV_WIPEONFORK and MADV_COLLAPSE give other
  *   errors: the first and the last are done without comparing the result.
  */
@@ -29,11 +33,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <linux/userfaultfd.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -328,6 +336,156 @@ static bool step_move(struct walk *walk)
 	return same(walk, outcomes);
 }
 
+static bool set_heap(const char *start, const char *end)
+{
+	/* The start is never above the end meanwhile. */
+	bool up = end > (char *)syscall(SYS_brk, 0);
+
+	return !(prctl(PR_SET_MM, up ? PR_SET_MM_BRK : PR_SET_MM_START_BRK, up ? end : start, 0, 0) ||
+		 prctl(PR_SET_MM, up ? PR_SET_MM_START_BRK : PR_SET_MM_BRK, up ? start : end, 0, 0));
+}
+
+/* As the heap, whose end comes down and goes up again by zeroes. */
+static bool step_heap(struct walk *walk)
+{
+	struct outcome down[SIDES], up[SIDES];
+	unsigned long low, high;
+	/* The process's own heap has none to give back. */
+	char *own = (char *)syscall(SYS_brk, 0);
+
+	pick_in_area(walk, 60);
+	low = below(walk, walk->count);
+	high = low + below(walk, walk->count - low + 1);
+	split(walk);
+	walk->edges[walk->first + low] = walk->edges[walk->first + high] = true;
+	for (int side = 0; side < SIDES; side++) {
+		char *at = address(side, walk->first);
+
+		if (!set_heap(at, at + walk->count * PAGE))
+			return complain(walk, strerror(errno));
+		down[side] = outcome_at(side, (void *)syscall(SYS_brk, at + low * PAGE));
+		up[side] = outcome_at(side, (void *)syscall(SYS_brk, at + high * PAGE));
+		if (!set_heap(own, own))
+			return complain(walk, strerror(errno));
+	}
+	return same(walk, down) && same(walk, up);
+}
+
+/* One whose missing pages are SIGBUS. */
+static int userfaultfd_open(void)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_SIGBUS };
+	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+
+	if (fd >= 0 && ioctl(fd, UFFDIO_API, &api)) {
+		close(fd);
+		return -1;
+	}
+	return fd;
+}
+
+static struct outcome userfaultfd_register(int fd, const char *at, unsigned long pages)
+{
+	struct uffdio_register reg = {
+		.range = { (uintptr_t)at, pages * PAGE }, .mode = UFFDIO_REGISTER_MODE_MISSING,
+	};
+
+	return outcome_of(ioctl(fd, UFFDIO_REGISTER, &reg));
+}
+
+/* Whether the kernel registers attached areas; see access_test.c. */
+static bool can_register(const struct pool *pool)
+{
+	int tmpl = template_simple(pool, BASE, 0, 1), fd = userfaultfd_open();
+	bool can = tmpl >= 0 && !template_attach(tmpl, NULL) &&
+		   !userfaultfd_register(fd, (char *)BASE, 1).error;
+
+	close(fd);
+	close(tmpl);
+	munmap((char *)BASE, PAGE);
+	if (!can)
+		printf("# this kernel registers no attached area with userfaultfd\n");
+	return can;
+}
+
+/* What is missing in one window is missing or zero in the other. */
+static bool same_but_missing(struct walk *walk, unsigned long page)
+{
+	static char bytes[SIDES][PAGE];
+	struct outcome outcomes[SIDES];
+
+	for (int side = 0; side < SIDES; side++) {
+		outcomes[side] = copy(side, address(side, page), bytes[side], PAGE, false);
+		if (outcomes[side].error / 1000 == SIGBUS) {
+			memset(bytes[side], 0, PAGE);
+			outcomes[side] = outcome_of(0);
+		}
+	}
+	if (!same(walk, outcomes))
+		return false;
+	return outcomes[0].error || !memcmp(bytes[ATTACHED], bytes[COPIED], PAGE) ||
+	       complain(walk, "a registered page has other bytes, or is missing");
+}
+
+static bool fill_missing(struct walk *walk, int fd, unsigned long page)
+{
+	static char bytes[PAGE];
+	struct outcome outcomes[SIDES];
+
+	page_fill(bytes, next(walk), 5);
+	for (int side = 0; side < SIDES; side++) {
+		struct uffdio_copy copied = {
+			.dst = (uintptr_t)address(side, page), .src = (uintptr_t)bytes, .len = PAGE,
+		};
+
+		outcomes[side] = outcome_of(ioctl(fd, UFFDIO_COPY, &copied));
+	}
+	return same(walk, outcomes);
+}
+
+static bool use_registered(struct walk *walk, int fd)
+{
+	const unsigned long first = walk->first, count = walk->count;
+	bool good = true;
+
+	for (unsigned long i = 0; i < count && good; i++)
+		good = same_but_missing(walk, first + i);
+	/* Part of it is discarded, and of that a part filled. */
+	walk->first += below(walk, count);
+	walk->count = 1 + below(walk, first + count - walk->first);
+	good = good && advise(walk, MADV_DONTNEED, true);
+	for (unsigned long i = 0; i < walk->count && good; i++) {
+		if (below(walk, 2))
+			good = fill_missing(walk, fd, walk->first + i);
+	}
+	for (unsigned long i = 0; i < walk->count && good; i++)
+		good = same_but_missing(walk, walk->first + i);
+	walk->first = first;
+	walk->count = count;
+	return good;
+}
+
+/* Registered for a while. */
+static bool step_userfaultfd(struct walk *walk)
+{
+	struct outcome outcomes[SIDES];
+	bool good;
+	int fd;
+
+	if (!walk->can_register)
+		return step_load(walk);
+	pick(walk, 40);
+	split(walk);
+	fd = userfaultfd_open();
+	if (fd < 0)
+		return complain(walk, strerror(errno));
+	for (int side = 0; side < SIDES; side++)
+		outcomes[side] = userfaultfd_register(fd, address(side, walk->first), walk->count);
+	good = same(walk, outcomes) && (outcomes[0].error || use_registered(walk, fd));
+	close(fd);
+	return good;
+}
+
 static void drain(int fd)
 {
 	char bytes[PAGE];
@@ -526,6 +684,8 @@ static const struct {
 	{ "promotion", step_promote, 20 },
 	{ "shrinking", step_shrink, 20 },
 	{ "mremap", step_move, 60 },
+	{ "brk", step_heap, 30 },
+	{ "userfaultfd", step_userfaultfd, 30 },
 	{ "a write into a pipe", step_into_pipe, 40 },
 	{ "a read from a pipe", step_out_of_pipe, 40 },
 	{ "a forced write", step_force, 30 },
@@ -596,6 +756,7 @@ TEST_F_TIMEOUT(windows, attached_memory_is_as_copied_memory, 3600)
 	walk.random = walk.seed;
 	walk.check = from_environment("PSEUDO_MM_CHECK", 25);
 	walk.watched = from_environment("PSEUDO_MM_WATCH", PAGES);
+	walk.can_register = can_register(&self->pool);
 	printf("# seed %" PRIu64 ", %lu steps\n", walk.seed, last);
 	ASSERT_LE(1, walk.check);
 	ASSERT_EQ(0, catch_faults());
@@ -619,6 +780,7 @@ TEST_F_TIMEOUT(windows, memory_that_nobody_has_touched_is_as_copied_memory, 3600
 	walk.seed = from_environment("PSEUDO_MM_SEED", self->pool.seed);
 	walk.random = walk.seed;
 	walk.check = last + 1;
+	walk.can_register = can_register(&self->pool);
 	printf("# seed %" PRIu64 ", %lu steps\n", walk.seed, last);
 	ASSERT_EQ(0, catch_faults());
 	while (walk.step < last)

@@ -32,6 +32,8 @@ struct walk {
 	const char *source[PAGES];
 	/* Windows begin without a look at them. */
 	bool untouched;
+	/* The kernel registers attached areas with userfaultfd. */
+	bool can_register;
 	struct pseudo_mm_map maps[PAGES];
 	unsigned int nr_maps;
 	/* Where an area may begin or end, in either window. */
