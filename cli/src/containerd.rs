@@ -256,26 +256,47 @@ impl Containerd {
 
     /// Names of the layers that carry a label.
     pub async fn labelled_layers(&self, label: &str) -> anyhow::Result<Vec<String>> {
+        let layers = self.layers_labelled(label).await?;
+        Ok(layers.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// Names and labels of the layers that carry a label.
+    pub async fn layers_labelled(
+        &self,
+        label: &str,
+    ) -> anyhow::Result<Vec<(String, HashMap<String, String>)>> {
         let request = self.request(layers::ListSnapshotsRequest {
             snapshotter: self.snapshotter.clone(),
             filters: vec![format!("labels.\"{label}\"")],
         })?;
         let answer = self.layers().list(request).await;
         let mut parts = answer.map_err(refused("list layers"))?.into_inner();
-        let mut keys = Vec::new();
+        let mut layers = Vec::new();
         while let Some(part) = parts.message().await.map_err(refused("list layers"))? {
-            keys.extend(part.info.into_iter().map(|info| info.name));
+            layers.extend(part.info.into_iter().map(|info| (info.name, info.labels)));
         }
-        Ok(keys)
+        Ok(layers)
     }
 
     /// Turns the writable layer `key` into the layer `name`, which stays until it is removed.
     pub async fn commit_layer(&self, name: &str, key: &str) -> anyhow::Result<()> {
+        self.commit_labelled(name, key, HashMap::new()).await
+    }
+
+    /// The same, with more labels.
+    pub async fn commit_labelled(
+        &self,
+        name: &str,
+        key: &str,
+        labels: HashMap<String, String>,
+    ) -> anyhow::Result<()> {
+        let mut all = self.kept();
+        all.extend(labels);
         let request = self.request(layers::CommitSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             name: name.to_owned(),
             key: key.to_owned(),
-            labels: self.kept(),
+            labels: all,
         })?;
         let answer = self.layers().commit(request).await;
         answer.map_err(refused(format!("commit the layer {key} as {name}")))?;

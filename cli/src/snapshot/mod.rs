@@ -1,11 +1,14 @@
 //! `trenv snapshot`: snapshots of any program in a trenv container, by hand.
 //!
 //! A file for each verb. [`saved`] is what a snapshot consists of besides its memory, and where that
-//! is kept; [`stored`] reads its memory and its description from the pool; [`recorded`] what was learnt
+//! is kept; [`files`] compares its files with their digest; [`stored`] reads its memory and its
+//! description from the pool, [`mappings`] tells its mappings; [`recorded`] what was learnt
 //! of its calls; [`spec`] is the OCI spec of a program between the two.
 
 mod diff;
+mod files;
 mod list;
+mod mappings;
 mod recorded;
 mod rm;
 mod saved;
@@ -49,13 +52,7 @@ enum SnapshotVerb {
         json: bool,
     },
     /// Show processes, mappings and pages of a snapshot, and its working sets
-    Show {
-        /// Name, or the first digits of the template's id
-        snapshot: String,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
+    Show(show::ShowOptions),
     /// Compare the memory of two snapshots, page by page
     Diff {
         first: String,
@@ -64,7 +61,7 @@ enum SnapshotVerb {
         #[arg(long)]
         json: bool,
     },
-    /// Check every checksum, and that the snapshot's description can be read; fails when not
+    /// Check memory, description and files against their checksums; fails when one is wrong
     Verify {
         /// All when absent
         snapshots: Vec<String>,
@@ -89,9 +86,7 @@ pub async fn run(config: &Config, arguments: &SnapshotArguments) -> anyhow::Resu
         SnapshotVerb::Take(options) => take::run(config, namespace, options).await.map(done),
         SnapshotVerb::Start(options) => start::run(config, namespace, options).await,
         SnapshotVerb::List { json } => list::run(config, namespace, *json).await.map(done),
-        SnapshotVerb::Show { snapshot, json } => show::run(config, namespace, snapshot, *json)
-            .await
-            .map(done),
+        SnapshotVerb::Show(options) => show::run(config, namespace, options).await.map(done),
         SnapshotVerb::Diff {
             first,
             second,

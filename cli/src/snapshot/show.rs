@@ -1,27 +1,33 @@
-//! `trenv snapshot show`: the process tree of a snapshot, its mappings and pages by kind, and what is
+//! `trenv snapshot show`: the process tree of a snapshot, its mappings, pages by kind, and what is
 //! recorded of the pages that calls touch.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde_json::{Value, json};
 use trenv_config::Config;
 use trenv_pool::PAGE_SIZE;
 use trenv_snapshot::manifest::Manifest;
 
+use super::mappings::{self, Count};
 use super::recorded::WorkingSets;
 use super::stored::{Kind, Stored, all, find, places, unique_and_shared};
 use crate::table::{Table, bytes};
 
-/// Mappings and pages of one kind.
-#[derive(Debug, Default, Clone, Copy)]
-struct Count {
-    mappings: u64,
-    mapped: u64,
-    stored: u64,
-    zero: u64,
+/// How much is shown.
+#[derive(Debug, clap::Args)]
+pub struct ShowOptions {
+    /// Name, or the first digits of the template's id
+    snapshot: String,
+    /// Print each mapping, as /proc/PID/maps does; JSON has them anyway
+    #[arg(long)]
+    mappings: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
-pub async fn run(config: &Config, namespace: &str, name: &str, json: bool) -> anyhow::Result<()> {
+pub async fn run(config: &Config, namespace: &str, options: &ShowOptions) -> anyhow::Result<()> {
+    let name = &options.snapshot;
     let (pool, templates, saved) = all(config, namespace).await?;
     let info = find(&templates, &saved, name)?;
     let stored = Stored::open(&pool, info)?;
@@ -32,14 +38,14 @@ pub async fn run(config: &Config, namespace: &str, name: &str, json: bool) -> an
             others.push(places(&reader));
         }
     }
-    let (unique, shared) =
-        unique_and_shared(&places(&stored.reader), &others.iter().collect::<Vec<_>>());
-    let counts: Vec<BTreeMap<Kind, Count>> = (0..stored.manifest.processes.len())
-        .map(|index| count(&stored, index))
+    let others: Vec<&HashSet<u64>> = others.iter().collect();
+    let (unique, shared) = unique_and_shared(&places(&stored.reader), &others);
+    let counts: Vec<Vec<Count>> = (0..stored.manifest.processes.len())
+        .map(|index| mappings::counts(&stored, index, &others))
         .collect();
     let sets = WorkingSets::read(config, info)?;
     let page = PAGE_SIZE as u64;
-    if json {
+    if options.json {
         let report = json!({
             "template": info.id.to_string(),
             "generation": info.generation,
@@ -82,44 +88,32 @@ pub async fn run(config: &Config, namespace: &str, name: &str, json: bool) -> an
         ]);
     }
     println!("{table}");
-    let mut table = Table::new(["KIND", "MAPPINGS", "MAPPED", "PAGES", "ZERO"]);
+    let mut table = Table::new(["KIND", "MAPPINGS", "MAPPED", "PAGES", "ZERO", "SHARED"]);
+    let mut total: BTreeMap<Kind, Count> = BTreeMap::new();
+    for (process, counts) in stored.manifest.processes.iter().zip(&counts) {
+        for (kind, count) in mappings::by_kind(process, counts) {
+            total.entry(kind).or_default().add(count);
+        }
+    }
     for kind in Kind::ALL {
-        let total =
-            counts
-                .iter()
-                .filter_map(|all| all.get(&kind))
-                .fold(Count::default(), |sum, one| Count {
-                    mappings: sum.mappings + one.mappings,
-                    mapped: sum.mapped + one.mapped,
-                    stored: sum.stored + one.stored,
-                    zero: sum.zero + one.zero,
-                });
+        let total = total.get(&kind).copied().unwrap_or_default();
         table.row([
             kind.name().to_owned(),
             total.mappings.to_string(),
             bytes(total.mapped),
-            total.stored.to_string(),
+            total.pages.to_string(),
             total.zero.to_string(),
+            total.shared.to_string(),
         ]);
     }
     print!("{table}{}", sets.text(&stored.manifest));
-    Ok(())
-}
-
-fn count(stored: &Stored, index: usize) -> BTreeMap<Kind, Count> {
-    let process = &stored.manifest.processes[index];
-    let mut counts: BTreeMap<Kind, Count> = BTreeMap::new();
-    let mut pages = stored.pages(index).into_iter().peekable();
-    for mapping in &process.mappings {
-        let count = counts.entry(Kind::of(mapping, process)).or_default();
-        count.mappings += 1;
-        count.mapped += mapping.end - mapping.start;
-        while let Some((.., place)) = pages.next_if(|page| page.0 < mapping.end) {
-            count.stored += 1;
-            count.zero += u64::from(place.is_none());
+    if options.mappings {
+        for (process, counts) in stored.manifest.processes.iter().zip(&counts) {
+            println!("\nmappings of {} ({})", process.pid, process.exe);
+            print!("{}", mappings::text(process, counts));
         }
     }
-    counts
+    Ok(())
 }
 
 /// How many ancestors a process has in the tree.
@@ -128,17 +122,18 @@ fn depth(manifest: &Manifest, index: usize) -> usize {
     std::iter::successors(parent(&index), parent).count()
 }
 
-fn processes(manifest: &Manifest, counts: &[BTreeMap<Kind, Count>]) -> Vec<Value> {
+fn processes(manifest: &Manifest, counts: &[Vec<Count>]) -> Vec<Value> {
     let all = manifest.processes.iter().zip(counts);
     all.map(|(process, counts)| {
-        let kinds: BTreeMap<&str, Value> = counts
-            .iter()
+        let kinds: BTreeMap<&str, Value> = mappings::by_kind(process, counts)
+            .into_iter()
             .map(|(kind, count)| {
                 let value = json!({
                     "mappings": count.mappings,
                     "mappedBytes": count.mapped,
-                    "pages": count.stored,
+                    "pages": count.pages,
                     "zeroPages": count.zero,
+                    "sharedPages": count.shared,
                 });
                 (kind.name(), value)
             })
@@ -152,6 +147,7 @@ fn processes(manifest: &Manifest, counts: &[BTreeMap<Kind, Count>]) -> Vec<Value
             "threads": process.threads.iter().map(|t| json!({ "tid": t.tid, "comm": t.name })).collect::<Vec<_>>(),
             "descriptors": process.descriptors.len(),
             "kinds": kinds,
+            "mappings": mappings::json(process, counts),
         })
     })
     .collect()

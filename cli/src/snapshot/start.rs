@@ -10,6 +10,7 @@ use anyhow::Context;
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use trenv_config::Config;
+use trenv_snapshot::methods::Method;
 
 use super::saved::Saved;
 use super::spec;
@@ -36,12 +37,41 @@ pub struct StartOptions {
     /// Id of the new container; made up from the name when absent
     #[arg(long)]
     id: Option<String>,
-    /// How the memory comes back: template or copy
-    #[arg(long, default_value = "template")]
-    method: String,
+    #[arg(long, default_value_t, value_parser = method, help = method_help())]
+    method: Method,
     /// Leave it running in the background, and print the container's id
     #[arg(long, short)]
     detach: bool,
+}
+
+/// The start methods of snapshots that were taken by hand: CRIU has no image of these.
+fn methods() -> impl Iterator<Item = Method> {
+    let all = Method::names().into_iter().flat_map(Method::parse);
+    all.filter(|method| !matches!(method, Method::Criu | Method::CriuLazy))
+}
+
+fn method_names() -> String {
+    methods().map(Method::name).collect::<Vec<_>>().join(", ")
+}
+
+fn method_help() -> String {
+    format!(
+        "How the memory comes back (docs/start-methods.md): {}",
+        method_names()
+    )
+}
+
+fn method(name: &str) -> Result<Method, String> {
+    if let Some(method) = methods().find(|method| method.name() == name) {
+        return Ok(method);
+    }
+    let reason = match Method::parse(name) {
+        Ok(Method::Criu | Method::CriuLazy) => {
+            "CRIU dumps functions of the provider only, so it has no image of a snapshot taken by hand"
+        }
+        _ => "there is no such start method",
+    };
+    Err(format!("{reason}; use one of {}", method_names()))
 }
 
 pub async fn run(
@@ -63,7 +93,7 @@ pub async fn run(
     let streams = attached.as_ref().map_or(&nowhere, |one| &one.streams);
     // Before the program is there, so that none of them ends this command instead.
     let mut signals = Signals::new()?;
-    let started = start(config, &containerd, &saved, &id, streams, &options.method).await;
+    let started = start(config, &containerd, &saved, &id, streams, options.method).await;
     if let Err(err) = started {
         remove(&containerd, &id, true).await;
         return Err(err.context(format!("The snapshot {} could not be started", saved.name)));
@@ -95,7 +125,7 @@ async fn start(
     saved: &Saved,
     id: &str,
     streams: &Streams,
-    method: &str,
+    method: Method,
 ) -> anyhow::Result<()> {
     let program = saved.spec()?;
     // The record first: it keeps the layer from garbage collection.
@@ -109,7 +139,7 @@ async fn start(
     containerd.create_task(id, streams).await?;
     containerd.start_task(id).await?;
     let mut request = spec::request(&program, id);
-    request.method = method.to_owned();
+    request.method = method.name().to_owned();
     request.template_id.clone_from(&saved.template);
     request.generation = saved.generation;
     request.rootfs = wire(mounts);
@@ -165,5 +195,31 @@ impl Signals {
             Some(number) => number,
             None => std::future::pending().await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn methods_that_work_by_hand_are_taken_and_others_refused_with_the_list() {
+        for taken in Method::ALL {
+            assert_eq!(method(taken.name()), Ok(taken));
+            assert!(method_help().contains(taken.name()));
+        }
+        assert_eq!(method("attach"), Ok(Method::Attach));
+        for (name, reason) in [
+            ("", "no such start method"),
+            ("tempate", "no such start method"),
+            ("copy-base", "no such start method"),
+            ("criu", "no image"),
+            ("criu-lazy", "no image"),
+        ] {
+            let refused = method(name).unwrap_err();
+            assert!(refused.contains(reason), "{name}: {refused}");
+            assert!(refused.ends_with(&method_names()), "{name}: {refused}");
+        }
+        assert!(!method_names().contains("criu"));
     }
 }

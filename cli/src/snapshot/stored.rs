@@ -26,16 +26,19 @@ pub enum Kind {
     /// Private, with pages of its own where they were written.
     File,
     SharedFile,
+    /// Without a path, and shared by processes of the tree.
+    SharedMemory,
     Kernel,
 }
 
 impl Kind {
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Heap,
         Self::Stack,
         Self::Anonymous,
         Self::File,
         Self::SharedFile,
+        Self::SharedMemory,
         Self::Kernel,
     ];
 
@@ -46,6 +49,7 @@ impl Kind {
             Self::Anonymous => "anonymous",
             Self::File => "file",
             Self::SharedFile => "shared file",
+            Self::SharedMemory => "shared memory",
             Self::Kernel => "kernel",
         }
     }
@@ -55,8 +59,13 @@ impl Kind {
         let holds = |address: u64| mapping.start <= address && address < mapping.end;
         match &mapping.kind {
             MappingKind::Vdso | MappingKind::Vvar => Self::Kernel,
-            MappingKind::SharedReadOnly { .. } => Self::SharedFile,
-            MappingKind::File { .. } => Self::File,
+            MappingKind::SharedReadOnly { .. }
+            | MappingKind::Generation
+            | MappingKind::AtStart { shared: true, .. } => Self::SharedFile,
+            MappingKind::File { .. } | MappingKind::AtStart { shared: false, .. } => Self::File,
+            MappingKind::Object { shared: true, .. } | MappingKind::Segment { .. } => {
+                Self::SharedMemory
+            }
             _ if holds(layout.start_stack) => Self::Stack,
             _ if mapping.start < layout.brk && layout.start_brk < mapping.end => Self::Heap,
             _ => Self::Anonymous,
@@ -67,7 +76,10 @@ impl Kind {
 /// What people call a mapping.
 pub fn name_of(mapping: &Mapping, process: &Process) -> String {
     match &mapping.kind {
-        MappingKind::File { path, .. } | MappingKind::SharedReadOnly { path, .. } => path.clone(),
+        MappingKind::File { path, .. }
+        | MappingKind::SharedReadOnly { path, .. }
+        | MappingKind::AtStart { path, .. } => path.clone(),
+        MappingKind::Generation => "[generation]".to_owned(),
         MappingKind::Vdso => "[vdso]".to_owned(),
         MappingKind::Vvar => "[vvar]".to_owned(),
         _ => format!("[{}]", Kind::of(mapping, process).name()),

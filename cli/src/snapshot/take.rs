@@ -163,7 +163,10 @@ impl Take<'_> {
     async fn keep(&self, layer: &str, taken: &proto::SnapshotResponse) -> anyhow::Result<()> {
         let (record, files) = (record_id(self.name), new_layer(self.name));
         let kept = async {
-            self.containerd.commit_layer(&files, layer).await?;
+            let digest = proto::layer::labels(taken);
+            self.containerd
+                .commit_labelled(&files, layer, digest)
+                .await?;
             let labels = labels(self.name, &taken.template_id, taken.generation);
             let spec = self.program.to_string().into_bytes();
             self.containerd

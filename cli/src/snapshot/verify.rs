@@ -1,10 +1,11 @@
-//! `trenv snapshot verify`: every page and the description, against their checksums.
+//! `trenv snapshot verify`: every page, the description and the files, against their checksums.
 
 use serde_json::json;
 use trenv_config::Config;
-use trenv_pool::PoolError;
 
+use super::files::Files;
 use super::stored::{Stored, all, find};
+use crate::containerd::Containerd;
 
 /// Whether all are sound.
 pub async fn run(
@@ -14,6 +15,11 @@ pub async fn run(
     json: bool,
 ) -> anyhow::Result<bool> {
     let (pool, templates, saved) = all(config, namespace).await?;
+    // Without containerd, which is told already, memory alone.
+    let files = match Containerd::connect(config, namespace).await {
+        Ok(containerd) => Some(Files::all(containerd).await?),
+        Err(_) => None,
+    };
     let mut chosen = Vec::new();
     for name in names {
         chosen.push((name.clone(), find(&templates, &saved, name)?));
@@ -28,27 +34,38 @@ pub async fn run(
     let mut report = Vec::new();
     let mut sound = true;
     for (name, info) in chosen {
-        let checked = Stored::open(&pool, info).and_then(|one| Ok(one.reader.verify()?));
-        let removed = |err: &anyhow::Error| {
-            let cause = err.downcast_ref::<PoolError>();
-            cause.is_some_and(PoolError::is_removal)
+        let id = info.id.to_string();
+        let by_hand = saved.iter().find(|one| one.template == id);
+        let checked = async {
+            Stored::open(&pool, info)?.reader.verify()?;
+            match &files {
+                Some(files) => files.verify(info, by_hand).await,
+                None => Ok(None),
+            }
         };
-        if names.is_empty() && checked.as_ref().is_err_and(removed) {
+        let (digest, error) = match checked.await {
+            Ok(digest) => (digest, None),
+            Err(err) => (None, Some(format!("{err:#}"))),
+        };
+        let there = pool.template(&info.id, Some(info.generation));
+        if names.is_empty() && there.is_err_and(|err| err.is_removal()) {
             // Since it was listed; that is no fault.
             continue;
         }
-        let error = checked.err().map(|err| format!("{err:#}"));
         sound &= error.is_none();
         if !json {
-            match &error {
-                None => println!("{name}: sound, {} pages", info.pages),
-                Some(error) => println!("{name}: {error}"),
+            let pages = info.pages;
+            match (&error, &digest) {
+                (Some(error), _) => println!("{name}: {error}"),
+                (None, Some(_)) => println!("{name}: sound, {pages} pages and the files"),
+                (None, None) => println!("{name}: sound, {pages} pages"),
             }
         }
         report.push(json!({
             "name": name,
-            "template": info.id.to_string(),
+            "template": id,
             "pages": info.pages,
+            "files": digest,
             "error": error,
         }));
     }

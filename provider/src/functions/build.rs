@@ -238,11 +238,13 @@ impl Functions {
         let lease = &revision.record.lease;
         let layer = format!("{}-layer", cold.tenancy);
         let view = format!("{}-view", cold.tenancy);
+        let mut of_layer = owner_labels(revision);
+        of_layer.extend(proto::layer::labels(&dumped));
         let committed = async {
             let containerd = self.host.namespace(&revision.function().namespace)?;
             let labels = owner_labels(revision);
             containerd
-                .commit_snapshot(lease, &layer, &cold.tenancy, labels.clone())
+                .commit_snapshot(lease, &layer, &cold.tenancy, of_layer)
                 .await?;
             containerd
                 .view_snapshot(lease, &view, &layer, labels)

@@ -14,6 +14,7 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+pub mod layer;
 pub mod socket;
 
 pub use generated::trenv_sandbox_v1::*;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use trenv_sandbox::Rootfs;
-use trenv_sandbox::rootfs::{KeptRoot, Mount, sync_upper};
+use trenv_sandbox::rootfs::{KeptRoot, Mount, layer_digest, sync_upper};
 use trenv_sandbox_proto as proto;
 use trenv_snapshot::recording::Recorded;
 use trenv_snapshot::zygote::{Parked, StartRequest, Started, ZygoteError};
@@ -197,8 +197,9 @@ impl SandboxContainer {
         };
         steps.add("dump", begun.elapsed());
         steps.parts("dump", dumped.steps.iter().copied());
-        if copy.is_empty() {
-            let written = self.write_through(tenancy.mounts.clone(), &mut steps).await;
+        let files_digest = if copy.is_empty() {
+            let mounts = tenancy.mounts.clone();
+            let written = self.write_through(mounts.clone(), &mut steps).await;
             let ended = match written {
                 Ok(()) => {
                     let end = End::default();
@@ -211,11 +212,15 @@ impl SandboxContainer {
                     .await;
                 return Err(err);
             }
+            // Before another tenancy can come, and after everybody who could write has gone.
+            let digest = Self::files_digest(mounts, &mut steps).await;
             self.settle(proto::State::IDLE, "the function was snapshotted", |_| {})?;
+            digest
         } else {
             self.settle_tenancy(tenancy, None, "the function was snapshotted and goes on")?;
-            self.write_through(copy, &mut steps).await?;
-        }
+            self.write_through(copy.clone(), &mut steps).await?;
+            Self::files_digest(copy, &mut steps).await
+        };
         Ok(proto::SnapshotResponse {
             template_id: dumped.template.id.to_string(),
             generation: dumped.template.generation,
@@ -225,6 +230,7 @@ impl SandboxContainer {
             threads: u32::try_from(dumped.threads).unwrap_or(u32::MAX),
             steps: steps.into_proto(),
             notes: dumped.notes,
+            files_digest,
             ..proto::SnapshotResponse::default()
         })
     }
@@ -238,6 +244,20 @@ impl SandboxContainer {
         .await?;
         steps.add("sync", begun.elapsed());
         Ok(())
+    }
+
+    /// By which the upper layer is known again; empty where it cannot be read whole.
+    async fn files_digest(mounts: Vec<Mount>, steps: &mut Steps) -> String {
+        let begun = Instant::now();
+        let digest = blocking(move || {
+            layer_digest(&mounts).map_err(ShimError::engine("read the upper layer"))
+        });
+        let digest = digest.await.unwrap_or_else(|err| {
+            tracing::warn!("The files of a snapshot have no digest: {}", err.chain());
+            String::new()
+        });
+        steps.add("digest", begun.elapsed());
+        digest
     }
 
     /// Kills what is left of a tenancy and purges the sandbox.
