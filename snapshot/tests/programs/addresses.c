@@ -1,6 +1,7 @@
-// Sockets at the sandbox's own address, that of eth0. "open" makes them; "names" tells their addresses;
-// "serve" answers whoever has connected to the listeners; "answer" sends back what has come, "send" sends
-// by the sockets that are connected to 10.62.0.1:7000.
+// Sockets at the sandbox's own address, that of eth0, and at some that every sandbox can have. "open" makes
+// them; "names" tells their addresses; "serve" answers whoever has connected to the listeners; "answer" sends
+// back what has come, "send" sends by the sockets that are connected to 10.62.0.1:7000. The last is connected
+// to fd62::1.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <net/if.h>
@@ -10,7 +11,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { LISTENER, MAPPED_LISTENER, BOUND, CONNECTED, MAPPED_CONNECTED, ALL };
+enum { LISTENER, MAPPED_LISTENER, BOUND, FREE, MANY, CONNECTED, MAPPED_CONNECTED, SIX_CONNECTED, ALL };
 static int sockets[ALL];
 
 static struct sockaddr_in own(int port) {
@@ -33,17 +34,23 @@ static struct sockaddr_in6 mapped(struct sockaddr_in four) {
 static int opens(void) {
     struct sockaddr_in outside = {.sin_family = AF_INET, .sin_port = htons(7000)};
     inet_pton(AF_INET, "10.62.0.1", &outside.sin_addr);
-    struct sockaddr_in first = own(7001), third = own(7003);
+    struct sockaddr_in first = own(7001), third = own(7003), nobody = own(7004), many = own(7005);
+    inet_pton(AF_INET, "192.0.2.1", &nobody.sin_addr), inet_pton(AF_INET, "239.1.2.3", &many.sin_addr);
     struct sockaddr_in6 second = mapped(own(7002)), outside6 = mapped(outside);
+    struct sockaddr_in6 six = {.sin6_family = AF_INET6, .sin6_port = htons(7000)};
+    inet_pton(AF_INET6, "fd62::1", &six.sin6_addr);
     for (int i = 0; i < ALL; i++) {
-        int six = i == MAPPED_LISTENER || i == MAPPED_CONNECTED;
+        int six = i == MAPPED_LISTENER || i >= MAPPED_CONNECTED;
         sockets[i] = socket(six ? AF_INET6 : AF_INET, i < BOUND ? SOCK_STREAM : SOCK_DGRAM, 0);
     }
     return bind(sockets[LISTENER], (void *)&first, sizeof first) || listen(sockets[LISTENER], 5) ||
         bind(sockets[MAPPED_LISTENER], (void *)&second, sizeof second) || listen(sockets[MAPPED_LISTENER], 5) ||
         bind(sockets[BOUND], (void *)&third, sizeof third) ||
+        setsockopt(sockets[FREE], IPPROTO_IP, IP_FREEBIND, &(int){1}, sizeof(int)) ||
+        bind(sockets[FREE], (void *)&nobody, sizeof nobody) || bind(sockets[MANY], (void *)&many, sizeof many) ||
         connect(sockets[CONNECTED], (void *)&outside, sizeof outside) ||
-        connect(sockets[MAPPED_CONNECTED], (void *)&outside6, sizeof outside6);
+        connect(sockets[MAPPED_CONNECTED], (void *)&outside6, sizeof outside6) ||
+        connect(sockets[SIX_CONNECTED], (void *)&six, sizeof six);
 }
 
 static void names(void) {
