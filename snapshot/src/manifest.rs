@@ -14,8 +14,8 @@ mod socket_file;
 
 use serde::{Deserialize, Serialize};
 
-pub use file_lock::{FileLock, LockHolder};
 pub use crate::clock::Clocks;
+pub use file_lock::{FileLock, LockHolder};
 pub use file_owner::{FileOwner, SignalTarget};
 pub use memory_object::{MOST_MEMORY_OBJECTS, MemoryKind, MemoryObject, SemaphoreSet};
 pub use message_queue::{MessageQueue, QueueMessage};
@@ -238,6 +238,9 @@ pub struct MappingFlags {
     pub huge: bool,
     pub no_huge: bool,
     pub mergeable: bool,
+    /// Read in order (MADV_SEQUENTIAL), or in none (MADV_RANDOM).
+    pub sequential: bool,
+    pub random: bool,
     pub locked: bool,
     /// Pages are locked when they are there, not all at once.
     pub lock_on_fault: bool,

@@ -30,15 +30,28 @@ const ADJUSTED: &str = "00000007 100 5 00000021 300 3";
 
 #[test]
 fn processes_keep_what_they_set_through_proc() -> TestResult {
+    python_keeps("adjusted", ADJUSTED)
+}
+
+/// Whether it may be dumped, and whose its files in /proc are: of both.
+const DUMPABLE: &str = "1 65534 0 0";
+
+#[test]
+fn processes_are_dumpable_as_before_and_own_their_proc() -> TestResult {
+    python_keeps("dumpable", DUMPABLE)
+}
+
+/// Runs a script of `tests/programs`, which answers the same before its dump and after.
+fn python_keeps(name: &str, answer: &str) -> TestResult {
     let bed = Bed::new()?;
-    let program = format!("{}/tests/programs/adjusted.py", env!("CARGO_MANIFEST_DIR"));
+    let program = format!("{}/tests/programs/{name}.py", env!("CARGO_MANIFEST_DIR"));
     let mut first = bed.run(&["/usr/bin/python3", &program])?;
-    assert_eq!(first.ask("check"), ADJUSTED);
+    assert_eq!(first.ask("check"), answer);
     let zygote = bed.zygote(&bed.dump(first)?)?;
     let mut agent = zygote.agent()?;
     let mut instances = [bed.start(&mut agent)?, bed.start(&mut agent)?];
     for instance in &mut instances {
-        assert_eq!(instance.ask("check"), ADJUSTED);
+        assert_eq!(instance.ask("check"), answer);
     }
     Ok(())
 }

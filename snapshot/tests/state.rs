@@ -93,6 +93,16 @@ fn guard_pages_are_guarded_again() -> TestResult {
 }
 
 #[test]
+fn advice_about_memory_and_what_nobody_may_touch_are_kept() -> TestResult {
+    let bed = Bed::new()?;
+    let program = bed.compile("advice")?;
+    for larger in ["parent", "child"] {
+        comes_back(&bed, &[&program, larger], &harness::methods())?;
+    }
+    Ok(())
+}
+
+#[test]
 fn owners_of_open_files_are_told_by_signals() -> TestResult {
     let bed = Bed::new()?;
     let program = bed.compile("owners")?;

@@ -5,7 +5,8 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::sys::{self, CLONE_VM, CloneArgs, SIGCHLD, nr, syscall};
 use crate::wire::{
-    Header, IMMEDIATE, MOST_RANGES, NO_CLOCKS, Op, READ_AHEAD, Report, Request, SLOTS, check, fd, report, verb,
+    Header, IMMEDIATE, MOST_RANGES, NO_CLOCKS, Op, READ_AHEAD, Report, Request, SLOTS, check, fd,
+    report, verb,
 };
 
 const CLONE_FS: u64 = 0x200;

@@ -172,6 +172,8 @@ impl Line {
                 "hg" => properties.huge = true,
                 "nh" => properties.no_huge = true,
                 "mg" => properties.mergeable = true,
+                "sr" => properties.sequential = true,
+                "rr" => properties.random = true,
                 "lo" => properties.locked = true,
                 "ss" => return refuse("is a shadow stack"),
                 "um" | "uw" | "ui" => return refuse("is watched by a userfaultfd"),

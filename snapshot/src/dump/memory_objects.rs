@@ -68,6 +68,16 @@ pub fn mapped_file(host: i32, start: u64, end: u64) -> std::io::Result<File> {
     File::open(format!("/proc/{host}/map_files/{start:x}-{end:x}"))
 }
 
+/// Nobody but those who have it mapped reads what is of memfd_secret(2), which cannot even be opened again.
+fn check_readable(link: &str, what: &str) -> Result<(), DumpError> {
+    match link.starts_with("/secretmem") {
+        true => Err(DumpError::Refused(format!(
+            "{what} is secret memory ({link})"
+        ))),
+        false => Ok(()),
+    }
+}
+
 impl MemoryObjects {
     /// The object behind a mapping.
     pub fn of_mapping(
@@ -80,6 +90,7 @@ impl MemoryObjects {
         let MappingKind::Object { shared, .. } = mapping.kind else {
             return Err(DumpError::Refused(format!("{what} is of an unknown kind")));
         };
+        check_readable(link, what)?;
         let file = mapped_file(host, mapping.start, mapping.end).map_err(|_| {
             DumpError::Refused(format!("{what} maps a file that can no longer be read"))
         })?;
@@ -99,6 +110,7 @@ impl MemoryObjects {
         host: i32,
         what: &str,
     ) -> Result<usize, DumpError> {
+        check_readable(link, what)?;
         // It may have been opened to be written only.
         let path = format!("/proc/self/fd/{}", copy.as_raw_fd());
         let file = File::open(&path).map_err(DumpError::io(format!("opening {what}")))?;
@@ -242,9 +254,6 @@ impl Found {
                 },
                 pages: Vec::new(),
             });
-        }
-        if self.link.starts_with("/secretmem") {
-            return refuse("is secret memory");
         }
         let named = meta.nlink() > 0 && self.tmpfs.is_none();
         if named && !self.private && !self.link.starts_with("/memfd:") {

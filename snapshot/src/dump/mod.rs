@@ -44,10 +44,10 @@ use nix::unistd::Pid;
 use trenv_pool::{TemplateInfo, TemplateWriter};
 
 use crate::TaskGroup;
+use crate::clock::Clocks;
 use crate::fingerprint::{Fingerprint, FingerprintError};
 use crate::lineage::Lineage;
 use crate::manifest::{Manifest, ManifestError, VERSION};
-use crate::clock::Clocks;
 use memory_objects::MemoryObjects;
 use renewed::Renewed;
 use tracee::Tracee;

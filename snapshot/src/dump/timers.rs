@@ -21,19 +21,24 @@ pub fn read(caller: &mut Caller<'_>, host: i32, pid: i32) -> Result<Vec<PosixTim
         } else {
             timer.target = 0;
         }
-        if timer.id > CREATED_ONE_BY_ONE && !ids_can_be_chosen() {
-            return Err(DumpError::Refused(format!(
-                "process {pid} has POSIX timer {}, a number that this kernel gives only after as \
-                 many others",
-                timer.id
-            )));
-        }
+        check_number(timer, ids_can_be_chosen(), pid)?;
         let args = [timer.id as u64, caller.scratch, 0, 0, 0, 0];
         caller.call(libc::SYS_timer_gettime, args)?;
         timer.times = caller.read()?;
     }
     timers.sort_unstable_by_key(|timer| timer.id);
     Ok(timers)
+}
+
+/// Where numbers cannot be chosen, a timer is made by making and deleting those before it.
+fn check_number(timer: &PosixTimer, can_be_chosen: bool, pid: i32) -> Result<(), DumpError> {
+    if timer.id <= CREATED_ONE_BY_ONE || can_be_chosen {
+        return Ok(());
+    }
+    Err(DumpError::Refused(format!(
+        "process {pid} has POSIX timer {}, a number that this kernel gives only after as many others",
+        timer.id
+    )))
 }
 
 /// Whether timer_create(2) can be told the number of a timer: from kernel 6.15 on.
@@ -120,5 +125,41 @@ mod tests {
         assert_eq!(timers[0].notify, libc::SIGEV_THREAD_ID);
         assert_eq!((timers[1].notify, timers[1].clock), (libc::SIGEV_NONE, -6));
         assert!(parse("ID: 3\nsignal").is_none());
+    }
+
+    #[test]
+    fn a_high_number_is_refused_where_numbers_cannot_be_chosen() {
+        let text = "ID: 10000\nsignal: 0/0\nnotify: none/pid.7\nClockID: 1\n\
+                    ID: 10001\nsignal: 0/0\nnotify: none/pid.7\nClockID: 1\n";
+        let timers = parse(text).unwrap();
+        assert!(check_number(&timers[0], false, 7).is_ok());
+        assert!(check_number(&timers[1], true, 7).is_ok());
+        let err = check_number(&timers[1], false, 7).unwrap_err().to_string();
+        assert!(err.contains("process 7 has POSIX timer 10001"), "{err}");
+    }
+
+    #[test]
+    fn clocks_that_nobody_else_can_ask_are_refused_by_name() {
+        let on = |clock| PosixTimer {
+            id: 3,
+            clock,
+            signal: 0,
+            value: 0,
+            notify: libc::SIGEV_NONE,
+            target: 0,
+            times: [0; 4],
+        };
+        let own = std::process::id() as i32;
+        assert!(check_clock(&on(libc::CLOCK_BOOTTIME), own, 7).is_ok());
+        for (clock, name) in [
+            (libc::CLOCK_BOOTTIME_ALARM, "an alarm clock"),
+            (libc::CLOCK_REALTIME_ALARM, "an alarm clock"),
+            (-1000, "the CPU time of a process or thread of its choice"),
+            (77, "clock 77"),
+        ] {
+            let err = check_clock(&on(clock), own, 7).unwrap_err().to_string();
+            let wanted = format!("process 7 has POSIX timer 3, which goes by {name}");
+            assert!(err.contains(&wanted), "{err}");
+        }
     }
 }

@@ -23,7 +23,7 @@ use super::work::Work;
 use super::working_set_file::WorkingSetFile;
 use super::{Base, Method, StartMethod};
 use crate::manifest::PAGE;
-use crate::plan::skeleton::{Area, MOST_MAPS, Map};
+use crate::plan::skeleton::{Area, Map, fitting};
 use crate::recording::{Inputs, Recorded};
 use crate::zygote::{PreparedClone, StartRequest, Started, ZygoteError, ZygoteRequest};
 use recorder::{Files, Recorder};
@@ -77,6 +77,20 @@ struct Region<'a> {
     end: u64,
 }
 
+impl Region<'_> {
+    fn part(&self, offset: u64) -> Part {
+        Part {
+            at: self.at,
+            length: self.end - self.at,
+            offset,
+        }
+    }
+
+    fn map(&self, offset: u64) -> Map {
+        map(self.area, self.part(offset), 0)
+    }
+}
+
 impl FaaSnap {
     pub fn prepare(request: ZygoteRequest<'_>, directory: &Path) -> Result<Self, ZygoteError> {
         let skeleton = Skeleton::build(request, Store::Directory(directory), false)?;
@@ -89,7 +103,7 @@ impl FaaSnap {
             })
             .collect();
         // What does not fit a program is copied.
-        let mapped = &maps[..maps.len().min(MOST_MAPS)];
+        let mapped = fitting(&maps);
         skeleton.zygote.rework(mapped, &[image.fd()])?;
         let copied = image
             .parts
@@ -115,7 +129,8 @@ impl FaaSnap {
     fn load(&self, sets: &mut Sets) -> Result<(), ZygoteError> {
         let image = &self.skeleton.image;
         let mut regions = self.regions(sets.inputs.values());
-        regions.truncate(MOST_MAPS);
+        let maps: Vec<Map> = regions.iter().map(|region| region.map(0)).collect();
+        regions.truncate(fitting(&maps).len());
         let pages: Vec<u64> = regions
             .iter()
             .flat_map(|region| (region.at..region.end).step_by(PAGE as usize))
@@ -127,14 +142,9 @@ impl FaaSnap {
         let mut parts = Vec::new();
         let mut maps = Vec::new();
         for region in regions {
-            let part = Part {
-                at: region.at,
-                length: region.end - region.at,
-                offset,
-            };
-            maps.push(map(region.area, part, 0));
-            parts.push(part);
-            offset += part.length;
+            maps.push(region.map(offset));
+            parts.push(region.part(offset));
+            offset += region.end - region.at;
         }
         self.skeleton.zygote.rework(&maps, &[file.file.as_fd()])?;
         parts.sort_unstable_by_key(|part| part.at);
@@ -249,6 +259,7 @@ fn map(area: &Area, part: Part, file: u64) -> Map {
         at: part.at,
         length: part.length,
         protection: area.protection,
+        flags: area.flags,
         file,
         offset: part.offset,
     }

@@ -12,7 +12,7 @@ use super::region::{Program, Region};
 use super::shared::When;
 use super::skeleton::{Fill, is_attachable};
 use super::{PlanError, build_fd, sysv};
-use crate::manifest::{Manifest, Mapping, MappingKind, PAGE, PageRun, Process};
+use crate::manifest::{Manifest, Mapping, MappingFlags, MappingKind, PAGE, PageRun, Process};
 
 const HUGE: u64 = 2 << 20;
 /// Pages of a huge page that must be stored for it to be worth one.
@@ -336,7 +336,7 @@ fn attach(
         ],
     );
     program.exactly(place.at);
-    advise(place, mapping, program);
+    advise(place.at, place.length, mapping.flags, program);
 }
 
 pub fn map(
@@ -443,26 +443,33 @@ pub fn map(
         }
         MappingKind::Vdso | MappingKind::Vvar => return,
     }
-    advise(place, mapping, program);
+    advise(place.at, place.length, mapping.flags, program);
     for piece in pieces {
         write(piece, place.at + (piece.address - mapping.start), program);
     }
 }
 
-pub fn advise(place: &Placed, mapping: &Mapping, program: &mut Program) {
-    for (wanted, advice) in [
-        (mapping.flags.dont_dump, libc::MADV_DONTDUMP),
-        (mapping.flags.huge, libc::MADV_HUGEPAGE),
-        (mapping.flags.no_huge, libc::MADV_NOHUGEPAGE),
-        (mapping.flags.mergeable, libc::MADV_MERGEABLE),
-    ] {
-        if wanted {
-            // Advice may be unknown to this kernel's configuration; it changes no meaning.
-            program
-                .call(libc::SYS_madvise, [place.at, place.length, advice as u64])
-                .or_not();
-        }
+pub fn advise(at: u64, length: u64, flags: MappingFlags, program: &mut Program) {
+    for advice in advice(flags) {
+        // It may be unknown to this kernel's configuration; it changes no meaning.
+        program
+            .call(libc::SYS_madvise, [at, length, advice as u64])
+            .or_not();
     }
+}
+
+/// What madvise(2) is told about a mapping once it is made, and a clone inherits.
+pub fn advice(flags: MappingFlags) -> impl Iterator<Item = i32> {
+    let advice = [
+        (flags.dont_dump, libc::MADV_DONTDUMP),
+        (flags.huge, libc::MADV_HUGEPAGE),
+        (flags.no_huge, libc::MADV_NOHUGEPAGE),
+        (flags.mergeable, libc::MADV_MERGEABLE),
+        (flags.sequential, libc::MADV_SEQUENTIAL),
+        (flags.random, libc::MADV_RANDOM),
+    ];
+    let wanted = advice.into_iter().filter(|(wanted, _)| *wanted);
+    wanted.map(|(_, advice)| advice)
 }
 
 /// Reads a piece to its place.

@@ -217,7 +217,7 @@ fn attach(tree: Tree<'_>, table: Option<u64>, region: &mut Region) -> Program {
     for place in &tree.placement.placed {
         let mapping = &tree.process(place.process).mappings[place.mapping];
         if skeleton::is_attachable(mapping) {
-            memory::advise(place, mapping, &mut program);
+            memory::advise(place.at, place.length, mapping.flags, &mut program);
         }
     }
     if tree.way_exists(Way::Forked) {

@@ -5,15 +5,15 @@ use nix::libc;
 use trenv_restorer::wire::fd;
 
 use super::layout::{Placement, kernel_owned};
-use super::memory::{Piece, inside};
+use super::memory::{Piece, advice, advise, inside};
 use super::region::{Program, Region};
 use super::shared::When;
-use crate::manifest::{Manifest, Mapping, MappingKind};
+use crate::manifest::{Manifest, Mapping, MappingFlags, MappingKind};
 
 /// Bytes in the region for the program of a rework.
 pub const REWORK: u64 = 1 << 20;
-/// Mappings that one rework can make, with room for its end.
-pub const MOST_MAPS: usize = (REWORK as usize / size_of::<trenv_restorer::wire::Op>()) - 2;
+/// Steps that one rework can take, with room for its end: no more than so many mappings.
+const MOST_MAPS: usize = (REWORK as usize / size_of::<trenv_restorer::wire::Op>()) - 2;
 
 /// What a zygote's address space holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,8 +51,7 @@ pub struct Area {
     pub mappable: bool,
     /// Its pages may be those of a device, mapped copy-on-write.
     pub attachable: bool,
-    /// It counts for no limit of memory that is promised (MAP_NORESERVE).
-    pub no_reserve: bool,
+    pub flags: MappingFlags,
     /// By address.
     pub runs: Vec<Run>,
     /// Start and end of what is guarded, by address.
@@ -90,6 +89,7 @@ pub struct Map {
     pub at: u64,
     pub length: u64,
     pub protection: u32,
+    pub flags: MappingFlags,
     /// Which of the files that come with the request, and the offset in it.
     pub file: u64,
     pub offset: u64,
@@ -125,7 +125,7 @@ pub fn areas(manifest: &Manifest, placement: &Placement, pieces: &[Vec<Piece>]) 
             protection: mapping.protection,
             anonymous,
             attachable: is_attachable(mapping),
-            no_reserve: mapping.flags.no_reserve,
+            flags: mapping.flags,
             // A mapping of a file cannot grow downwards, and one that is moved must stay in one piece.
             mappable: anonymous && !mapping.flags.grows_down && place.at == mapping.start,
             runs,
@@ -148,12 +148,26 @@ pub fn watch(control: u64, region: &mut Region, program: &mut Program) {
     program.call(libc::SYS_close, [0]).from(0, 0);
 }
 
+/// As many of them as fit a rework.
+pub fn fitting(maps: &[Map]) -> &[Map] {
+    let mut steps = 0;
+    let mut fits = |map: &&Map| {
+        steps += 1 + advice(map.flags).count();
+        steps <= MOST_MAPS
+    };
+    let fitting = maps.iter().take_while(|map| fits(map)).count();
+    &maps[..fitting]
+}
+
 /// The program of a rework.
 pub fn rework(maps: &[Map], control: u64) -> Vec<u8> {
     let mut program = Program::default();
     program.about(10);
     for map in maps {
-        let how = (libc::MAP_PRIVATE | libc::MAP_FIXED) as u64;
+        let mut how = (libc::MAP_PRIVATE | libc::MAP_FIXED) as u64;
+        if map.flags.no_reserve {
+            how |= libc::MAP_NORESERVE as u64;
+        }
         let file = control + fd::FILES + map.file;
         let protection = u64::from(map.protection);
         program.call(
@@ -161,6 +175,7 @@ pub fn rework(maps: &[Map], control: u64) -> Vec<u8> {
             [map.at, map.length, protection, how, file, map.offset],
         );
         program.exactly(map.at);
+        advise(map.at, map.length, map.flags, &mut program);
     }
     program.bytes()
 }

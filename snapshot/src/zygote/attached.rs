@@ -118,7 +118,7 @@ fn template(device: &Device, areas: &[Area]) -> io::Result<Template> {
     for area in areas {
         let protection = area.protection.cast_signed();
         let mut map = Map::private_anonymous(area.at, area.length, protection);
-        if area.no_reserve {
+        if area.flags.no_reserve {
             map.flags |= libc::MAP_NORESERVE.cast_unsigned();
         }
         maps.push(map);

@@ -8,13 +8,13 @@ use trenv_restorer::wire::{self, MOST_RANGES, READ_AHEAD, fd};
 
 use super::channel::send;
 use super::{PreparedClone, Zygote, ZygoteError, io_error, lock, receive_soon, zygote_error};
-use crate::plan::skeleton::{self, MOST_MAPS, Map};
+use crate::plan::skeleton::{self, Map};
 use crate::working_set::table_of;
 
 impl Zygote {
     /// Puts parts of files into the address space that clones copy from now on.
     pub(crate) fn rework(&self, maps: &[Map], files: &[BorrowedFd<'_>]) -> Result<(), ZygoteError> {
-        let program = skeleton::rework(maps.get(..MOST_MAPS).unwrap_or(maps), self.tree.control);
+        let program = skeleton::rework(skeleton::fitting(maps), self.tree.control);
         let control = lock(&self.control);
         File::options()
             .write(true)

@@ -216,6 +216,12 @@ impl Bed {
         Self::dump_to(&self.pool, instance)
     }
 
+    /// Dumps an instance as far as its cgroup goes; where it is refused, the instance goes on.
+    pub fn try_dump_of_group(&self, instance: &Instance) -> Made<Dumped> {
+        let writer = self.pool.begin(&format!("test {}", instance.root))?;
+        Ok(dump(&Self::request_of_group(instance), writer)?)
+    }
+
     /// Dumps an instance, which goes on.
     pub fn dump_and_go_on(&self, instance: &Instance) -> Made<Dumped> {
         let writer = self.pool.begin(&format!("test {}", instance.root))?;
@@ -255,6 +261,10 @@ impl Bed {
             let _ = instance.group.add(pid);
             tree.extend(children(pid));
         }
+        Self::request_of_group(instance)
+    }
+
+    fn request_of_group(instance: &Instance) -> DumpRequest<'_> {
         DumpRequest {
             group: &instance.group,
             init_pid: instance.init,
@@ -724,6 +734,11 @@ impl Freezer {
 
     fn add(&self, pid: i32) -> std::io::Result<()> {
         std::fs::write(self.path.join("cgroup.procs"), pid.to_string())
+    }
+
+    /// Moves a process to the cgroup above.
+    pub fn leave(&self, pid: i32) -> std::io::Result<()> {
+        std::fs::write(self.path.join("../cgroup.procs"), pid.to_string())
     }
 }
 

@@ -11,9 +11,13 @@
 #include <sys/eventfd.h>
 #include <sys/inotify.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/shm.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -46,6 +50,54 @@ int main(int count, char **arguments) {
         int fd = open(here, O_RDWR | O_CREAT, 0600);
         failed = fd < 0 || ftruncate(fd, 65 << 20) || unlink(here);
     }
+    if (!strcmp(state, "small-files")) {
+        // 32 files of 255 KiB.
+        for (int number = 0; number < 32 && !failed; number++) {
+            snprintf(here, sizeof here, "/dev/shm/small-%d", number);
+            failed = ftruncate(open(here, O_RDWR | O_CREAT, 0600), 255 << 10);
+        }
+    }
+    if (!strcmp(state, "large-files"))
+        failed = posix_fallocate(open("/dev/shm/first", O_RDWR | O_CREAT, 0600), 0, 65 << 20) ||
+            posix_fallocate(open("/dev/shm/second", O_RDWR | O_CREAT, 0600), 0, 65 << 20);
+    if (!strcmp(state, "node")) failed = mknod("/dev/shm/node", S_IFCHR | 0600, makedev(1, 3));
+    if (!strcmp(state, "device"))
+        missing = open("/dev/net/tun", O_RDWR) < 0 && open("/dev/fuse", O_RDWR) < 0 && open("/dev/loop-control", O_RDWR) < 0;
+    if (!strcmp(state, "netlink")) failed = socket(AF_NETLINK, SOCK_RAW, 0) < 0;
+    if (!strcmp(state, "packet")) failed = socket(AF_PACKET, SOCK_RAW, 0) < 0;
+    if (!strcmp(state, "secret") || !strcmp(state, "secret-file")) {
+        // A kernel may not have it, or not allow it (secretmem.enable).
+        int fd = syscall(447, 0);
+        missing = fd < 0;
+        failed = !missing && ftruncate(fd, 4096);
+        if (!strcmp(state, "secret")) {
+            failed = failed || mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) == MAP_FAILED;
+            close(fd);
+        }
+    }
+    if (!strcmp(state, "write-sealed")) {
+        int fd = memfd_create("written", MFD_ALLOW_SEALING);
+        failed = ftruncate(fd, 4096) || mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) == MAP_FAILED;
+        // F_SEAL_FUTURE_WRITE.
+        failed = failed || fcntl(fd, F_ADD_SEALS, 0x10);
+    }
+    if (!strcmp(state, "core")) {
+        pid_t child = fork();
+        if (!child) {
+            setrlimit(RLIMIT_CORE, &(struct rlimit){64 << 20, 64 << 20});
+            if (!chdir("/dev/shm")) abort();
+        }
+        siginfo_t end = {0};
+        failed = waitid(P_PID, child, &end, WEXITED | WNOWAIT);
+        // Where cores go is the machine's to say (core(5)).
+        missing = end.si_code != CLD_DUMPED;
+    }
+    if (!strcmp(state, "end-signal")) {
+        pid_t child = syscall(SYS_clone, SIGURG, 0, 0, 0, 0);
+        if (!child) _exit(0);
+        failed = waitid(P_PID, child, &(siginfo_t){0}, WEXITED | WNOWAIT | __WALL);
+    }
+    if (!strcmp(state, "child") && !fork()) return pause();
     if (!strcmp(state, "removed")) {
         int id = shmget(IPC_PRIVATE, 4096, 0600);
         failed = shmat(id, 0, 0) == (void *)-1 || shmctl(id, IPC_RMID, 0);

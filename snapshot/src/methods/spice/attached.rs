@@ -364,6 +364,7 @@ impl StartMethod for Attached {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::manifest::MappingFlags;
     use crate::plan::skeleton::Run;
 
     fn area(at: u64, pages: u64, runs: &[(u64, u64)]) -> Area {
@@ -381,7 +382,7 @@ mod tests {
             anonymous: true,
             mappable: true,
             attachable: true,
-            no_reserve: false,
+            flags: MappingFlags::default(),
             runs: runs.iter().map(run).collect(),
             guards: Vec::new(),
         }
