@@ -164,7 +164,7 @@ static void pmm_wait_for_io(const struct pmm_device *device)
 						dev_name(device->dev), pmm_pages_in_use(device));
 					warn = jiffies + PMM_IO_WARN;
 				}
-				msleep(10);
+				msleep(20);
 			}
 			if (!(i % 1024))
 				cond_resched();

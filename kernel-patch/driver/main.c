@@ -38,20 +38,6 @@ struct pmm_session {
 	struct pmm_remote *remote;
 };
 
-/* A structure that starts with its size; the size itself is at the same place in all. */
-int pmm_copy_in(void *to, size_t known, size_t first_version, const void __user *from)
-{
-	u32 size;
-
-	if (get_user(size, (const u32 __user *)from))
-		return -EFAULT;
-	if (size < first_version)
-		return -EINVAL;
-	if (size > PAGE_SIZE)
-		return -E2BIG;
-	return copy_struct_from_user(to, known, from, size);
-}
-
 /* As much of the answer as the caller has room for. */
 int pmm_copy_out(void __user *to, u32 room, void *from, size_t known)
 {

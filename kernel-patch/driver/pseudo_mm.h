@@ -7,7 +7,8 @@
  * module.c in a module and builtin.c, lazy.c in a kernel that has it built in.
  * local.c: pages of a template in this machine's memory, from a device or from
  * remote.c, with replace.c in processes that are running. main.c and commands.c,
- * published.c: the two command sets. rdma.c is a driver of its own.
+ * published.c: the two command sets. rdma.c is a driver of its own, with rdma_link.c
+ * and rdma.h.
  *
  * Locks, outer first: pmm_lock; a process's mmap_lock; the i_mmap lock of a
  * template's inode. A template's own lock is a leaf, and is not needed once
@@ -25,6 +26,7 @@
 #include <linux/mutex.h>
 #include <linux/notifier.h>
 #include <linux/srcu.h>
+#include <linux/uaccess.h>
 #include <linux/version.h>
 #include <linux/workqueue.h>
 #include <linux/xarray.h>
@@ -168,6 +170,21 @@ struct pmm_template {
 	atomic64_t local_pages;
 };
 
+/* A structure that starts with its size; the size itself is at the same place in all. */
+static inline int pmm_copy_in(void *to, size_t known, size_t first_version,
+			      const void __user *from)
+{
+	u32 size;
+
+	if (get_user(size, (const u32 __user *)from))
+		return -EFAULT;
+	if (size < first_version)
+		return -EINVAL;
+	if (size > PAGE_SIZE)
+		return -E2BIG;
+	return copy_struct_from_user(to, known, from, size);
+}
+
 extern struct mutex pmm_lock;
 extern struct srcu_struct pmm_fill;
 extern struct list_head pmm_templates;
@@ -255,7 +272,6 @@ void pmm_area_disable(void);
 int pmm_faults(struct pid *process, struct pseudo_mm_v0_pf_stat *stat);
 
 /* main.c */
-int pmm_copy_in(void *to, size_t known, size_t first_version, const void __user *from);
 int pmm_copy_out(void __user *to, u32 room, void *from, size_t known);
 
 /* commands.c */
