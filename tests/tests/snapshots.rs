@@ -1,6 +1,8 @@
 //! Snapshots by hand: a program that is no server, taken and started again as its user would.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
 use anyhow::Context;
@@ -13,6 +15,9 @@ const IMAGE: &str = "docker.io/trenv/hello-python:latest";
 const RUNTIME: &str = "io.containerd.trenv.v2";
 const ANNOTATION: &str = "dev.trenv.sandbox=function";
 const NAMESPACE: &str = "openfaas-fn";
+
+/// What `trenv snapshot start --method` takes on a machine without a memory device.
+const METHODS: [&str; 6] = ["template", "copy", "lazy", "reap", "faasnap", "spice"];
 
 /// Counts, says what it found in its file, and ends with status 7 when it is told to.
 const COUNTER: &str = "echo kept >/var/mark; trap 'cat /var/mark; exit 7' TERM; i=0; \
@@ -88,7 +93,7 @@ fn a_program_goes_on_as_often_as_it_is_started() -> anyhow::Result<()> {
     assert!(taken["processes"].as_u64() >= Some(1), "{taken:#}");
 
     let mut programs = Vec::new();
-    for method in ["template", "copy"] {
+    for method in METHODS {
         let mut program = start(&machine, &["counter", "--method", method])?;
         let first: u64 = program.line()?.parse()?;
         assert!(first > 3, "{method}: it counts from {first}");
@@ -97,10 +102,26 @@ fn a_program_goes_on_as_often_as_it_is_started() -> anyhow::Result<()> {
         }
         programs.push(program);
     }
-    // Both have gone on from one place, and what it wrote before is there.
+    // All have gone on from one place, and what it wrote before is there.
     for program in programs {
         let (last, status) = program.end(Signal::SIGTERM)?;
         assert_eq!((last.as_str(), status), ("kept", 7));
+    }
+
+    // Nothing was learnt of them, and the next start by each method is as good.
+    for method in METHODS {
+        let mut program = start(&machine, &["counter", "--method", method])?;
+        assert!(program.line()?.parse::<u64>()? > 3, "{method}");
+        let (last, status) = program.end(Signal::SIGTERM)?;
+        assert_eq!((last.as_str(), status), ("kept", 7), "{method}");
+    }
+    let sets = json(&machine, &["show", "counter"])?["workingSets"].clone();
+    assert_eq!(sets, Value::Array(Vec::new()), "{sets:#}");
+    for (method, reason) in [("criu", "no image"), ("none", "no such start method")] {
+        let refused = snapshot(&machine, &["start", "counter", "--method", method]);
+        let refused = refused.expect_err(method).to_string();
+        assert!(refused.contains(reason), "{refused}");
+        assert!(refused.contains(&METHODS[1..].join(", ")), "{refused}");
     }
 
     // One that is in the background can be taken again.
@@ -121,6 +142,10 @@ fn a_program_goes_on_as_often_as_it_is_started() -> anyhow::Result<()> {
         root["kinds"]["stack"]["pages"].as_u64() > Some(0),
         "{root:#}"
     );
+    check_mappings(root)?;
+    let text = snapshot(&machine, &["show", "counter", "--mappings"])?;
+    let stack = text.lines().find(|line| line.contains("[stack]"));
+    assert!(stack.is_some_and(|line| line.contains(" rw-p ")), "{text}");
     let own = shown["uniqueBytes"].as_u64().context("no unique bytes")?;
     let shared = shown["sharedBytes"].as_u64().context("no shared bytes")?;
     assert!(own > 0, "{shown:#}");
@@ -145,6 +170,43 @@ fn a_program_goes_on_as_often_as_it_is_started() -> anyhow::Result<()> {
     snapshot(&machine, &["rm", "later", "counter"])?;
     assert!(snapshot(&machine, &["list"])?.contains("No snapshots"));
     machine.stop()
+}
+
+/// A process's mappings: in order, each with its pages, which are those that the kinds have together.
+fn check_mappings(process: &Value) -> anyhow::Result<()> {
+    let mappings = process["mappings"].as_array().context("no mappings")?;
+    let number = |value: &Value| value.as_u64().unwrap_or_default();
+    for two in mappings.windows(2) {
+        assert!(
+            number(&two[0]["start"]) < number(&two[0]["end"]),
+            "{two:#?}"
+        );
+        assert!(
+            number(&two[0]["end"]) <= number(&two[1]["start"]),
+            "{two:#?}"
+        );
+    }
+    let exe = process["exe"].as_str().context("no executable")?;
+    let code = mappings
+        .iter()
+        .find(|one| one["file"] == exe && one["protection"] == "r-xp");
+    let code = code.with_context(|| format!("no code of {exe}: {process:#}"))?;
+    assert_eq!(code["kind"], "file");
+    assert!(number(&code["offset"]) > 0, "{code:#}");
+    let stack = mappings.iter().find(|one| one["kind"] == "stack");
+    let stack = stack.context("no stack")?;
+    assert_eq!(
+        stack["flags"],
+        serde_json::json!(["grows-down"]),
+        "{stack:#}"
+    );
+    for figure in ["pages", "zeroPages", "sharedPages"] {
+        let kinds = process["kinds"].as_object().context("no kinds")?;
+        let by_kind: u64 = kinds.values().map(|kind| number(&kind[figure])).sum();
+        let by_mapping: u64 = mappings.iter().map(|one| number(&one[figure])).sum();
+        assert_eq!(by_kind, by_mapping, "{figure}");
+    }
+    Ok(())
 }
 
 #[test]
@@ -250,6 +312,93 @@ fn verify_names_a_snapshot_with_a_damaged_page_which_does_not_start() -> anyhow:
         machine.ctr(&["container", "rm", id])?;
     }
     snapshot(&machine, &["rm", "sound", "damaged"])?;
+    machine.stop()
+}
+
+/// Name of the layer with the files of a snapshot, and the directory that it is.
+fn layer_of(machine: &Machine, name: &str) -> anyhow::Result<(String, PathBuf)> {
+    let layers = machine.ctr(&["snapshots", "ls"])?;
+    let mut words = layers.split_whitespace();
+    let layer = words.find(|word| word.starts_with(&format!("snapshot-{name}-")));
+    let layer = layer.context("no layer")?;
+    let view = ["snapshots", "view", "--mounts", "looked-at", layer];
+    let mounts: Value = serde_json::from_str(&machine.ctr(&view)?)?;
+    // containerd may have collected it by itself.
+    let _ = machine.ctr(&["snapshots", "rm", "looked-at"]);
+    let options = mounts.to_string();
+    let top = options.split("lowerdir=").nth(1).context("no overlay")?;
+    let top = top.split([':', '"']).next().context("no directory")?;
+    Ok((layer.to_owned(), top.into()))
+}
+
+#[test]
+fn verify_names_a_snapshot_whose_files_are_not_as_they_were() -> anyhow::Result<()> {
+    let machine = Machine::start()?;
+    for id in ["sound", "changed", "gone"] {
+        run(&machine, id, &format!("echo text >/var/of-{id}; {COUNTER}"))?;
+    }
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    snapshot(&machine, &["take", "sound", "--leave-running"])?;
+    snapshot(&machine, &["take", "changed"])?;
+    snapshot(&machine, &["take", "gone"])?;
+    machine.deploy("hello-python")?;
+    // By name, the error of each; all have their files checked where there is none.
+    let verify = || -> anyhow::Result<(bool, BTreeMap<String, String>)> {
+        let mut command = machine.command("trenv");
+        let output = command
+            .args(["snapshot", "-n", NAMESPACE, "verify", "--json"])
+            .output()?;
+        let report: Value = serde_json::from_slice(&output.stdout)?;
+        let mut errors = BTreeMap::new();
+        for one in report.as_array().context("no list")? {
+            match one["error"].as_str() {
+                Some(error) => {
+                    let name = one["name"].as_str().context("no name")?;
+                    errors.insert(name.to_owned(), error.to_owned());
+                }
+                None => {
+                    let digest = one["files"].as_str().unwrap_or_default();
+                    assert!(digest.starts_with("blake3:"), "{one:#}");
+                }
+            }
+        }
+        Ok((output.status.success(), errors))
+    };
+    assert_eq!(verify()?, (true, BTreeMap::new()));
+
+    // As a disk would change it: nothing else tells of it.
+    let (_, directory) = layer_of(&machine, "changed")?;
+    let file = directory.join("var/of-changed");
+    let time = file.metadata()?.modified()?;
+    std::fs::write(&file, "texT\n")?;
+    std::fs::File::options()
+        .write(true)
+        .open(&file)?
+        .set_modified(time)?;
+    let (layer, _) = layer_of(&machine, "gone")?;
+    machine.ctr(&["snapshots", "rm", &layer])?;
+
+    let (sound, errors) = verify()?;
+    assert!(!sound, "a changed file is no success");
+    let named: Vec<&str> = errors.keys().map(String::as_str).collect();
+    assert_eq!(named, ["changed", "gone"], "{errors:#?}");
+    assert!(
+        errors["changed"].contains("not those that were taken"),
+        "{errors:#?}"
+    );
+    assert!(errors["gone"].contains(&layer), "{errors:#?}");
+    let text = snapshot(&machine, &["verify", "sound"])?;
+    assert!(text.contains("and the files"), "{text}");
+    // What looked at the layers has left none.
+    let layers = machine.ctr(&["snapshots", "ls"])?;
+    assert!(!layers.contains("-verify-"), "{layers}");
+
+    for id in ["sound", "changed", "gone"] {
+        let _ = machine.ctr(&["task", "rm", "-f", id]);
+        machine.ctr(&["container", "rm", id])?;
+        snapshot(&machine, &["rm", id])?;
+    }
+    machine.remove("hello-python")?;
     machine.stop()
 }
 
