@@ -635,3 +635,30 @@ fn dump_error(err: DumpError) -> ShimError {
         err => ShimError::engine("dump the function")(err),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use trenv_snapshot::clock::ClockError;
+
+    use super::*;
+
+    #[test]
+    fn a_template_whose_clocks_cannot_go_on_is_made_anew() {
+        let ahead = ClockError::Ahead {
+            clock: "CLOCK_MONOTONIC",
+            ahead: Duration::from_secs(3600),
+        };
+        let no_namespace = ClockError::NoNamespace {
+            source: std::io::Error::from_raw_os_error(28),
+        };
+        for err in [ahead, no_namespace] {
+            let ttrpc::Error::RpcStatus(status) = start_error(err.into()).into() else {
+                panic!("a status is expected");
+            };
+            // Of what is lost the provider makes another (`PrepareError::template_gone`).
+            assert_eq!(status.code(), ttrpc::Code::DATA_LOSS);
+            let message = status.message();
+            assert!(message.contains("snapshot the function anew"), "{message}");
+        }
+    }
+}

@@ -164,8 +164,7 @@ fn time_namespace() -> Check {
     if Path::new("/proc/self/ns/time").exists() {
         return Check::ok("time namespaces", "yes");
     }
-    let advice =
-        "a kernel with CONFIG_TIME_NS; a restored function's monotonic clock jumps without";
+    let advice = "a kernel with CONFIG_TIME_NS; without, a restored function's clocks jump, and after a reboot its template is made anew";
     Check::absent("time namespaces", "no", advice)
 }
 
