@@ -8,7 +8,8 @@
  * current address space only, a worker does that in the target's, with the
  * caller's credentials, under the target's limits and at the expense of the
  * target's memory cgroup. A worker cannot be killed: what waits for a pool or a
- * file is done before by the caller, who can.
+ * file is done before by the caller, who can, but for mappings of files in a
+ * process that locks all its memory.
  */
 #include <linux/completion.h>
 #include <linux/cred.h>
