@@ -12,8 +12,8 @@
  *
  * With scale, one or more processes attach and unmap all the time: all the
  * same template, each one of its own that has the same pages, or each one of
- * its own pages. The ways take turns, and of each the fastest of some rounds is
- * taken, since others use the machine too. Each process needs a processor.
+ * its own pages. The ways take turns, and the ratios are medians of those of
+ * each round, since others use the machine too. Each process needs a processor.
  */
 #define _GNU_SOURCE
 #include <signal.h>
@@ -33,10 +33,10 @@
 /* The size of an instance, if the pool has as much. */
 #define INSTANCE_MIB 40UL
 
-/* Processes that attach at once, at most; how often each does; and how often all of that is done. */
+/* Processes that attach at once, at most; for how long, in nanoseconds; and how often all of that is done. */
 #define ATTACHERS 2
-#define ATTACHES 300
-#define ROUNDS 9
+#define SLICE 100000000UL
+#define ROUNDS 101
 
 struct way {
 	const char *name;
@@ -266,32 +266,39 @@ static int in_turn(const struct pool *pool, unsigned long pages,
 	return 0;
 }
 
-/* Attaches and unmaps; the nanoseconds from when the parent says so come back by the pipe. */
+/* What a process tells of its slice of time. */
+struct slice {
+	uint64_t begin;
+	uint64_t end;
+	unsigned long attaches;
+};
+
+/* Attaches and unmaps from when the parent says so. */
 static void attach_often(int fd, unsigned long pages, int go, int done)
 {
-	uint64_t begin, took;
+	struct slice slice = { 0 };
 	char byte;
 
 	if (template_attach(fd, NULL) || munmap((void *)BASE, MAPPINGS * step(pages)) ||
 	    read(go, &byte, 1) != 1)
 		_exit(1);
-	begin = now();
-	for (int i = 0; i < ATTACHES; i++) {
+	slice.begin = now();
+	do {
 		if (template_attach(fd, NULL) || munmap((void *)BASE, MAPPINGS * step(pages)))
 			_exit(1);
-	}
-	took = now() - begin;
-	_exit(write(done, &took, sizeof(took)) != sizeof(took));
+		slice.attaches++;
+		slice.end = now();
+	} while (slice.end - slice.begin < SLICE);
+	_exit(write(done, &slice, sizeof(slice)) != sizeof(slice));
 }
 
 /* Attaches per second of @count processes together, each of which has a template; 0 on a failure. */
 static double attach_rate(const int *fds, int count, unsigned long pages)
 {
-	char bytes[ATTACHERS] = { 0 };
+	struct slice slice, all = { .begin = UINT64_MAX };
 	int go[2], done[2], failed = 0, status;
+	char bytes[ATTACHERS] = { 0 };
 	pid_t children[ATTACHERS];
-	double rate = 0;
-	uint64_t took;
 
 	if (pipe(go) || pipe(done))
 		return 0;
@@ -305,35 +312,49 @@ static double attach_rate(const int *fds, int count, unsigned long pages)
 	close(go[1]);
 	close(done[1]);
 	for (int i = 0; i < count && !failed; i++) {
-		failed = read(done[0], &took, sizeof(took)) != sizeof(took);
-		rate += ATTACHES * 1e9 / took;
+		failed = read(done[0], &slice, sizeof(slice)) != sizeof(slice);
+		all.begin = slice.begin < all.begin ? slice.begin : all.begin;
+		all.end = slice.end > all.end ? slice.end : all.end;
+		all.attaches += slice.attaches;
 	}
 	for (int i = 0; i < count; i++)
 		failed |= waitpid(children[i], &status, 0) != children[i] || status;
 	close(go[0]);
 	close(done[0]);
-	return failed ? 0 : rate;
+	return failed ? 0 : all.attaches * 1e9 / (all.end - all.begin);
 }
 
 enum sharing { ONE_TEMPLATE, SAME_PAGES, OWN_PAGES, SHARINGS };
 
-/* The best of each way, which take turns. */
+static int by_size(const void *one, const void *other)
+{
+	double a = *(const double *)one, b = *(const double *)other;
+
+	return (a > b) - (a < b);
+}
+
+static double median(double values[ROUNDS])
+{
+	qsort(values, ROUNDS, sizeof(*values), by_size);
+	return values[ROUNDS / 2];
+}
+
+/* The ways take turns: what else the machine does slows down all of a round. */
 static int compare_rates(int fds[SHARINGS][ATTACHERS], int count, unsigned long pages)
 {
-	double best[SHARINGS] = { 0 };
+	static double rates[SHARINGS][ROUNDS], ratios[SHARINGS][ROUNDS];
 
 	for (int round = 0; round < ROUNDS; round++) {
 		for (int way = 0; way < SHARINGS; way++) {
-			double rate = attach_rate(fds[way], count, pages);
-
-			if (!rate)
+			rates[way][round] = attach_rate(fds[way], count, pages);
+			if (!rates[way][round])
 				return -1;
-			best[way] = rate > best[way] ? rate : best[way];
+			ratios[way][round] = rates[ONE_TEMPLATE][round] / rates[way][round];
 		}
 	}
 	printf("| %d | %lu | %.0f | %.0f | %.0f | %.2f | %.2f |\n", count, pages * PAGE >> 20,
-	       best[ONE_TEMPLATE], best[SAME_PAGES], best[OWN_PAGES],
-	       best[ONE_TEMPLATE] / best[SAME_PAGES], best[ONE_TEMPLATE] / best[OWN_PAGES]);
+	       median(rates[ONE_TEMPLATE]), median(rates[SAME_PAGES]), median(rates[OWN_PAGES]),
+	       median(ratios[SAME_PAGES]), median(ratios[OWN_PAGES]));
 	fflush(stdout);
 	return 0;
 }
