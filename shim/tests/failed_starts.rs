@@ -189,10 +189,10 @@ fn succeed(containerd: &Containerd, service: &Service, case: &Case, template: &T
         let upper = containerd.path(&format!("{id}-next-upper"));
         match &case.obstacle {
             Obstacle::Missing(Missing::File(name)) => {
-                std::fs::write(upper.join(name), "x").unwrap()
+                std::fs::write(upper.join(name), "x").unwrap();
             }
             Obstacle::Missing(Missing::Folder(name)) => {
-                std::fs::create_dir(upper.join(name)).unwrap()
+                std::fs::create_dir(upper.join(name)).unwrap();
             }
             Obstacle::PortTaken => {}
         }

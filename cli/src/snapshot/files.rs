@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use trenv_pool::TemplateInfo;
 use trenv_sandbox::rootfs::{Mount, layer_digest};
 use trenv_sandbox_proto::layer;
@@ -46,7 +46,11 @@ impl Files {
             (None, None) => return Ok(None),
         };
         // Of a snapshot taken by hand also without a digest: containerd must have it still.
-        let found = self.digest(layer).await?;
+        let found = self.digest(layer).await.with_context(|| {
+            format!(
+                "Its files cannot be read; where their layer {layer} is gone, remove the snapshot and take it again"
+            )
+        })?;
         match known.map(|(_, digest)| digest) {
             Some(taken) if *taken != found => bail!(
                 "Its files are not those that were taken: the layer {layer} of containerd has the digest {found}, not {taken}; remove the snapshot and take it again"
