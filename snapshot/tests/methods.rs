@@ -157,6 +157,19 @@ fn guard_pages_stay_where_pages_are_brought_in() -> TestResult {
 }
 
 #[test]
+fn advice_about_memory_stays_where_pages_are_brought_in() -> TestResult {
+    let bed = Bed::new()?;
+    let template = template_of(&bed, "advice")?;
+    for method in harness::methods() {
+        let prepared = bed.prepare(method, &template)?;
+        for _ in 0..4 {
+            tenancy(&bed, prepared.as_ref(), &["check"])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn what_was_recorded_is_not_waited_for_again() -> TestResult {
     let bed = Bed::new()?;
     let template = template_of(&bed, "spread")?;

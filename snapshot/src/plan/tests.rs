@@ -254,6 +254,33 @@ fn a_rework_has_its_room_in_the_region() {
 }
 
 #[test]
+fn as_many_maps_as_fit_have_their_advice_too() {
+    let with = |flags| {
+        let map = skeleton::Map {
+            at: 0x1000,
+            length: PAGE,
+            protection: 3,
+            flags,
+            file: 0,
+            offset: 0,
+        };
+        let maps = vec![map; 20_000];
+        let fitting = skeleton::fitting(&maps).len();
+        let program = skeleton::rework(&maps[..fitting], 7);
+        assert!(program.len() as u64 <= skeleton::REWORK, "{fitting} maps");
+        fitting
+    };
+    let plain = with(MappingFlags::default());
+    let advised = with(MappingFlags {
+        dont_dump: true,
+        random: true,
+        ..MappingFlags::default()
+    });
+    assert!(plain > 9000, "{plain}");
+    assert_eq!(advised, plain / 3);
+}
+
+#[test]
 fn memory_with_guard_pages_is_not_attached() {
     let (mut manifest, extents) = sample();
     let mapping = &mut manifest.processes[1].mappings[0];
