@@ -599,8 +599,8 @@ fn zygote_error(action: &'static str) -> impl FnOnce(ZygoteError) -> ShimError {
     move |err| match err {
         ZygoteError::Pool(err) => pool_error(action)(err),
         ZygoteError::Criu(err) => criu_error(err),
-        // A template that is made anew has the clocks of this boot.
-        ZygoteError::Clock(_) => ShimError::Lost {
+        // A template that is made anew has the clocks of this boot, and this program's description.
+        ZygoteError::Clock(_) | ZygoteError::Manifest(_) => ShimError::Lost {
             action,
             source: Box::new(err),
         },
@@ -639,11 +639,12 @@ fn dump_error(err: DumpError) -> ShimError {
 #[cfg(test)]
 mod tests {
     use trenv_snapshot::clock::ClockError;
+    use trenv_snapshot::manifest::ManifestError;
 
     use super::*;
 
     #[test]
-    fn a_template_whose_clocks_cannot_go_on_is_made_anew() {
+    fn a_template_of_an_earlier_boot_or_version_is_made_anew() {
         let ahead = ClockError::Ahead {
             clock: "CLOCK_MONOTONIC",
             ahead: Duration::from_secs(3600),
@@ -651,14 +652,21 @@ mod tests {
         let no_namespace = ClockError::NoNamespace {
             source: std::io::Error::from_raw_os_error(28),
         };
-        for err in [ahead, no_namespace] {
-            let ttrpc::Error::RpcStatus(status) = start_error(err.into()).into() else {
+        for (err, advice) in [
+            (ahead.into(), "snapshot the function anew"),
+            (no_namespace.into(), "snapshot the function anew"),
+            (
+                ManifestError::Version { found: 1 }.into(),
+                "take the snapshot again",
+            ),
+        ] {
+            let ttrpc::Error::RpcStatus(status) = start_error(err).into() else {
                 panic!("a status is expected");
             };
             // Of what is lost the provider makes another (`PrepareError::template_gone`).
             assert_eq!(status.code(), ttrpc::Code::DATA_LOSS);
             let message = status.message();
-            assert!(message.contains("snapshot the function anew"), "{message}");
+            assert!(message.contains(advice), "{message}");
         }
     }
 }
