@@ -71,7 +71,7 @@ dmesg --clear 2>/dev/null || dmesg -c >/dev/null
 
 # What ends the device runs last.
 for program in abi_test attach_test process_test wait_test memory_test access_test lazy_test remote_test \
-    rdma_test promote_test figures_test system_test random_test published_test unbind_test \
+    rdma_test promote_test figures_test system_test fault_test random_test published_test unbind_test \
     namespace_test; do
     echo "# == $program"
     "$output/$program" ${filter:+"$filter"} || failed+=("$program")
