@@ -108,10 +108,7 @@ fn a_function_is_snapshotted_and_started_again_in_other_sandboxes() {
         snapshot.processes >= 1 && snapshot.stored_bytes > 0,
         "{snapshot:?}"
     );
-    assert!(
-        snapshot.files_digest.starts_with("blake3:"),
-        "{snapshot:?}"
-    );
+    assert!(snapshot.files_digest.starts_with("blake3:"), "{snapshot:?}");
     let counted = last_tick(&cold_log);
     assert!(counted >= 5);
     let again = runtime
