@@ -242,11 +242,15 @@ mod tests {
         rustix::fs::lsetxattr(path("a/other"), name, b"1", XattrFlags::empty()).unwrap();
         let hole = std::fs::File::create(path("a/hole")).unwrap();
         hole.set_len(BLOCK as u64).unwrap();
-        let root = rustix::fs::open(layer.path(), DIRECTORY, Mode::empty()).unwrap();
-        let none = rustix::fs::makedev(0, 0);
-        let device = FileType::CharacterDevice;
-        rustix::fs::mknodat(root, c"gone", device, Mode::empty(), none).unwrap();
+        device(layer.path(), 0, 0);
         layer
+    }
+
+    fn device(layer: &Path, major: u32, minor: u32) {
+        let number = rustix::fs::makedev(major, minor);
+        let kind = FileType::CharacterDevice;
+        let path = layer.join("gone");
+        rustix::fs::mknodat(rustix::fs::CWD, path, kind, Mode::empty(), number).unwrap();
     }
 
     /// Gives all entries one modification time.
@@ -274,7 +278,7 @@ mod tests {
     #[test]
     fn every_change_of_a_layer_changes_its_digest() {
         type Change = (&'static str, fn(&Path));
-        let changes: [Change; 13] = [
+        let changes: [Change; 14] = [
             ("contents", |at| {
                 let file = std::fs::File::options()
                     .write(true)
@@ -317,6 +321,10 @@ mod tests {
             ("whiteout made a file", |at| {
                 std::fs::remove_file(at.join("gone")).unwrap();
                 std::fs::write(at.join("gone"), "").unwrap();
+            }),
+            ("device", |at| {
+                std::fs::remove_file(at.join("gone")).unwrap();
+                device(at, 1, 3);
             }),
             ("attribute's value", |at| {
                 let (path, name) = (at.join("a/other"), c"trusted.trenv");
