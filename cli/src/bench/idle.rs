@@ -16,14 +16,15 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How long the provider is given to notice.
 const NOTICED: Duration = Duration::from_millis(300);
 
-/// Leaves as many idle sandboxes as are wanted, by instances of a function that has none; says how many
-/// sandboxes there are.
+/// Leaves as many idle sandboxes as are wanted and as the provider may have, by instances of a function
+/// that has none; says how many sandboxes there are.
 pub async fn make(
     gateway: &Gateway,
     config: &Config,
     function: &str,
     wanted: u64,
 ) -> anyhow::Result<usize> {
+    let wanted = wanted.min(config.provider.max_sandboxes as u64);
     scale(gateway, function, None, wanted, PATIENCE).await?;
     scale(gateway, function, None, 0, PATIENCE).await?;
     Ok(sandboxes(config, &config.provider.namespace).await?.len())
