@@ -6,13 +6,11 @@ use std::{
 };
 
 mod copy;
-mod digest;
 mod kept;
 mod look_up;
 mod mounts;
 
 pub use copy::copy_upper;
-pub use digest::layer_digest;
 pub use kept::{Keeper, KeptRoot};
 pub use look_up::look_up;
 pub use mounts::{bind, overlay_from_mounts, sync_upper, tmpfs};

@@ -14,6 +14,7 @@ pub mod clock;
 pub mod dump;
 mod fingerprint;
 pub mod generation;
+pub mod layer;
 mod lineage;
 pub mod manifest;
 pub mod methods;

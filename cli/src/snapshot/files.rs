@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use anyhow::{Context, bail};
 use trenv_pool::TemplateInfo;
-use trenv_sandbox::rootfs::{Mount, layer_digest};
 use trenv_sandbox_proto::layer;
+use trenv_snapshot::layer::{LayerMount, layer_digest};
 
 use super::saved::Saved;
 use crate::containerd::Containerd;
@@ -63,9 +63,9 @@ impl Files {
     async fn digest(&self, layer: &str) -> anyhow::Result<String> {
         let view = format!("{layer}-verify-{}", std::process::id());
         let mounts = self.containerd.view_layer(&view, layer).await?;
-        let mounts: Vec<Mount> = mounts
+        let mounts: Vec<LayerMount> = mounts
             .into_iter()
-            .map(|mount| Mount {
+            .map(|mount| LayerMount {
                 kind: mount.r#type,
                 source: mount.source,
                 options: mount.options,

@@ -211,28 +211,6 @@ pub(super) fn writable_layer(mounts: &[Mount]) -> Result<Option<(&str, &str)>, R
     Ok(options.upper.zip(options.work))
 }
 
-/// The uppermost directory of a root: its upper one, or the first of the layers of a read-only one.
-///
-/// # Errors
-/// When the mounts are of another kind, or an option is unknown.
-pub(super) fn top_layer(mounts: &[Mount]) -> Result<&str, RootfsError> {
-    let top = match mounts {
-        [mount] if mount.kind == "overlay" => {
-            let options = parse(&mount.options)?;
-            options.upper.or(options.lower.first().copied())
-        }
-        [mount] if matches!(mount.kind.as_str(), "bind" | "rbind") => Some(mount.source.as_str()),
-        _ => None,
-    };
-    top.ok_or_else(|| RootfsError::Mounts {
-        count: mounts.len(),
-        kind: mounts
-            .first()
-            .map(|mount| mount.kind.clone())
-            .unwrap_or_default(),
-    })
-}
-
 /// Whether overlayfs takes each lower directory by itself (kernel 6.8 and later). Such a kernel
 /// looks at the directory at once; others know no such option, and the oldest only say so when the
 /// overlay is made.

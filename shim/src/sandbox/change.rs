@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use trenv_sandbox::Rootfs;
-use trenv_sandbox::rootfs::{KeptRoot, Mount, layer_digest, sync_upper};
+use trenv_sandbox::rootfs::{KeptRoot, Mount, sync_upper};
 use trenv_sandbox_proto as proto;
+use trenv_snapshot::layer::{LayerMount, layer_digest};
 use trenv_snapshot::recording::Recorded;
 use trenv_snapshot::zygote::{Parked, StartRequest, Started, ZygoteError};
 
@@ -249,6 +250,14 @@ impl SandboxContainer {
     /// By which the upper layer is known again; empty where it cannot be read whole.
     async fn files_digest(mounts: Vec<Mount>, steps: &mut Steps) -> String {
         let begun = Instant::now();
+        let mounts: Vec<LayerMount> = mounts
+            .into_iter()
+            .map(|mount| LayerMount {
+                kind: mount.kind,
+                source: mount.source,
+                options: mount.options,
+            })
+            .collect();
         let digest = blocking(move || {
             layer_digest(&mounts).map_err(ShimError::engine("read the upper layer"))
         });

@@ -15,9 +15,6 @@ use rustix::buffer::spare_capacity;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, SeekFrom, Stat};
 use rustix::io::{Errno, Result as Kernel};
 
-use super::mounts::top_layer;
-use super::{Mount, RootfsError};
-
 /// Parts of a file that are looked at each by itself.
 const BLOCK: usize = 128 << 10;
 
@@ -29,19 +26,60 @@ const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
 
+/// A mount of a root, as containerd describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerMount {
+    pub kind: String,
+    pub source: String,
+    pub options: Vec<String>,
+}
+
+/// Why a layer has no digest.
+#[derive(Debug, thiserror::Error)]
+pub enum LayerError {
+    #[error(
+        "The root has {count} mounts, the first of kind {kind:?}; its layer can be found where there is one, an overlay or a bind mount"
+    )]
+    Mounts { count: usize, kind: String },
+    #[error("Failed to read {path} for the digest of its layer")]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+}
+
 /// Digest of the uppermost layer of a root: its upper directory, or the first of its layers where it is
 /// read-only. Nobody may write to it meanwhile. It begins with the name of the algorithm.
 ///
 /// # Errors
 /// When the mounts are of an unknown kind, or an entry cannot be read.
-pub fn layer_digest(mounts: &[Mount]) -> Result<String, RootfsError> {
+pub fn layer_digest(mounts: &[LayerMount]) -> Result<String, LayerError> {
     let top = Path::new(top_layer(mounts)?);
-    let digest = digest(top).map_err(|(path, errno)| RootfsError::Mount {
-        doing: "read for its digest",
-        what: top.join(path).display().to_string(),
+    let digest = digest(top).map_err(|(path, errno)| LayerError::Read {
+        path: top.join(path),
         source: errno.into(),
     })?;
     Ok(format!("blake3:{}", digest.to_hex()))
+}
+
+/// The uppermost directory of a root: its upper one, or the first of the layers of a read-only one.
+fn top_layer(mounts: &[LayerMount]) -> Result<&str, LayerError> {
+    let top = match mounts {
+        [mount] if mount.kind == "overlay" => {
+            let option = |name: &str| mount.options.iter().find_map(|one| one.strip_prefix(name));
+            let lower = || option("lowerdir=").and_then(|all| all.split(':').next());
+            option("upperdir=").or_else(lower)
+        }
+        [mount] if matches!(mount.kind.as_str(), "bind" | "rbind") => Some(mount.source.as_str()),
+        _ => None,
+    };
+    top.ok_or_else(|| LayerError::Mounts {
+        count: mounts.len(),
+        kind: mounts
+            .first()
+            .map(|mount| mount.kind.clone())
+            .unwrap_or_default(),
+    })
 }
 
 fn digest(top: &Path) -> Result<blake3::Hash, (PathBuf, Errno)> {
@@ -221,8 +259,8 @@ mod tests {
     use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
     use std::time::{Duration, SystemTime};
 
-    fn mount(kind: &str, source: &str, options: &[String]) -> [Mount; 1] {
-        [Mount {
+    fn mount(kind: &str, source: &str, options: &[String]) -> [LayerMount; 1] {
+        [LayerMount {
             kind: kind.into(),
             source: source.into(),
             options: options.to_vec(),
