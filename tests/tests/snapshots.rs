@@ -315,20 +315,23 @@ fn verify_names_a_snapshot_with_a_damaged_page_which_does_not_start() -> anyhow:
     machine.stop()
 }
 
-/// Name of the layer with the files of a snapshot, and the directory that it is.
-fn layer_of(machine: &Machine, name: &str) -> anyhow::Result<(String, PathBuf)> {
+/// Name of the layer with the files of a snapshot.
+fn layer_of(machine: &Machine, name: &str) -> anyhow::Result<String> {
     let layers = machine.ctr(&["snapshots", "ls"])?;
     let mut words = layers.split_whitespace();
     let layer = words.find(|word| word.starts_with(&format!("snapshot-{name}-")));
-    let layer = layer.context("no layer")?;
+    Ok(layer.context("no layer")?.to_owned())
+}
+
+/// Where its files are. It cannot be removed after this: what containerd has collected by itself stays
+/// one of its children.
+fn directory_of(machine: &Machine, layer: &str) -> anyhow::Result<PathBuf> {
     let view = ["snapshots", "view", "--mounts", "looked-at", layer];
     let mounts: Value = serde_json::from_str(&machine.ctr(&view)?)?;
-    // containerd may have collected it by itself.
-    let _ = machine.ctr(&["snapshots", "rm", "looked-at"]);
     let options = mounts.to_string();
     let top = options.split("lowerdir=").nth(1).context("no overlay")?;
     let top = top.split([':', '"']).next().context("no directory")?;
-    Ok((layer.to_owned(), top.into()))
+    Ok(top.into())
 }
 
 #[test]
@@ -367,7 +370,7 @@ fn verify_names_a_snapshot_whose_files_are_not_as_they_were() -> anyhow::Result<
     assert_eq!(verify()?, (true, BTreeMap::new()));
 
     // As a disk would change it: nothing else tells of it.
-    let (_, directory) = layer_of(&machine, "changed")?;
+    let directory = directory_of(&machine, &layer_of(&machine, "changed")?)?;
     let file = directory.join("var/of-changed");
     let time = file.metadata()?.modified()?;
     std::fs::write(&file, "texT\n")?;
@@ -375,7 +378,7 @@ fn verify_names_a_snapshot_whose_files_are_not_as_they_were() -> anyhow::Result<
         .write(true)
         .open(&file)?
         .set_modified(time)?;
-    let (layer, _) = layer_of(&machine, "gone")?;
+    let layer = layer_of(&machine, "gone")?;
     machine.ctr(&["snapshots", "rm", &layer])?;
 
     let (sound, errors) = verify()?;
