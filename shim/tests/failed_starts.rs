@@ -47,16 +47,16 @@ const CASES: [Case; 4] = [
     Case {
         name: "child",
         // The root of the tree is whole by then, and so is another child.
-        setup: "perl -e 'mkdir \"/work\"'; sleep 9999 & (cd /work; exec sleep 9999) &",
-        obstacle: Obstacle::Missing(Missing::Folder("work")),
-        named: "/work",
+        setup: "perl -e 'mkdir \"/held\"'; sleep 9999 & (cd /held; exec sleep 9999) &",
+        obstacle: Obstacle::Missing(Missing::Folder("held")),
+        named: "/held",
     },
     Case {
         name: "socket",
-        setup: "perl -e 'mkdir \"/work\"; socket(S, 1, 1, 0); \
-                bind(S, pack(\"Sa108\", 1, \"/work/socket\")) or die; listen(S, 5); sleep 9999' &",
-        obstacle: Obstacle::Missing(Missing::Folder("work")),
-        named: "/work/socket",
+        setup: "perl -e 'mkdir \"/held\"; socket(S, 1, 1, 0); \
+                bind(S, pack(\"Sa108\", 1, \"/held/socket\")) or die; listen(S, 5); sleep 9999' &",
+        obstacle: Obstacle::Missing(Missing::Folder("held")),
+        named: "/held/socket",
     },
     Case {
         name: "port",
