@@ -216,6 +216,18 @@ impl Bed {
         Self::dump_to(&self.pool, instance)
     }
 
+    /// A dump of an instance, which answers with the name of its state, is refused with the reason; the
+    /// instance goes on.
+    pub fn refuses(&self, instance: &mut Instance, state: &str, reason: &str) -> Made<()> {
+        let err = self
+            .try_dump(instance)
+            .err()
+            .ok_or(format!("{state} was not refused"))?;
+        assert!(err.to_string().contains(reason), "{state}: {err}");
+        assert_eq!(instance.ask("state"), state, "it goes on");
+        Ok(())
+    }
+
     /// Dumps an instance as far as its cgroup goes; where it is refused, the instance goes on.
     pub fn try_dump_of_group(&self, instance: &Instance) -> Made<Dumped> {
         let writer = self.pool.begin(&format!("test {}", instance.root))?;

@@ -270,7 +270,7 @@ impl Report {
                 continue;
             };
             for (row, theirs) in &function.methods {
-                if ["template", "parked", "cold", "runc"].contains(row) {
+                if *row == "template" || BESIDE.contains(row) {
                     continue;
                 }
                 let mut ahead = Vec::new();
