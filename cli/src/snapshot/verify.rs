@@ -47,8 +47,11 @@ pub async fn run(
             Ok(digest) => (digest, None),
             Err(err) => (None, Some(format!("{err:#}"))),
         };
-        let there = pool.template(&info.id, Some(info.generation));
-        if names.is_empty() && there.is_err_and(|err| err.is_removal()) {
+        let removed = || {
+            let there = pool.template(&info.id, Some(info.generation));
+            there.is_err_and(|err| err.is_removal())
+        };
+        if names.is_empty() && error.is_some() && removed() {
             // Since it was listed; that is no fault.
             continue;
         }
